@@ -1,0 +1,1 @@
+"""What every room may import and that imports none: errors, files, manifests, progress. No jax here."""

@@ -1,0 +1,121 @@
+"""Files that are whole or absent: everything is written beside its target and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from dptdr_jax.core.errors import InputError
+
+Path = str | os.PathLike
+
+
+def open_text(path: Path) -> TextIO:
+  """Opens a UTF-8 text file for reading; gzip is recognised by its first two bytes, whatever the name."""
+  if not os.path.isfile(path):
+    raise InputError("no such file", path=path)
+  with open(path, "rb") as raw:
+    packed = raw.read(2) == b"\x1f\x8b"
+  if packed:
+    return gzip.open(path, "rt", encoding="utf-8")
+  return open(path, encoding="utf-8")
+
+
+def find_file(directory: Path, *names: str) -> pathlib.Path:
+  """Returns the first of `names` (each as it is or with .gz behind) that exists in `directory`."""
+  for name in names:
+    for candidate in (pathlib.Path(directory, name), pathlib.Path(directory, name + ".gz")):
+      if candidate.is_file():
+        return candidate
+  raise InputError(f"none of {', '.join(names)} (or the same with .gz) is here", path=directory)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[pathlib.Path]:
+  """Yields a path beside `path` to write to; moved onto `path` at the end, removed after an error."""
+  target = pathlib.Path(path)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  partial = target.with_name(f"{target.name}.partial")
+  try:
+    yield partial
+    _sync(partial)
+    rename(partial, target)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
+  """Yields an empty directory beside `path`; it takes the place of `path` at the end, removed after an error."""
+  target = pathlib.Path(path)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  partial = target.with_name(f"{target.name}.partial")
+  remove(partial)
+  partial.mkdir()
+  try:
+    yield partial
+    for child in partial.rglob("*"):
+      if child.is_file():
+        _sync(child)
+    if target.exists():  # a directory cannot be renamed onto one that is not empty
+      replaced = target.with_name(f"{target.name}.replaced")
+      remove(replaced)
+      rename(target, replaced)
+      rename(partial, target)
+      remove(replaced)
+    else:
+      rename(partial, target)
+  except BaseException:
+    remove(partial)
+    raise
+
+
+def rename(source: Path, target: Path) -> None:
+  """The one place where something finished takes its name. Tests of sudden death interrupt here."""
+  os.replace(source, target)
+
+
+def remove(path: Path) -> None:
+  """Removes a file or a directory tree, if it is there."""
+  path = pathlib.Path(path)
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes `value` as indented JSON, atomically."""
+  with atomic_path(path) as partial:
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+  """Reads a JSON file; a broken one is an InputError that names file and line."""
+  with open_text(path) as stream:
+    try:
+      return json.load(stream)
+    except json.JSONDecodeError as error:
+      raise InputError(f"broken JSON ({error.msg})", path=path, line=error.lineno) from error
+
+
+def sha256(path: Path) -> str:
+  """SHA-256 of a file's bytes, in hexadecimal."""
+  with open(path, "rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

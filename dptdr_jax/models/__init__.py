@@ -1,0 +1,1 @@
+"""The frozen encoder and the prompts: jax and flax only."""

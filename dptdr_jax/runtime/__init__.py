@@ -1,0 +1,1 @@
+"""Meshes and shardings, checkpoints, hosts, metric writers."""

@@ -1,0 +1,1 @@
+"""Losses, the optimiser, the state and the jitted steps."""
