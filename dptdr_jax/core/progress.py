@@ -26,13 +26,16 @@ class Bar:
     )  # fmt: skip
 
   def advance(self, n: int = 1) -> None:
+    """Counts n more."""
     self.done += n
     self._tqdm.update(n)
 
   def note(self, **figures: object) -> None:
+    """Shows figures behind the bar."""
     self._tqdm.set_postfix(figures, refresh=False)
 
   def close(self) -> None:
+    """Ends the bar's line."""
     self._tqdm.close()
 
 
@@ -54,3 +57,9 @@ def track(items: Iterable[T], description: str, total: int | None = None, unit: 
     for item in items:
       yield item
       shown.advance()
+
+
+def say(text: str) -> None:
+  """Writes a line, or several, to standard output: what a run has to tell at its end."""
+  sys.stdout.write(f"{text}\n")
+  sys.stdout.flush()

@@ -1,0 +1,132 @@
+"""Every field once, with its unit, its default and where that comes from. The other configs say only what differs."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The defaults; a backbone and a data source are still to be named."""
+  return ConfigDict(
+    dict(
+      seed=0,  # of everything random: prompts, order of examples, negatives, dropout
+      compute_dtype="auto",  # matrix products: 'float32', 'bfloat16'; 'auto': bfloat16 on accelerators, float32 on CPU
+      backbone=dict(
+        path="",  # a hub id, a local directory in Hugging Face layout, or 'package:NAME' (weights in a Python package)
+        sha256="",  # of its model.safetensors; checked when given
+      ),
+      data=_data(),
+      text=_text(),
+      vector=_vector(),
+      prompt=_prompt(),
+      train=_train(),
+      encode=_encode(),
+      index=_index(),
+      evaluate=_evaluate(),
+    )
+  )
+
+
+def _data() -> dict:
+  return dict(
+    source="beir",  # 'beir', 'msmarco', 'nq', 'original' (the authors' training JSONL) or 'docstrings'
+    dir="",  # folder of the source's files (a manual directory: nothing is downloaded where the files are here)
+    download=False,  # msmarco, nq: fetch the official files into dir, checksums verified
+    title_augmented=False,  # msmarco: join para.title.txt (the corpus that RocketQA, coCondenser and DPTDR report on)
+    packages=("stdlib",),  # docstrings: packages to read; never imported
+    dev_modules=(),  # docstrings: modules whose pairs are the dev split
+    test_modules=(),  # docstrings: modules whose pairs are the test split
+    train_split="train",  # split with the training judgements
+    dev_split="dev",  # split that chooses the checkpoint; '' for none
+    max_stored_tokens=512,  # tokens of a text that the token store keeps; training and encoding cut further
+    workers=0,  # processes that tokenise; 0: as many as cores
+  )
+
+
+def _text() -> dict:
+  return dict(
+    query_length=32,  # tokens, special tokens included (method: 32 for MS MARCO and NQ)
+    passage_length=128,  # tokens, special tokens included (method: 128)
+    separator=" ",  # between title and text; RoBERTa's original recipe: '</s>'
+    query_template="{text}",  # E5: 'query: {text}'; BGE: 'Represent this sentence … passages: {text}'
+    passage_template="{title}{separator}{text}",  # E5: 'passage: {title}{separator}{text}'
+  )
+
+
+def _vector() -> dict:
+  return dict(
+    pooling="first",  # 'first' token (the original) or 'mean' over tokens
+    normalize=False,  # vectors of length 1
+    temperature=1.0,  # the loss divides scores by it; about .05 with normalize
+  )
+
+
+def _prompt() -> dict:
+  return dict(
+    kind="deep",  # 'deep' (keys and values in every layer), 'shallow' (at the embeddings), 'none' (all weights train)
+    length=32,  # P, prompt vectors a layer
+    projection="none",  # 'none', 'mlp'; shallow prompts also 'lstm'
+    projection_size=512,  # width inside the projection
+    tied=True,  # one prompt for queries and passages, or one each
+    position_shift=-1,  # tokens' positions start this much later; -1: the prompt's length, as the original does
+    dropout=0.1,  # on the prompt's keys and values, as the original
+    dropout_per="example",  # 'example' (as the original) or 'batch' (one mask for all)
+    init="normal",  # 'normal': N(0, init_scale); 'words': the frozen layers' own keys and values of frequent words
+    init_scale=0.02,  # standard deviation (the original's)
+  )
+
+
+def _train() -> dict:
+  return dict(
+    epochs=10.0,  # passes over the training queries; ignored where steps > 0
+    steps=0,  # optimiser steps; 0: from epochs
+    queries=64,  # a step, over all devices
+    passages=2,  # a query: its positive and passages - 1 negatives
+    positive="rotate",  # 'rotate' with the epoch, or 'first' always (NQ)
+    negatives="source",  # 'source' (the data's own), 'bm25' (mined here before training), 'none' (in-batch only)
+    bm25_depth=100,  # bm25: ranks that hold negatives, judged positives left out
+    query_chunk=0,  # gradient cache, queries a device at a time; 0: all at once
+    passage_chunk=0,  # gradient cache, passages a device at a time; 0: all at once
+    both_directions=False,  # also tell each passage's query from the others
+    backbone_dropout=-1.0,  # -1: config.json's own rates, as the original; 0: none
+    learning_rate=7e-3,  # peak (the paper's; runs of some hundred steps want 2e-2 and more)
+    schedule="linear",  # decay after the warm-up: 'linear', 'cosine' or 'constant'
+    warmup=0.1,  # share of the steps
+    weight_decay=0.0,  # AdamW; not on biases and norms
+    clip=1.0,  # global norm of the gradient
+    log_every=10,  # steps between two lines of metrics.jsonl
+    checkpoint_every=500,  # steps
+    keep_checkpoints=2,  # newest ones kept
+    evaluate_every=500,  # steps between two evaluations on dev; the best is kept. 0: the last is kept
+    evaluate_passages=4096,  # passages of the small dev corpus: the judged ones, filled up at random
+    evaluate_queries=512,  # dev queries of an evaluation
+    select_by="RR@10",  # measure on dev that chooses
+    loader_workers=2,  # threads that build batches ahead
+  )
+
+
+def _encode() -> dict:
+  return dict(
+    batch_tokens=16384,  # tokens a device encodes at a time, padding included
+    shard_passages=100_000,  # passages a shard; a killed run goes on at the next shard
+    dtype="float32",  # of stored vectors: 'float32' or 'float16'
+  )
+
+
+def _index() -> dict:
+  return dict(
+    factory="Flat",  # FAISS index, inner product: 'Flat' (exact), 'IVF4096,Flat', 'IVF4096,PQ64', 'HNSW32', …
+    sample=262_144,  # vectors that an index trains on
+    search_parameters="",  # FAISS parameters at search time, e.g. 'nprobe=64' or 'efSearch=128'
+  )
+
+
+def _evaluate() -> dict:
+  return dict(
+    splits=("dev",),  # judged splits to report
+    measures=("RR@10", "R@20", "R@50", "R@100", "R@1000", "nDCG@10"),  # ir-measures' names
+    answers=False,  # also Success@k by answer match (NQ's R@k)
+    depth=1000,  # passages a query in the run files
+    bm25=True,  # baseline: BM25, k1 .9, b .4, stemmed
+    backbone=True,  # baseline: the untuned backbone
+    msmarco_format=False,  # write runs in MS MARCO's format besides TREC's
+    examples=12,  # queries that the report shows with their top passages
+  )

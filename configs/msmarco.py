@@ -1,0 +1,32 @@
+"""The paper's recipe for MS MARCO passage ranking: RoBERTa-large, tied prompts of length 128, 64 × 30 a step.
+
+python -m dptdr_jax.main --config=configs/msmarco.py --config.data.dir=DATA --workdir=runs/msmarco
+
+DATA holds collection.tsv, queries.{train,dev.small}.tsv, qrels.{train,dev.small}.tsv, qidpidtriples.train.full.2.tsv.gz
+and, for the title-augmented corpus that the paper reports on, para.title.txt; --config.data.download fetches what is public.
+"""
+
+from configs import base
+
+
+def get_config():
+  """Stage 1 of the paper: training on BM25 negatives (method: recipes)."""
+  c = base.get_config()
+  c.backbone.path = "roberta-large"
+  c.data.source = "msmarco"
+  c.data.title_augmented = True
+  c.data.dev_split = "dev.small"
+  c.text.separator = "</s>"
+  c.prompt.length = 128
+  c.train.epochs = 10.0
+  c.train.queries = 64
+  c.train.passages = 30
+  c.train.query_chunk = 8
+  c.train.passage_chunk = 120
+  c.train.checkpoint_every = 1000
+  c.train.evaluate_every = 5000
+  c.train.evaluate_passages = 100_000
+  c.train.evaluate_queries = 6980
+  c.evaluate.splits = ("dev.small", "dl19", "dl20")
+  c.evaluate.msmarco_format = True
+  return c

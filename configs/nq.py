@@ -1,0 +1,34 @@
+"""The paper's recipe for Natural Questions: RoBERTa-large, untied prompts of length 32, 128 × 2 a step.
+
+python -m dptdr_jax.main --config=configs/nq.py --config.data.dir=DATA --workdir=runs/nq
+
+DATA holds psgs_w100.tsv.gz, biencoder-nq-{train,dev}.json.gz and nq-test.qa.csv; --config.data.download fetches them.
+"""
+
+from configs import base
+
+
+def get_config():
+  """Stage 1 of the paper: training on the BM25 negatives of DPR's files (method: recipes)."""
+  c = base.get_config()
+  c.backbone.path = "roberta-large"
+  c.data.source = "nq"
+  c.text.separator = "</s>"
+  c.prompt.length = 32
+  c.prompt.tied = False
+  c.train.epochs = 60.0
+  c.train.queries = 128
+  c.train.passages = 2
+  c.train.positive = "first"
+  c.train.query_chunk = 8
+  c.train.passage_chunk = 120
+  c.train.checkpoint_every = 1000
+  c.train.evaluate_every = 2000
+  c.train.evaluate_passages = 100_000
+  c.train.evaluate_queries = 6515
+  c.encode.dtype = "float16"
+  c.evaluate.splits = ("test",)
+  c.evaluate.measures = ("Success@5", "Success@20", "Success@100")
+  c.evaluate.answers = True
+  c.evaluate.depth = 100
+  return c

@@ -1,0 +1,72 @@
+"""What a finished stage was made from, and whether that is still so.
+
+A stage's key is a hash over the config fields that it reads, the keys of the stages before it, and the contents of the
+files from outside. Files are hashed once; afterwards their size and time decide, unless `verify` asks for the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dptdr_jax.core import files
+from dptdr_jax.core.errors import InputError
+
+NAME = "manifest.json"
+
+
+class Fingerprints:
+  """SHA-256 of files from outside, remembered in one JSON file by path, size and modification time."""
+
+  def __init__(self, path: files.Path, verify: bool = False):
+    self._path, self._verify = pathlib.Path(path), verify
+    self._known: dict[str, dict] = files.read_json(path) if self._path.exists() else {}
+    self._seen: dict[str, str] = {}  # within one process a file is looked at once
+
+  def of(self, paths: Iterable[files.Path]) -> dict[str, str]:
+    """Returns {path: SHA-256} of `paths`; a file that is missing is an InputError."""
+    found = {}
+    changed = False
+    for path in paths:
+      name = os.fspath(path)
+      if name not in self._seen:
+        changed |= self._look(name)
+      found[name] = self._seen[name]
+    if changed:
+      files.write_json(self._path, self._known)
+    return found
+
+  def _look(self, name: str) -> bool:
+    try:
+      state = os.stat(name)
+    except OSError as error:
+      raise InputError("no such file", path=name) from error
+    known = self._known.get(name, {})
+    if not self._verify and (known.get("size"), known.get("mtime_ns")) == (state.st_size, state.st_mtime_ns):
+      self._seen[name] = known["sha256"]
+      return False
+    self._seen[name] = files.sha256(name)
+    self._known[name] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": self._seen[name]}
+    return True
+
+
+def key_of(description: Mapping[str, Any]) -> str:
+  """Returns a hash (16 hexadecimal digits) of a JSON-able description."""
+  text = json.dumps(description, sort_keys=True, ensure_ascii=False)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+  """Returns one readable line for each leaf in which two nested descriptions differ: 'a.b: 1 → 2'."""
+  lines = []
+  for name in sorted({*old, *new}):
+    before, after = old.get(name), new.get(name)
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+      lines += differences(before, after, f"{prefix}{name}.")
+    elif before != after:
+      lines.append(f"{prefix}{name}: {before!r} → {after!r}")
+  return lines

@@ -1,0 +1,47 @@
+"""`python -m dptdr_jax.main --config=configs/NAME.py --workdir=DIR`: flags, hosts, and over to the pipeline."""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dptdr_jax.core import preemption
+from dptdr_jax.core.errors import DptdrError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. A rerun goes on where the last one ended.")
+_STAGES = flags.DEFINE_list("stages", [], "Stages to run, by name ('train' means all rounds); default: all.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Hash the input files again instead of trusting their size and time.")
+
+
+def main(argv: list[str]) -> int:
+  """Runs what is not yet done; returns the exit status: 0, 2 after an error of input, 75 after SIGTERM."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  from dptdr_jax import pipeline
+  from dptdr_jax.runtime import hosts
+
+  preemption.install()
+  hosts.initialize()
+  try:
+    pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGES.value, _VERIFY.value)
+  except preemption.Preempted as stop:
+    logging.warning("stopped by a signal: %s; the same command goes on from there", stop)
+    return preemption.EXIT_STATUS
+  except DptdrError as error:
+    sys.stderr.write(f"error: {error}\n")
+    return 2
+  return 0
+
+
+def run() -> None:
+  """Entry point: parses the flags and runs `main`."""
+  logging.set_verbosity(logging.INFO)
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,153 @@
+"""The stages of a run in order: which are done, what each reads, and what a change makes stale.
+
+A stage is done when its manifest carries the key that its config fields, the stages before it and the files from outside
+give today. A stage that was begun under another key is cleared first, so that nothing of two configs is ever mixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import time
+from collections.abc import Callable, Sequence
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from dptdr_jax.core import files, manifest, progress
+from dptdr_jax.core.errors import DptdrError
+from dptdr_jax.stages import encode, evaluate, prepare, report, train
+from dptdr_jax.stages.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage: its function (config, workdir), the config fields it reads, and the stages whose files it reads."""
+
+  name: str
+  run: Callable[[ConfigDict, files.Path], None]
+  fields: tuple[str, ...]
+  inputs: tuple[str, ...] = ()
+  files: Callable[[ConfigDict], Sequence[files.Path]] = lambda config: ()
+
+
+# Fields of a stage that cannot change what it makes; they stay out of its key.
+NEUTRAL = ("data.workers", "train.loader_workers", "train.log_every", "train.keep_checkpoints")
+
+
+def stages(config: ConfigDict) -> list[Stage]:
+  """Returns the stages of a run, in order."""
+  texts = ("text.separator", "text.query_template", "text.passage_template")
+  model = ("compute_dtype", "backbone", "text", "vector")
+  return [
+    Stage("prepare", prepare.run, ("data", "backbone", *texts), files=prepare.outside_files),
+    Stage("train1", functools.partial(train.run, number=1), ("seed", "train", "prompt", *model), ("prepare",)),
+    Stage("encode", encode.run, ("encode", "evaluate.splits", "evaluate.backbone", *model), ("prepare", "train1")),
+    Stage("evaluate", evaluate.run, ("evaluate", "index"), ("prepare", "train1", "encode")),
+    Stage("report", report.run, (), ("prepare", "train1", "evaluate")),
+  ]
+
+
+def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verify: bool = False) -> None:
+  """Runs what is not yet done.
+
+  Args:
+    config: see configs/base.py.
+    workdir: directory of the run.
+    only: names of stages to run ('train' means all of its rounds); empty: all.
+    verify: hash the files from outside again instead of trusting their size and time.
+  """
+  layout = Layout.of(workdir)
+  plan = stages(config)
+  chosen = _choose([stage.name for stage in plan], only)
+  fingerprints = manifest.Fingerprints(layout.root / "inputs.json", verify)
+  keys: dict[str, str] = {}
+  for stage in plan:
+    description = _describe(stage, config, keys, fingerprints)
+    keys[stage.name] = manifest.key_of(description)
+    done = _is_done(layout, stage, keys[stage.name])
+    if stage.name not in chosen:
+      if not done and any(stage.name in later.inputs for later in plan if later.name in chosen):
+        raise DptdrError(f"stage {stage.name} is not done, and {', '.join(chosen)} needs it; add it to --stages")
+    elif done:
+      logging.info("%s: done before", stage.name)
+    else:
+      _execute(stage, config, layout, description, keys[stage.name])
+  if layout.results.exists():
+    progress.say(report.table(layout, seconds(layout, config)))
+
+
+def seconds(layout: Layout, config: ConfigDict) -> dict[str, float]:
+  """Returns the time that each finished stage took, in seconds, over all its attempts."""
+  found = {}
+  for stage in stages(config):
+    path = layout.stage(stage.name) / manifest.NAME
+    if path.exists():
+      found[stage.name] = files.read_json(path)["seconds"]
+  return found
+
+
+def _choose(names: list[str], only: Sequence[str]) -> list[str]:
+  if not only:
+    return names
+  chosen = []
+  for wanted in only:
+    matching = [name for name in names if name == wanted or name.rstrip("0123456789") == wanted]
+    if not matching:
+      raise DptdrError(f"no stage is named {wanted!r}; this run has {', '.join(names)}")
+    chosen += matching
+  return [name for name in names if name in chosen]
+
+
+def _describe(stage: Stage, config: ConfigDict, keys: dict[str, str], fingerprints: manifest.Fingerprints) -> dict:
+  plain = config.to_dict()
+  fields = {}
+  for name in stage.fields:
+    value = functools.reduce(lambda at, part: at[part], name.split("."), plain)
+    if isinstance(value, dict):
+      value = {key: item for key, item in value.items() if f"{name}.{key}" not in NEUTRAL}
+    fields[name] = value
+  return {
+    "config": fields,
+    "stages": {name: keys[name] for name in stage.inputs},
+    "files": fingerprints.of(stage.files(config)),
+  }
+
+
+def _is_done(layout: Layout, stage: Stage, key: str) -> bool:
+  path = layout.stage(stage.name) / manifest.NAME
+  return path.exists() and files.read_json(path)["key"] == key
+
+
+def _execute(stage: Stage, config: ConfigDict, layout: Layout, description: dict, key: str) -> None:
+  directory = layout.stage(stage.name)
+  begun = directory / "begun.json"
+  spent = 0.0
+  if begun.exists():
+    before = files.read_json(begun)
+    if before["key"] != key:
+      changes = manifest.differences(before["made_from"], description)
+      logging.info("%s: done anew, because of %s", stage.name, "; ".join(changes) or "a newer layout")
+      files.remove(directory)
+    else:
+      logging.info("%s: goes on", stage.name)
+      spent = before["seconds"]
+  else:
+    files.remove(directory)  # a directory without begun.json is nobody's
+  directory.mkdir(parents=True, exist_ok=True)
+  record = {"stage": stage.name, "key": key, "made_from": description, "seconds": spent}
+  (directory / manifest.NAME).unlink(missing_ok=True)
+  files.write_json(begun, record)
+  started = time.monotonic()
+  try:
+    stage.run(config, layout.root)
+  except BaseException:
+    files.write_json(begun, record | {"seconds": spent + time.monotonic() - started})
+    raise
+  record |= {"seconds": round(spent + time.monotonic() - started, 1), "versions": _versions()}
+  files.write_json(directory / manifest.NAME, record)
+
+
+def _versions() -> dict[str, str]:
+  return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "faiss-cpu", "numpy")}

@@ -1,0 +1,67 @@
+"""Where a run keeps what: every path below its working directory has its name here."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from dptdr_jax.core import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Paths of one run."""
+
+  root: pathlib.Path
+
+  @classmethod
+  def of(cls, workdir: files.Path) -> Layout:
+    return cls(pathlib.Path(workdir))
+
+  def stage(self, name: str) -> pathlib.Path:
+    """A stage's own directory; it goes as a whole when the stage must be done anew."""
+    return self.root / name
+
+  @property
+  def prepared(self) -> pathlib.Path:
+    return self.root / "prepare" / "text"
+
+  @property
+  def stores(self) -> pathlib.Path:
+    """Token stores: corpus, and queries of each split."""
+    return self.root / "prepare" / "tokens"
+
+  def train(self, number: int) -> pathlib.Path:
+    return self.root / f"train{number}"
+
+  def retriever(self, number: int) -> pathlib.Path:
+    """The retriever that round `number` of training chose."""
+    return self.train(number) / "retriever"
+
+  def embeddings(self, system: str) -> pathlib.Path:
+    return self.root / "encode" / system
+
+  def run_file(self, system: str, split: str) -> pathlib.Path:
+    return self.root / "evaluate" / "runs" / f"{system}.{split}.trec"
+
+  @property
+  def summary(self) -> pathlib.Path:
+    """What the table and the report say besides the measures: counts, labels, confidence intervals."""
+    return self.root / "evaluate" / "summary.json"
+
+  @property
+  def examples(self) -> pathlib.Path:
+    """Queries with their top passages, for the report."""
+    return self.root / "evaluate" / "examples.json"
+
+  def per_query(self, system: str, split: str) -> pathlib.Path:
+    """Measures of every query, .npz: what significance tests read."""
+    return self.root / "evaluate" / "per_query" / f"{system}.{split}.npz"
+
+  @property
+  def results(self) -> pathlib.Path:
+    return self.root / "results.json"
+
+  @property
+  def report(self) -> pathlib.Path:
+    return self.root / "report.html"

