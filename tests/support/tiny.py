@@ -1,0 +1,116 @@
+"""A backbone and a corpus small enough for a whole run in seconds, in the formats that users bring."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+TOPICS = {
+  "sorting": "merge quick heap stable order compare swap pivot list array sorted ascending",
+  "graphs": "node edge path cycle tree weight shortest flow vertex neighbour connected bipartite",
+  "numbers": "prime factor modulo integer fraction divisor remainder even odd square root power",
+  "strings": "prefix suffix substring character match pattern search replace upper lower trim split",
+  "files": "open read write close seek buffer stream directory rename delete append lock",
+  "network": "socket packet address port listen connect timeout retry server client route latency",
+  "statistics": "mean median variance sample deviation quantile normal hypothesis interval regression fit error",
+  "matrices": "row column rank inverse transpose product determinant eigenvalue diagonal sparse dense trace",
+}
+
+
+def sentences(count: int, words: int, seed: int) -> list[tuple[str, str]]:
+  """Returns (topic, sentence) pairs: `words` words of one topic each, drawn by `seed`."""
+  generator = np.random.default_rng(seed)
+  names = sorted(TOPICS)
+  drawn = []
+  for index in range(count):
+    topic = names[index % len(names)]
+    drawn.append((topic, " ".join(generator.choice(TOPICS[topic].split(), words))))
+  return drawn
+
+
+def beir(directory: pathlib.Path, passages: int = 64, queries: int = 48, seed: int = 0) -> pathlib.Path:
+  """Writes a BEIR folder: a passage's query is some of its words; splits train and dev."""
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / "qrels").mkdir(exist_ok=True)
+  generator = np.random.default_rng(seed)
+  corpus = sentences(passages, 14, seed)
+  with gzip.open(directory / "corpus.jsonl.gz", "wt", encoding="utf-8") as stream:
+    for row, (topic, text) in enumerate(corpus):
+      stream.write(json.dumps({"_id": f"p{row}", "title": topic, "text": text}) + "\n")
+  judged: dict[str, list[str]] = {"train": [], "dev": []}
+  with open(directory / "queries.jsonl", "w", encoding="utf-8") as stream:
+    for number in range(queries):
+      row = int(generator.integers(passages))
+      text = " ".join(generator.permutation(corpus[row][1].split())[:5])
+      stream.write(json.dumps({"_id": f"q{number}", "text": text}) + "\n")
+      judged["dev" if number % 3 == 0 else "train"].append(f"q{number}\tp{row}\t1\n")
+  for split, lines in judged.items():
+    (directory / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+  return directory
+
+
+def tokenizer() -> tokenizers.Tokenizer:
+  """A WordPiece tokenizer over the topics' words and the letters, with BERT's special tokens."""
+  words = sorted({word for topic in TOPICS.values() for word in topic.split()} | set(TOPICS))
+  letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+  pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *(f"##{letter}" for letter in letters)]
+  vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+  made = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+  made.normalizer = normalizers.BertNormalizer()
+  made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  made.post_processor = processors.TemplateProcessing(
+    single="[CLS] $A [SEP]",
+    pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+    special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+  )
+  made.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+  return made
+
+
+def backbone(directory: pathlib.Path, *, hidden: int = 32, layers: int = 2, heads: int = 4, seed: int = 0) -> pathlib.Path:
+  """Writes a random BERT in Hugging Face layout: config.json, model.safetensors, tokenizer files."""
+  directory.mkdir(parents=True, exist_ok=True)
+  vocabulary = tokenizer()
+  size, inner, positions = vocabulary.get_vocab_size(), 2 * hidden, 96
+  config = {
+    "model_type": "bert", "vocab_size": size, "hidden_size": hidden, "num_hidden_layers": layers,
+    "num_attention_heads": heads, "intermediate_size": inner, "max_position_embeddings": positions,
+    "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1, "initializer_range": 0.02, "pad_token_id": 0,
+  }  # fmt: skip
+  generator = np.random.default_rng(seed)
+
+  def normal(*shape: int) -> np.ndarray:
+    return generator.normal(0, 0.2, shape).astype(np.float32)
+
+  tensors = {
+    "embeddings.word_embeddings.weight": normal(size, hidden),
+    "embeddings.position_embeddings.weight": 0.1 * normal(positions, hidden),
+    "embeddings.token_type_embeddings.weight": normal(2, hidden),
+  }
+  norms = ["embeddings.LayerNorm"]
+  for layer in range(layers):
+    at = f"encoder.layer.{layer}."
+    dense = {f"attention.self.{part}": (hidden, hidden) for part in ("query", "key", "value")}
+    dense |= {"attention.output.dense": (hidden, hidden), "intermediate.dense": (inner, hidden), "output.dense": (hidden, inner)}
+    for name, shape in dense.items():
+      tensors[f"{at}{name}.weight"], tensors[f"{at}{name}.bias"] = normal(*shape), 0.1 * normal(shape[0])
+    norms += [f"{at}attention.output.LayerNorm", f"{at}output.LayerNorm"]
+  for name in norms:
+    tensors[f"{name}.weight"], tensors[f"{name}.bias"] = 1 + 0.1 * normal(hidden), 0.1 * normal(hidden)
+  (directory / "config.json").write_text(json.dumps(config))
+  save_file(tensors, directory / "model.safetensors")
+  vocabulary.save(str(directory / "tokenizer.json"))
+  (directory / "tokenizer_config.json").write_text(
+    json.dumps(
+      {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]",
+       "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    )
+  )  # fmt: skip
+  return directory
