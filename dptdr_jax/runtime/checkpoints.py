@@ -1,0 +1,185 @@
+"""Checkpoints of a training state, by orbax: written in the background, whole or absent, checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dptdr_jax.core.errors import InputError
+
+State = TypeVar("State")
+
+
+class Checkpoints:
+  """The checkpoints of one run in one directory, a subdirectory a step.
+
+  What a killed save left behind is removed on opening. Every process of the run opens the same directory and calls the
+  same methods in the same order.
+  """
+
+  def __init__(self, directory: str | os.PathLike, keep: int = 2):
+    """Opens the directory, making it if needed; `keep` is how many of the newest steps stay."""
+    self.directory = pathlib.Path(directory).absolute()
+    self.directory.mkdir(parents=True, exist_ok=True)
+    self._orbax = ocp.training.Checkpointer(
+      self.directory,
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      cleanup_tmp_directories=True,
+    )
+
+  def steps(self) -> list[int]:
+    """The steps that have a finished checkpoint, ascending."""
+    return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+  def latest(self) -> int | None:
+    """The newest of `steps()`, or None."""
+    return max(self.steps(), default=None)
+
+  def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> None:
+    """Copies `state` off the devices and writes it in the background; waits first for a save that is still going on.
+
+    Args:
+      step: names the checkpoint; one that is there already is replaced.
+      state: a tree of jax arrays; may be donated as soon as this returns.
+      metadata: what JSON can hold; comes back from `restore`.
+    """
+    self.wait()
+    self._orbax.save_async(
+      step,
+      {"state": state, "checksums": _checksums(state)},
+      force=True,
+      overwrite=step in self.steps(),
+      custom_metadata={"metadata": dict(metadata or {}), "layout": _layout(state)},
+    )
+
+  def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+    """Reads a checkpoint and checks it against the checksums in it.
+
+    Args:
+      step: one of `steps()`.
+      like: a tree of arrays or jax.ShapeDtypeStruct with shardings: shapes, dtypes and placement of the result, which
+        may be other devices than those that saved.
+
+    Returns:
+      The state and its metadata.
+
+    Raises:
+      InputError: no such step, a state of another layout, or a checkpoint that is damaged; names the newest whole one.
+    """
+    self.wait()
+    if step not in self.steps():
+      raise InputError(f"no checkpoint of step {step}; there are {self.steps()}", path=self.directory)
+    try:
+      return self._read(step, like)
+    except _DamagedError as damage:
+      whole = next((s for s in reversed(self.steps()) if s != step and self._is_whole(s, like)), None)
+      advice = f"step {whole} is whole" if whole is not None else "no other step is whole: start anew"
+      raise InputError(
+        f"the checkpoint of step {step} is damaged ({damage})",
+        path=self.directory / str(step),
+        fix=f"Remove this directory and run again; {advice}",
+      ) from damage
+
+  def wait(self) -> None:
+    """Returns when the save that is going on, if any, is finished; raises what went wrong in it."""
+    self._orbax.wait()
+
+  def close(self) -> None:
+    """Waits, then lets go of the directory."""
+    self._orbax.close()
+
+  def _is_whole(self, step: int, like: Any) -> bool:
+    try:
+      self._read(step, like)
+    except (_DamagedError, InputError):
+      return False
+    return True
+
+  def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+    with _damage_as_one_error():
+      notes = self._orbax.metadata(step).custom_metadata
+    if not notes or "layout" not in notes:
+      raise _DamagedError("its metadata is missing or cut short")
+    wanted = _layout(like)
+    if notes["layout"] != wanted:
+      names = [name for name in {**notes["layout"], **wanted} if notes["layout"].get(name) != wanted.get(name)]
+      raise InputError(
+        f"the checkpoint holds other parameters: {names[0]} is {notes['layout'].get(names[0])} there, "
+        f"{wanted.get(names[0])} here",
+        path=self.directory / str(step),
+        fix="Use the configuration that it was saved with, or another workdir",
+      )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    sums = jax.ShapeDtypeStruct((len(wanted),), np.uint32, sharding=_any_replicated(abstract))
+    with _damage_as_one_error():
+      read = self._orbax.load(step, {"state": abstract, "checksums": sums})
+    differs = np.asarray(_checksums(read["state"])) != np.asarray(read["checksums"])
+    if differs.any():
+      raise _DamagedError(f"the bytes of {[name for name, bad in zip(wanted, differs, strict=True) if bad]} changed")
+    return read["state"], notes["metadata"]
+
+
+class _DamagedError(Exception):
+  """A checkpoint that is there but cannot be read back as it was written."""
+
+
+@contextlib.contextmanager
+def _damage_as_one_error() -> Iterator[None]:
+  """Turns whatever the reading library raises on damaged files into one error, and keeps its log quiet."""
+  loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
+  try:
+    for logger in loggers:
+      logger.disabled = True
+    yield
+  except Exception as error:  # decoding damaged files fails in every way there is; the cause stays attached
+    root: BaseException = error
+    while root.__cause__ is not None:
+      root = root.__cause__
+    gc.collect()  # abandoned tasks report themselves when collected: now, while their log is off
+    raise _DamagedError(str(root).splitlines()[0][:200] if str(root) else type(root).__name__) from error
+  finally:
+    for logger in loggers:
+      logger.disabled = False
+
+
+def _layout(tree: Any) -> dict[str, list[Any]]:
+  """Shape and dtype of every leaf by its path, as JSON holds them."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
+
+
+def _any_replicated(abstract: Any) -> jax.sharding.Sharding:
+  """A sharding that puts the whole value on the devices that the tree uses."""
+  sharding = jax.tree.leaves(abstract)[0].sharding
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return sharding
+
+
+@jax.jit
+def _checksums(tree: Any) -> jax.Array:
+  """One uint32 a leaf, the same however the leaves are sharded: the storage format itself lets flipped bits pass.
+
+  Σ word · (2·index + 1) mod 2³²: as the factors are odd, no change of a single word goes unseen.
+  """
+
+  def checksum(leaf: jax.Array) -> jax.Array:
+    leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+    words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+    index, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):  # by axis and not by ravel, which would move sharded leaves about
+      index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+      stride *= words.shape[axis]
+    return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
+
+  return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])

@@ -1,0 +1,42 @@
+"""metrics.jsonl ends the same whether a run was interrupted or not."""
+
+import json
+
+import pytest
+
+from dptdr_jax.runtime.metrics import MetricWriter, read_metrics
+
+
+def run(directory, steps, resume_step=0):
+  writer = MetricWriter(directory, resume_step)
+  for step in steps:
+    writer.write(step, {"loss": 1 / step, "accuracy": 0.5})
+  return writer
+
+
+def test_resume_drops_what_lies_beyond_and_what_was_cut(tmp_path):
+  run(tmp_path / "undisturbed", range(1, 9)).close()
+  run(tmp_path / "killed", range(1, 7))  # not closed
+  with open(tmp_path / "killed" / "metrics.jsonl", "a") as stream:
+    stream.write('{"step": 7, "lo')
+  run(tmp_path / "killed", range(5, 9), resume_step=4).close()
+  expected = (tmp_path / "undisturbed" / "metrics.jsonl").read_bytes()
+  assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == expected
+  assert [record["step"] for record in read_metrics(tmp_path / "killed" / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_events_follow_the_file(tmp_path):
+  run(tmp_path, range(1, 7)).close()
+  run(tmp_path, [5], resume_step=4).close()
+  events = list((tmp_path / "tensorboard").iterdir())
+  assert len(events) == 1
+  content = events[0].read_bytes()
+  assert content.count(b"loss") == 5 and content.count(b"accuracy") == 5
+
+
+def test_starts_afresh_and_writes_only_json(tmp_path):
+  run(tmp_path, [1, 2]).close()
+  writer = run(tmp_path, [])
+  writer.write(1, {"loss": float("nan")})
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [{"step": 1, "loss": None}]
