@@ -1,1 +1,1 @@
-"""BM25, FAISS, candidate pools, run files, measures. No jax here but for search on the devices."""
+"""Everything between vectors and a table of measures: search, BM25, runs, candidate pools, measures. No jax here."""
