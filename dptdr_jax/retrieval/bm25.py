@@ -1,9 +1,9 @@
 """BM25 as Lucene scores it, over bm25s, built and searched in bounded memory.
 
 score(q, d) = Σ_t ln(1 + (C − df_t + ½) / (df_t + ½)) · tf / (tf + k1 · (1 − b + b · |d| / mean |d|)), over q's tokens t
-with repetition (Kamphuis et al., ECIR 2020, "Lucene (accurate)"). bm25s cuts texts into stemmed tokens and adds up a query's
-postings; its own index builder holds a corpus as Python lists, so the postings are made here, in shards of passages
-that share the whole corpus' document frequencies and mean length: the ranking is that of one index.
+with repetition (Kamphuis et al., ECIR 2020, "Lucene (accurate)"). bm25s cuts texts into stemmed tokens and adds up a
+query's postings; its own index builder holds a corpus as Python lists, so the postings are made here, in shards of
+passages that share the whole corpus' document frequencies and mean length: the ranking is that of one index.
 """
 
 from __future__ import annotations

@@ -41,9 +41,9 @@ class Index:
   ) -> Index:  # fmt: skip
     """Trains an index on a sample, where it is of a kind that is trained, and adds all passages in row order.
 
-    The index is held in memory ("Flat": 4 · C · H bytes; "…PQm": about m + 8 bytes a passage), and with it the sample and
-    one block. Built again from the same arguments it is the same, but for HNSW: several threads link its graph in the
-    order in which they come, so ask for threads=1 where that matters.
+    The index is held in memory ("Flat": 4 · C · H bytes; "…PQm": about m + 8 bytes a passage), and with it the sample
+    and one block. Built again from the same arguments it is the same, but for HNSW: several threads link its graph in
+    the order in which they come, so ask for threads=1 where that matters.
 
     Args:
       embeddings: C passages.
@@ -59,7 +59,9 @@ class Index:
     try:
       index = faiss.index_factory(embeddings.width, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-      raise InputError(f"no FAISS index of width {embeddings.width} ({_brief(error)})", value=factory, fix=_STRINGS) from error
+      raise InputError(
+        f"no FAISS index of width {embeddings.width} ({_brief(error)})", value=factory, fix=_STRINGS
+      ) from error
     with faiss_threads(threads):
       if not index.is_trained:
         chosen = np.random.default_rng(seed).choice(len(embeddings), min(sample, len(embeddings)), replace=False)
@@ -67,7 +69,9 @@ class Index:
           index.train(embeddings.take(np.sort(chosen)))
         except RuntimeError as error:
           fix = "Take fewer lists or centroids, or a larger sample."
-          raise InputError(f"cannot train on {len(chosen)} passages ({_brief(error)})", value=factory, fix=fix) from error
+          raise InputError(
+            f"cannot train on {len(chosen)} passages ({_brief(error)})", value=factory, fix=fix
+          ) from error
       with progress.bar(f"index {factory}", len(embeddings), "passage") as shown:
         for _, block in embeddings.blocks(block_rows):
           index.add(block)

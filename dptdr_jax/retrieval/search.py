@@ -15,6 +15,7 @@ from dptdr_jax.retrieval.runs import Run
 
 # (queries [n, H], k) → (scores [n, k], rows [n, k]), as faiss gives them
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+_RESULT_ENTRIES = 1 << 23  # of one call to faiss: 100 MB of scores and rows
 
 
 def search_exact(
@@ -31,8 +32,8 @@ def search_exact(
   scores stand by ascending row, also where they straddle rank k. (Equal vectors have equal scores only as far as the
   matrix product sums them in one order; it may differ in the last bit between blocks.)
 
-  Peak memory beside the queries: a block (block_rows · H · 4 bytes: 200 MB for H = 384), the run (8 · Q · k bytes) and a
-  block's result (12 · Q · (k + 1) bytes), the rest below 100 MB.
+  Peak memory beside the queries: a block (block_rows · H · 4 bytes: 200 MB for H = 384), twice the run (2 · 8 · Q · k
+  bytes: what was found so far and in the block), and up to 300 MB.
 
   Args:
     queries: float32 [Q, H].
@@ -74,22 +75,21 @@ def search_ties(search: Search, queries: np.ndarray, k: int, count: int) -> Run:
   Returns:
     A run [Q, k].
   """
-  depth = min(k + 1, count)
-  scores, rows = search(queries, depth)
-  run = _ordered(rows, scores, k)
-  while depth < count:
-    open_ended = np.flatnonzero((scores[:, k - 1] == scores[:, -1]) & (rows[:, -1] >= 0))
-    if not len(open_ended):
-      break
-    if depth == k + 1:
-      of_queries = open_ended
-    else:
-      of_queries = of_queries[open_ended]
-    depth = min(4 * depth, count)
-    scores, rows = search(queries[of_queries], depth)
-    again = _ordered(rows, scores, k)
-    run.rows[of_queries], run.scores[of_queries] = again.rows, again.scores
+  run = Run.empty(len(queries), k)
+  _settle(search, queries, np.arange(len(queries)), min(k + 1, count), count, run)
   return run
+
+
+def _settle(search: Search, queries: np.ndarray, of: np.ndarray, depth: int, count: int, run: Run) -> None:
+  """Searches for the queries `of` and writes them into `run`; deeper for those whose tie at rank k is left open."""
+  size = max(1, _RESULT_ENTRIES // depth)
+  for some in (of[start : start + size] for start in range(0, len(of), size)):
+    scores, rows = search(queries[some], depth)
+    run.rows[some], run.scores[some] = _ordered(rows, scores, run.depth)
+    if depth < count:
+      open_ended = (scores[:, run.depth - 1] == scores[:, -1]) & (rows[:, -1] >= 0)
+      if open_ended.any():
+        _settle(search, queries, some[open_ended], min(4 * depth, count), count, run)
 
 
 def merge(best: Run, found: Run, first_row: int) -> None:
@@ -137,11 +137,12 @@ def _blocks(passages: Embeddings | np.ndarray, rows: int) -> Iterator[tuple[int,
     yield first, np.ascontiguousarray(passages[first : first + rows], np.float32)
 
 
-def _ordered(rows: np.ndarray, scores: np.ndarray, k: int) -> Run:
-  """Faiss' result as a run. Its scores descend; only queries with a tie or a fill are sorted again."""
-  run = Run(rows[:, :k].astype(np.int32), scores[:, :k].copy())
-  unsure = np.flatnonzero((scores[:, 1:] >= scores[:, :-1]).any(1) | (rows < 0).any(1))
+def _ordered(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows and scores of faiss' result as a run has them. Only queries with a tie or a fill are sorted again."""
+  rows, all_rows = rows[:, :k].astype(np.int32), rows
+  unsure = np.flatnonzero((scores[:, 1:] >= scores[:, :-1]).any(1) | (all_rows < 0).any(1))
   if len(unsure):
-    again = Run.ranked(rows[unsure], scores[unsure], k)
-    run.rows[unsure], run.scores[unsure] = again.rows, again.scores
-  return run
+    again = Run.ranked(all_rows[unsure], scores[unsure], k)
+    scores = scores[:, :k].copy()
+    rows[unsure], scores[unsure] = again.rows, again.scores
+  return rows, scores[:, :k]
