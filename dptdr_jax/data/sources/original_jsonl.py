@@ -1,0 +1,129 @@
+"""The training files of the original DPTDR code: JSONL lines of a query, its positives, its negatives.
+
+{"query": …, "positives": [passage, …], "negatives": [passage, …]}, where a text is a string, or a list of token ids
+without special tokens, and a passage may also be {"title": …, "text": …}. (What the original reads: method.md.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.records import Judgement, Negatives, Passage, Query
+from dptdr_jax.data.sources.lines import FileSource, Kind, Placed, read_json_lines, text_of, unicode_of
+
+_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+
+class TextCodec(Protocol):
+  """What turns token ids into text and back (data.tokenizer.Tokenizer does)."""
+
+  def decode(self, ids: list[int]) -> str: ...
+
+  def encode(self, texts: list[str]) -> list[list[int]]: ...
+
+
+class OriginalJsonl(FileSource):
+  """Reads SPLIT.jsonl (or .json) files, or SPLIT/ directories of them, each as it is or gzipped.
+
+  Passages have no ids there: the corpus is every distinct positive and negative of all splits in order of appearance,
+  and a passage's id is a hash of its text. A query's id is `FILE-LINE`.
+
+  Token ids are decoded to text, so that BM25, reports and another tokenizer can read them; `changed` counts the
+  texts that the tokenizer then encodes to other ids than it was given.
+
+  Args:
+    directory: holds the files.
+    tokenizer: decodes token ids; None for files of text.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, *, tokenizer: TextCodec | None = None):
+    super().__init__(directory)
+    self._tokenizer = tokenizer
+    self.changed = 0
+
+  def splits(self) -> tuple[str, ...]:
+    """Names of the JSONL files and directories here, training first."""
+    names = {path.name.removesuffix(".gz").rsplit(".", 1)[0] for path in self.directory.iterdir() if _is_jsonl(path)}
+    names |= {path.name for path in self.directory.iterdir() if path.is_dir() and any(map(_is_jsonl, path.iterdir()))}
+    if not names:
+      raise InputError("no SPLIT.jsonl here", path=self.directory)
+    return tuple(sorted(names, key=lambda name: (name != "train", name)))
+
+  def files(self, split: str | None = None) -> list[pathlib.Path]:
+    """Files of a split; the corpus is read from those of all splits."""
+    if split is None:
+      return [path for name in self.splits() for path in self.files(name)]
+    inside = self.directory / split
+    found = sorted(filter(_is_jsonl, inside.iterdir())) if inside.is_dir() else []
+    found += [path for suffix in _SUFFIXES if (path := self.directory / (split + suffix)).is_file()]
+    if not found:
+      raise InputError(f"no {split}.jsonl here", path=self.directory)
+    return found
+
+  def records(self, kind: Kind, split: str | None) -> Iterator[Placed]:
+    """Yields (path, line, record) of one kind."""
+    if kind == "passages":
+      yield from self._passages()
+      return
+    for path, line, value in self._lines(split):
+      query_id = f"{path.name.split('.')[0]}-{line}"
+      if kind == "queries":
+        yield path, line, Query(query_id, self._text(value.get("query"), "query", path, line))
+        continue
+      name = "positives" if kind == "judgements" else "negatives"
+      ids = dict.fromkeys(passage.id for passage in self._side(value, name, path, line))
+      if kind == "judgements":
+        if not ids:
+          raise InputError("no positives", path=path, line=line)
+        yield from ((path, line, Judgement(query_id, passage_id, 1)) for passage_id in ids)
+      elif ids:
+        yield path, line, Negatives(query_id, tuple(ids))
+
+  def _lines(self, split: str | None) -> Iterator[tuple[pathlib.Path, int, dict[str, Any]]]:
+    for path in self.files(split):
+      for line, value in read_json_lines(path):
+        yield path, line, value
+
+  def _passages(self) -> Iterator[Placed]:
+    seen: set[bytes] = set()
+    self.changed = 0
+    for path, line, value in self._lines(None):
+      for name in ("positives", "negatives"):
+        for passage in self._side(value, name, path, line, check=True):
+          key = bytes.fromhex(passage.id)
+          if key not in seen:
+            seen.add(key)
+            yield path, line, passage
+
+  def _side(
+    self, value: dict[str, Any], name: str, path: pathlib.Path, line: int, check: bool = False
+  ) -> Iterator[Passage]:
+    entries = value.get(name, [])
+    if not isinstance(entries, list):
+      raise InputError(f"{name} must be a list", path=path, line=line, value=entries)
+    for entry in entries:
+      title = ""
+      if isinstance(entry, dict):
+        title, entry = unicode_of(str(entry.get("title") or "").strip(), "title", path, line), entry.get("text")
+      text = self._text(entry, f"text in {name}", path, line, check)
+      digest = hashlib.blake2b(f"{title}\0{text}".encode(), digest_size=12).hexdigest()
+      yield Passage(digest, title, text)
+
+  def _text(self, value: object, what: str, path: pathlib.Path, line: int, check: bool = False) -> str:
+    if isinstance(value, list):
+      if not all(isinstance(token, int) and token >= 0 for token in value):
+        raise InputError(f"{what}: token ids must be whole numbers", path=path, line=line, value=value)
+      if self._tokenizer is None:
+        raise InputError(f"{what} is token ids", path=path, line=line, fix="Name the tokenizer that made them")
+      text = text_of(self._tokenizer.decode(value), what, path, line)
+      self.changed += check and self._tokenizer.encode([text])[0] != value
+      return text
+    return text_of(value, what, path, line)
+
+
+def _is_jsonl(path: pathlib.Path) -> bool:
+  return path.is_file() and path.name.endswith(_SUFFIXES)

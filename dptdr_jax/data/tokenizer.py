@@ -1,0 +1,107 @@
+"""Hugging Face fast tokenizers without transformers in the way: ids without special tokens, and how to wrap them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.core.files import read_json
+
+_NAMES = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>")}
+
+
+class Tokenizer:
+  """A fast tokenizer out of a directory in Hugging Face layout; truncation and padding baked into it are taken off.
+
+  Attributes:
+    backend: the `tokenizers.Tokenizer`, with neither truncation nor padding.
+    prefix, suffix: special ids before and after one text, such as (cls,) and (sep,).
+    cls_id, sep_id, pad_id, mask_id: their ids; mask_id is None where the vocabulary has none.
+    vocab_size: the number of ids, added tokens included.
+    hash: SHA-256 of tokenizer.json's content but for truncation and padding.
+  """
+
+  def __init__(self, directory: str | pathlib.Path):
+    directory = pathlib.Path(directory)
+    content = _load(directory)
+    content["truncation"] = content["padding"] = None
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    try:
+      self.backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+      raise InputError(f"not a tokenizer ({error})", path=directory / "tokenizer.json") from error
+    self.directory = directory
+    self.hash = hashlib.sha256(text.encode()).hexdigest()
+    self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+    self.prefix, self.suffix = self._wrapping()
+    self.cls_id, self.sep_id = self.prefix[0], self.suffix[-1]
+    self.pad_id = self._special("pad")
+    if self.pad_id is None:
+      raise InputError("the tokenizer has no padding token", path=directory, fix="Name it in tokenizer_config.json")
+    self.mask_id = self._special("mask")
+
+  @property
+  def separator(self) -> str:
+    """The separator token as text, which the original puts between title and text."""
+    return self.backend.id_to_token(self.sep_id)
+
+  def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
+    """Returns token ids without special tokens, cut on the right to `max_tokens`."""
+    encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids[:max_tokens] for encoding in encodings]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of token ids, special tokens included."""
+    return self.backend.decode(list(ids), skip_special_tokens=False)
+
+  def wrap(self, ids: Sequence[int]) -> list[int]:
+    """Returns prefix + ids + suffix."""
+    return [*self.prefix, *ids, *self.suffix]
+
+  def check_model(self, vocab_size: int, path: str | pathlib.Path) -> None:
+    """Raises an InputError when the model at `path` has fewer word embeddings than the tokenizer has ids."""
+    if self.vocab_size > vocab_size:
+      what = f"the tokenizer in {self.directory} has {self.vocab_size} ids and the model {vocab_size} embeddings"
+      raise InputError(what, path=path, fix="Take the tokenizer that belongs to the model")
+
+  def _wrapping(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    encoding = self.backend.encode("a", add_special_tokens=True)
+    content = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+    prefix, suffix = encoding.ids[: content[0]], encoding.ids[content[-1] + 1 :]
+    if not prefix or not suffix:
+      what = "the tokenizer puts no special token before and after a text"
+      raise InputError(what, path=self.directory, fix="Its post-processor must add what the model was trained with")
+    return tuple(prefix), tuple(suffix)
+
+  def _special(self, name: str) -> int | None:
+    """Finds a special token by the directory's own files, then by the names that BERT and RoBERTa give it."""
+    named: list[str] = []
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+      if (self.directory / file).is_file():
+        value = read_json(self.directory / file).get(f"{name}_token")
+        named += [value["content"] if isinstance(value, dict) else value] if value else []
+    ids = (self.backend.token_to_id(token) for token in (*named, *_NAMES[name]))
+    return next((token_id for token_id in ids if token_id is not None), None)
+
+
+def _load(directory: pathlib.Path) -> dict[str, Any]:
+  """Returns tokenizer.json's content; made by transformers where a directory has vocabulary files alone."""
+  if (directory / "tokenizer.json").is_file():
+    return read_json(directory / "tokenizer.json")
+  if not any((directory / name).is_file() for name in ("vocab.txt", "vocab.json", "sentencepiece.bpe.model")):
+    raise InputError("no tokenizer here (tokenizer.json, vocab.txt or vocab.json)", path=directory)
+  import transformers  # seconds to import and rarely needed
+
+  try:
+    made = transformers.AutoTokenizer.from_pretrained(str(directory), use_fast=True, local_files_only=True)
+  except (OSError, ValueError) as error:
+    raise InputError(f"transformers makes no tokenizer of it ({error})", path=directory) from error
+  if not made.is_fast:
+    raise InputError("only fast tokenizers are supported", path=directory)
+  return json.loads(made.backend_tokenizer.to_str())
