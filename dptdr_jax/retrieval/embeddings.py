@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.core.files import Path, atomic_path, read_json, remove, rename, write_json
+from dptdr_jax.core.files import Path, atomic_path, read_json, remove, write_json
 
 _FORMAT = 1
 _DTYPES = ("float32", "float16")
@@ -98,7 +99,7 @@ class EmbeddingWriter:
     if (self.directory / "begun.json").is_file():
       with atomic_path(self.directory / "ids.npy") as partial, open(partial, "wb") as stream:
         np.save(stream, np.array([name.encode() for name in ids], np.bytes_))
-      rename(self.directory / "begun.json", self.directory / "manifest.json")
+      files.rename(self.directory / "begun.json", self.directory / "manifest.json")
     return Embeddings(self.directory)
 
 

@@ -134,8 +134,10 @@ def _chunks(samples: int, width: int) -> list[slice]:
 
 def _parse(name: str) -> ir_measures.Measure:
   try:
-    return ir_measures.parse_measure(name)
-  except (ValueError, NameError, TypeError, AttributeError, KeyError) as error:
+    measure = ir_measures.parse_measure(name)
+    measure.validate_params()
+    return measure
+  except (ValueError, NameError, TypeError, AttributeError, KeyError, AssertionError) as error:
     raise InputError(
       f"not a measure of ir-measures ({error})", value=name, fix="Write RR@10, R@100, nDCG@10 …"
     ) from error

@@ -1,0 +1,77 @@
+"""DPR's answer match, case by case."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+
+from dptdr_jax.retrieval.answers import contains_answer, match_run, tokens
+from dptdr_jax.retrieval.runs import Run
+
+
+def test_tokens_are_dprs():
+  assert tokens("U.S. won 1,200 medals—in ’08!") == ["u", ".", "s", ".", "won", "1", ",", "200", "medals", "—", "in",
+                                                     "’", "08", "!"]  # fmt: skip
+  assert tokens(" \t\n\u200b\u00a0") == []
+  assert tokens("東京 Tōkyō") == ["東京", unicodedata.normalize("NFD", "tōkyō")]
+
+
+@pytest.mark.parametrize(
+  ("text", "answers", "expected"),
+  [
+    ("He moved to New York City.", ["new york"], True),
+    ("He moved to New  \n York City.", ["New York"], True),
+    ("He moved to Newyork.", ["new york"], False),
+    ("the USA", ["US"], False),  # whole tokens
+    ("in 1998", ["1998", "ninety-eight"], True),
+    ("in 19981", ["1998"], False),
+    ("1,200 people", ["1,200"], True),
+    ("1200 people", ["1,200"], False),  # no number is normalised
+    ("about 3.5 kg", ["3.5"], True),
+    ("Beyoncé sang", ["Beyonce\u0301"], True),  # composed and decomposed are one
+    ("Beyoncé sang", ["Beyonce"], False),  # but an accent counts
+    ("STRASSE", ["straße"], False),  # lower(), not casefold()
+    ("ΟΔΟΣ ÅNGSTRÖM", ["ångström"], True),
+    ("it was Jupiter", ["mars", "Venus", "jupiter"], True),
+    ("it was Jupiter", ["mars", "Venus"], False),
+    ("rock'n'roll", ["rock 'n' roll"], True),  # punctuation is a token, the space around it is not
+    ("rock n roll", ["rock 'n' roll"], False),
+    ("anything", [""], False),
+    ("anything", [], False),
+    ("", ["x"], False),
+    ("a b", ["a b c"], False),
+    ("b a b a c", ["b a c"], True),
+  ],
+)
+def test_contains_answer(text, answers, expected):
+  assert contains_answer(text, answers) is expected
+
+
+def by_definition(text: str, answers: list[str]) -> bool:
+  """DPR's own words: an answer's token list stands somewhere in the text's."""
+  words = tokens(text)
+  return any(
+    words[i : i + len(answer)] == answer
+    for answer in map(tokens, answers) if answer
+    for i in range(len(words) - len(answer) + 1)
+  )  # fmt: skip
+
+
+def test_joined_search_is_the_token_by_token_one():
+  generator = np.random.default_rng(5)
+  alphabet = ["a", "A", "b", "ab", ",", " ", "é", "e\u0301", "1", "\0", "\u0301"]
+  for _ in range(2000):
+    text = "".join(generator.choice(alphabet, 8))
+    answer = "".join(generator.choice(alphabet, 2))
+    assert contains_answer(text, [answer]) == by_definition(text, [answer]), (text, answer)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_match_run(workers):
+  texts = ["Paris is in France", "Rome", "the city of paris", "nothing"]
+  run = Run(np.array([[3, 0, 2], [1, -1, -1], [-1, -1, -1]], np.int32), np.zeros((3, 3), np.float32))
+  run = Run(np.tile(run.rows, (50, 1)), np.tile(run.scores, (50, 1)))
+  hits = match_run(run, [["Paris"], ["Rom"], ["x"]] * 50, texts.__getitem__, depth=2, workers=workers)
+  assert hits.shape == (150, 2)
+  assert hits[:3].tolist() == [[False, True], [False, False], [False, False]]
+  assert np.array_equal(hits, np.tile(hits[:3], (50, 1)))

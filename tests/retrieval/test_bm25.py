@@ -1,0 +1,118 @@
+"""BM25 against the formula by hand and against bm25s' own index."""
+
+import math
+import shutil
+
+import bm25s
+import numpy as np
+import pytest
+import Stemmer
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.retrieval.bm25 import Bm25
+
+TEXTS = ["apple banana apple", "banana cherries", "the apple", "", "cherry cherry cherry apple", "durian"]
+
+
+def build(texts, path, **options):
+  return Bm25.build(iter(texts), path, **options)
+
+
+def test_the_formula_by_hand(tmp_path):
+  index = build(TEXTS, tmp_path / "i")
+  run = index.search(["apples and cherry", "durian durian"], 4)
+  # stemmed, without stop words: {apple 2, banana}, {banana, cherry}, {apple}, {}, {cherry 3, apple}, {durian}
+  lengths, mean = [3, 2, 1, 0, 4, 1], 11 / 6
+
+  def part(df, tf, row):
+    idf = math.log(1 + (6 - df + 0.5) / (df + 0.5))
+    return idf * tf / (tf + 0.9 * (1 - 0.4 + 0.4 * lengths[row] / mean))
+
+  expected = {4: part(3, 1, 4) + part(2, 3, 4), 1: part(2, 1, 1), 0: part(3, 2, 0), 2: part(3, 1, 2)}
+  best = sorted(expected, key=lambda row: -expected[row])
+  assert run.rows[0].tolist() == best
+  np.testing.assert_allclose(run.scores[0], [expected[row] for row in best], rtol=1e-6)
+  assert run.rows[1].tolist() == [5, -1, -1, -1]  # what shares no token is not found
+  assert run.scores[1, 0] == pytest.approx(2 * part(1, 1, 5))  # a token that stands twice counts twice
+  assert (run.scores[1, 1:] == -np.inf).all()
+
+
+def test_k_beyond_the_corpus_and_queries_without_a_known_token(tmp_path):
+  run = build(TEXTS, tmp_path / "i").search(["apple", "xylophone", ""], 50)
+  assert run.rows.shape == (3, 50)
+  assert run.counts().tolist() == [3, 0, 0]
+  assert (run.rows[1:] == -1).all()
+
+
+def corpus(count: int) -> list[str]:
+  generator = np.random.default_rng(1)
+  words = np.array([f"word{i}" for i in range(60)])
+  return [" ".join(words[generator.zipf(1.4, generator.integers(0, 9)) % 60]) for _ in range(count)]
+
+
+@pytest.mark.parametrize("shard_rows", [7, 100, 1000])
+def test_shards_rank_as_one_index_and_as_bm25s(tmp_path, shard_rows):
+  texts, queries = corpus(300), corpus(40)
+  index = build(texts, tmp_path / "i", shard_rows=shard_rows)
+  run = index.search(queries, 20)
+
+  def cut(some):
+    return bm25s.tokenize(some, stopwords="en", stemmer=Stemmer.Stemmer("english"), return_ids=False)
+
+  oracle = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
+  oracle.index(cut(texts), show_progress=False)
+  for query, tokens in enumerate(cut(queries)):
+    scores = oracle.get_scores(tokens) if tokens else np.zeros(len(texts), np.float32)
+    found = run.rows[query][run.rows[query] >= 0]
+    assert len(found) == min(20, (scores > 0).sum())
+    np.testing.assert_allclose(run.scores[query, : len(found)], np.sort(scores)[::-1][: len(found)], rtol=2e-6)
+    np.testing.assert_allclose(run.scores[query, : len(found)], scores[found], rtol=2e-6)
+  whole = build(texts, tmp_path / "whole").search(queries, 20)
+  assert np.array_equal(run.rows, whole.rows)
+  assert np.array_equal(run.scores, whole.scores)
+
+
+def test_ties_stand_by_row_across_rank_k_and_shards(tmp_path):
+  index = build(["same text"] * 10 + ["same text same text"], tmp_path / "i", shard_rows=4)
+  assert index.search(["text"], 3).rows[0, 1:].tolist() == [0, 1]
+  assert index.search(["text"], 11).rows[0].tolist() == [10, *range(10)]
+
+
+def test_the_same_corpus_gives_the_same_files_and_loads(tmp_path):
+  first, second = build(corpus(50), tmp_path / "a"), build(corpus(50), tmp_path / "b")
+  for path in (tmp_path / "a").iterdir():
+    assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+  assert np.array_equal(first.search(["word1 word2"], 5).rows, Bm25(tmp_path / "b").search(["word1 word2"], 5).rows)
+  assert second.count == 50
+
+
+def test_a_corpus_of_stop_words_and_an_empty_one(tmp_path):
+  assert build(["the", "and of"], tmp_path / "i").search(["the apple"], 2).rows.tolist() == [[-1, -1]]
+  with pytest.raises(InputError, match="no passage"):
+    build([], tmp_path / "none")
+  assert not (tmp_path / "none").exists()
+
+
+def test_damage_is_named(tmp_path):
+  build(TEXTS, tmp_path / "i")
+  shard = tmp_path / "i" / "data-00000.npy"
+  shutil.copytree(tmp_path / "i", tmp_path / "j")
+  shard.write_bytes(shard.read_bytes()[:-4])
+  with pytest.raises(InputError, match="not whole"):
+    Bm25(tmp_path / "i")
+  (tmp_path / "j" / "manifest.json").write_text('{"format": 0}')
+  with pytest.raises(InputError, match="not a BM25 index"):
+    Bm25(tmp_path / "j")
+
+
+def test_a_failed_build_leaves_the_old_index(tmp_path):
+  build(TEXTS, tmp_path / "i")
+
+  def broken():
+    yield "apple"
+    raise OSError(28, "No space left on device")
+
+  with pytest.raises(OSError, match="No space"):
+    Bm25.build(broken(), tmp_path / "i")
+  assert Bm25(tmp_path / "i").count == len(TEXTS)
+  assert [path.name for path in tmp_path.iterdir()] == ["i"]

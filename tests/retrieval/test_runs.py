@@ -1,0 +1,118 @@
+"""Runs in memory and on disk."""
+
+import gzip
+import pathlib
+
+import numpy as np
+import pytest
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.retrieval.qrels import Qrels
+from dptdr_jax.retrieval.runs import Run, read_msmarco, read_trec, write_msmarco, write_trec
+
+PASSAGES = ["p-zero", "p-one", "p-two", "p-three"]
+QUERIES = ["q0", "q1", "q2"]
+PASSAGE_ROWS = {name: i for i, name in enumerate(PASSAGES)}
+QUERY_ROWS = {name: i for i, name in enumerate(QUERIES)}
+
+
+@pytest.fixture
+def run() -> Run:
+  rows = np.array([[3, 0, 2], [-1, -1, -1], [1, 2, -1]], np.int32)
+  scores = np.array([[1 / 3, 1e-20, -7.1], [-np.inf] * 3, [2.5, 2.5, -np.inf]], np.float32)
+  return Run(rows, scores)
+
+
+def same(a: Run, b: Run) -> bool:
+  return np.array_equal(a.rows, b.rows) and np.array_equal(a.scores, b.scores)
+
+
+def test_ranked_orders_by_score_then_row_with_fills_last():
+  got = Run.ranked(np.array([[5, -1, 2, 9, 1]]), np.array([[1.0, 99.0, 3.0, 1.0, 3.0]]))
+  assert got.rows.tolist() == [[1, 2, 5, 9, -1]]
+  assert got.scores.tolist() == [[3.0, 3.0, 1.0, 1.0, -np.inf]]
+  assert Run.ranked(np.array([[5, 4]]), np.array([[1.0, 1.0]]), 1).rows.tolist() == [[4]]
+  assert got.counts().tolist() == [4]
+
+
+def test_trec_round_trip_is_exact(run, tmp_path):
+  write_trec(tmp_path / "a.trec", run, QUERIES, PASSAGES, "ours")
+  lines = (tmp_path / "a.trec").read_text().splitlines()
+  assert lines[0] == "q0 Q0 p-three 1 0.333333343 ours"
+  assert len(lines) == 5
+  assert same(read_trec(tmp_path / "a.trec", QUERY_ROWS, PASSAGE_ROWS), run)
+  cut = read_trec(tmp_path / "a.trec", QUERY_ROWS, PASSAGE_ROWS, depth=1)
+  assert cut.rows.tolist() == [[3], [-1], [1]]
+
+
+def test_msmarco_round_trip_and_gzip(run, tmp_path):
+  write_msmarco(tmp_path / "a.tsv", run, QUERIES, PASSAGES)
+  text = (tmp_path / "a.tsv").read_text()
+  assert text.splitlines()[1] == "q0\tp-zero\t2"
+  (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(text.encode()))
+  for name in ("a.tsv", "a.tsv.gz"):
+    got = read_msmarco(tmp_path / name, QUERY_ROWS, PASSAGE_ROWS)
+    assert np.array_equal(got.rows, run.rows)
+    write_msmarco(tmp_path / "b.tsv", got, QUERIES, PASSAGES)
+    assert (tmp_path / "b.tsv").read_text() == text
+
+
+def test_a_run_in_any_order_is_sorted(tmp_path):
+  (tmp_path / "a").write_text("q2 Q0 p-two 1 1.0 x\nq0 Q0 p-two 2 5 x\n\nq2 Q0 p-one 9 1.0 x\nq0 Q0 p-one 1 6 x\n")
+  assert read_trec(tmp_path / "a", QUERY_ROWS, PASSAGE_ROWS).rows.tolist() == [[1, 2], [-1, -1], [1, 2]]
+
+
+@pytest.mark.parametrize(
+  ("line", "says"),
+  [
+    ("q0 Q0 p-one 1 2.0", "5 columns where a TREC run has 6"),
+    ("q0 Q0 p-one first 2.0 x", "rank is not a whole number"),
+    ("q0 Q0 p-one -1 2.0 x", "rank is not a whole number"),
+    ("q0 Q0 p-one 1 two x", "score is not a number"),
+    ("q0 Q0 p-one 1 nan x", "score is not finite"),
+    ("q9 Q0 p-one 1 2.0 x", "unknown query id: 'q9'"),
+    ("q0 Q0 p-nine 1 2.0 x", "unknown passage id: 'p-nine'"),
+    ("q1 Q0 p-one 7 9.0 x", "passage stands twice"),
+  ],
+)
+def test_bad_trec_lines_are_named(tmp_path, line, says):
+  path = tmp_path / "bad.trec"
+  path.write_text(f"q1 Q0 p-one 1 2.0 x\n{line}\nq2 Q0 p-one 1 2.0 x\n")
+  with pytest.raises(InputError, match=says) as error:
+    read_trec(path, QUERY_ROWS, PASSAGE_ROWS)
+  assert f"{path}:2: " in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["q0 p-one 1", "q0\tp-one\t1\t2.0", "q0\tp-one\t1.5"])
+def test_bad_msmarco_lines_are_named(tmp_path, line):
+  (tmp_path / "bad.tsv").write_text(f"{line}\n")
+  with pytest.raises(InputError, match=r"bad\.tsv:1: "):
+    read_msmarco(tmp_path / "bad.tsv", QUERY_ROWS, PASSAGE_ROWS)
+
+
+def test_a_truncated_gzip_run_is_named(tmp_path):
+  lines = "".join(f"q0 Q0 p-one {i} {np.sin(i)} x\n" for i in range(2000)).replace("p-one", "p-two", 1)
+  whole = gzip.compress(lines.encode())
+  (tmp_path / "a.gz").write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(InputError, match="cannot be read on"):
+    read_trec(tmp_path / "a.gz", QUERY_ROWS, PASSAGE_ROWS)
+
+
+def test_a_failed_write_leaves_the_old_file(run, tmp_path):
+  path = tmp_path / "a.trec"
+  write_trec(path, run, QUERIES, PASSAGES, "first")
+  before = path.read_text()
+  with pytest.raises(IndexError):
+    write_trec(path, run, QUERIES, PASSAGES[:2], "second")
+  assert path.read_text() == before
+  assert [file.name for file in pathlib.Path(tmp_path).iterdir()] == ["a.trec"]
+
+
+def test_qrels_sort_and_the_last_judgement_counts():
+  qrels = Qrels.from_triples(np.array([2, 0, 2, 2]), np.array([7, 1, 3, 7]), np.array([1, 1, 2, 0]), 4)
+  assert qrels.offsets.tolist() == [0, 1, 1, 3, 3]
+  assert [part.tolist() for part in qrels.of(2)] == [[3, 7], [2, 0]]
+  assert qrels.judged().tolist() == [0, 2]
+  assert len(qrels) == 4
+  with pytest.raises(ValueError, match="query rows go from 0 to 4"):
+    Qrels.from_triples(np.array([0, 4]), np.array([1, 1]), np.array([1, 1]), 4)
