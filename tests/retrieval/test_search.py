@@ -1,0 +1,173 @@
+"""Exact search and FAISS indexes against numpy."""
+
+import faiss
+import numpy as np
+import pytest
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
+from dptdr_jax.retrieval.index import Index
+from dptdr_jax.retrieval.runs import Run
+from dptdr_jax.retrieval.search import faiss_threads, search_exact
+
+COUNT, WIDTH, QUERIES = 1037, 16, 41
+
+
+def integers(shape, seed: int) -> np.ndarray:
+  """Small whole numbers: every sum is exact in float32, so ties are true ties, and there are many."""
+  return np.random.default_rng(seed).integers(-2, 3, shape).astype(np.float32)
+
+
+def gaussian(shape, seed: int) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def by_hand(queries: np.ndarray, passages: np.ndarray, k: int) -> Run:
+  rows = np.tile(np.arange(len(passages)), (len(queries), 1))
+  run = Run.ranked(rows, queries @ passages.T, k)
+  short = k - run.depth
+  if short <= 0:
+    return run
+  return Run(
+    np.pad(run.rows, ((0, 0), (0, short)), constant_values=-1),
+    np.pad(run.scores, ((0, 0), (0, short)), constant_values=-np.inf),
+  )
+
+
+def embeddings(path, passages: np.ndarray, shard_rows: int = 300, dtype: str = "float32") -> Embeddings:
+  writer = EmbeddingWriter(
+    path, count=len(passages), width=passages.shape[1], source={"made": "here"}, shard_rows=shard_rows, dtype=dtype
+  )
+  for shard in range(writer.num_shards):
+    writer.write(shard, passages[writer.rows(shard)])
+  return writer.finish([str(i) for i in range(len(passages))])
+
+
+@pytest.mark.parametrize("k", [1, 10, 150, COUNT, COUNT + 9])
+@pytest.mark.parametrize("block_rows", [64, 100, 5000])
+@pytest.mark.parametrize("queries", [3, QUERIES])  # faiss computes few queries another way
+def test_exact_search_with_ties_is_numpys(tmp_path, k, block_rows, queries):
+  passages, queries = integers((COUNT, WIDTH), 0), integers((queries, WIDTH), 1)
+  expected = by_hand(queries, passages, k)
+  for source in (passages, embeddings(tmp_path / "e", passages)):
+    got = search_exact(queries, source, k, block_rows=block_rows)
+    assert np.array_equal(got.scores, expected.scores)
+    assert np.array_equal(got.rows, expected.rows)
+
+
+def test_exact_search_of_real_numbers(tmp_path):
+  passages, queries = gaussian((COUNT, WIDTH), 0), gaussian((QUERIES, WIDTH), 1)
+  expected = by_hand(queries, passages, 20)
+  got = search_exact(queries, embeddings(tmp_path / "e", passages, 256), 20, block_rows=100, threads=1)
+  assert np.array_equal(got.rows, expected.rows)
+  np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-5)
+  halves = search_exact(queries, embeddings(tmp_path / "h", passages, dtype="float16"), 20)
+  np.testing.assert_allclose(halves.scores, expected.scores, atol=0.02)
+
+
+def test_a_query_that_ties_with_everything_is_settled():
+  passages = integers((3000, WIDTH), 0)
+  got = search_exact(np.zeros((2, WIDTH), np.float32), passages, 7, block_rows=1000)
+  assert got.rows.tolist() == [list(range(7))] * 2
+  assert (got.scores == 0).all()
+
+
+def test_wrong_queries_are_named(tmp_path):
+  passages = gaussian((20, WIDTH), 0)
+  index = Index.build(embeddings(tmp_path / "e", passages))
+  for search in (lambda q, k: search_exact(q, passages, k), index.search):
+    with pytest.raises(InputError, match="passages have width 16"):
+      search(np.zeros((2, 15), np.float32), 3)
+    with pytest.raises(InputError, match="not finite"):
+      search(np.full((2, WIDTH), np.nan, np.float32), 3)
+    with pytest.raises(ValueError, match="not a depth"):
+      search(np.zeros((2, WIDTH), np.float32), 0)
+
+
+def test_threads_are_set_and_put_back():
+  before = faiss.omp_get_max_threads()
+  with faiss_threads(1):
+    assert faiss.omp_get_max_threads() == 1
+  assert faiss.omp_get_max_threads() == before
+
+
+@pytest.mark.parametrize("k", [1, 30, COUNT + 5])
+def test_flat_index_is_the_exact_search(tmp_path, k):
+  passages, queries = integers((COUNT, WIDTH), 2), integers((QUERIES, WIDTH), 3)
+  index = Index.build(embeddings(tmp_path / "e", passages), "Flat", block_rows=128)
+  expected, got = by_hand(queries, passages, k), index.search(queries, k, query_rows=7)
+  assert np.array_equal(got.rows, expected.rows)
+  assert np.array_equal(got.scores, expected.scores)
+
+
+@pytest.mark.parametrize(
+  ("factory", "parameters", "recall"),
+  [("IVF16,Flat", {"nprobe": 16}, 1.0), ("IVF16,PQ8", {"nprobe": 16}, 0.45), ("HNSW16", {"efSearch": 200}, 0.9)],
+)
+def test_approximate_indexes_find_save_and_load(tmp_path, factory, parameters, recall):
+  passages, queries = gaussian((COUNT, WIDTH), 0), gaussian((QUERIES, WIDTH), 1)
+  stored = embeddings(tmp_path / "e", passages)
+  index = Index.build(stored, factory, sample=700, threads=1)
+  index.save(tmp_path / "i")
+  loaded = Index.load(tmp_path / "i")
+  assert loaded.manifest == index.manifest
+  assert (loaded.manifest["factory"], loaded.manifest["source"], len(loaded)) == (factory, {"made": "here"}, COUNT)
+  again = Index.build(stored, factory, sample=700, threads=1)
+  for some in (index, loaded, again):
+    some.set_parameters(parameters)
+  run = index.search(queries, 10)
+  truth = by_hand(queries, passages, 10)
+  found = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(run.rows, truth.rows, strict=True)])
+  assert found >= recall
+  for other in (loaded, again):
+    assert np.array_equal(other.search(queries, 10).rows, run.rows)
+  assert (np.diff(run.scores, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW16", "Flat"])
+def test_fewer_found_than_asked_for_are_fills_at_the_end(tmp_path, factory):
+  index = Index.build(embeddings(tmp_path / "e", gaussian((100, WIDTH), 0)), factory)  # IVF probes one list
+  run = index.search(gaussian((5, WIDTH), 1), 200)
+  counts = run.counts()
+  assert run.rows.shape == (5, 200)
+  assert (counts <= 100).all() and (counts >= 1).all()
+  for query, count in enumerate(counts):
+    assert (run.rows[query, :count] >= 0).all() and (run.rows[query, count:] == -1).all()
+    assert (run.scores[query, count:] == -np.inf).all()
+    assert len(set(run.rows[query, :count].tolist())) == count
+
+
+def test_the_sample_depends_on_its_seed_alone(tmp_path):
+  passages, queries = gaussian((COUNT, WIDTH), 0), gaussian((QUERIES, WIDTH), 1)
+  stored = embeddings(tmp_path / "e", passages)
+  other_shards = embeddings(tmp_path / "f", passages, 1000)
+  options = {"factory": "IVF8,PQ4", "sample": 400}
+  first, same, other = (
+    Index.build(some, seed=seed, **options).search(queries, 10)
+    for some, seed in ((stored, 1), (other_shards, 1), (stored, 2))
+  )
+  assert np.array_equal(first.rows, same.rows)
+  assert not np.array_equal(first.scores, other.scores)
+
+
+def test_wrong_strings_parameters_and_files_are_named(tmp_path):
+  stored = embeddings(tmp_path / "e", gaussian((100, WIDTH), 0))
+  with pytest.raises(InputError, match="'Flut'"):
+    Index.build(stored, "Flut")
+  with pytest.raises(InputError, match="PQ5"):
+    Index.build(stored, "IVF4,PQ5")
+  with pytest.raises(InputError, match="cannot train on 100 passages"):
+    Index.build(stored, "IVF512,Flat")
+  index = Index.build(stored, "IVF4,Flat")
+  with pytest.raises(InputError, match="'efSearch'"):
+    index.set_parameters({"efSearch": 3})
+  for value in (0, 2.5, "8", True):
+    with pytest.raises(InputError, match="nprobe is not a whole number"):
+      index.set_parameters({"nprobe": value})
+  index.save(tmp_path / "i")
+  whole = (tmp_path / "i" / "index.faiss").read_bytes()
+  (tmp_path / "i" / "index.faiss").write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(InputError, match=r"index\.faiss"):
+    Index.load(tmp_path / "i")
+  with pytest.raises(InputError, match="no such file"):
+    Index.load(tmp_path / "none")
