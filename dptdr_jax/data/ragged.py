@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import numpy as np
 
 
@@ -23,3 +25,50 @@ def gather(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndar
   total = int(ends[-1]) if len(ends) else 0
   shifts = np.repeat(starts - (ends - lengths), lengths)
   return flat[shifts + np.arange(total, dtype=np.int64)]
+
+
+class RowLists:
+  """For every query row a list of passage rows, and a value for each where there are values; memory-mapped.
+
+  `lists.rows(query_row)` → int64 [n], `lists.values(query_row)` → int64 [n], `len(lists)` → number of queries.
+  """
+
+  def __init__(self, directory: str | pathlib.Path):
+    directory = pathlib.Path(directory)
+    self.offsets = np.load(directory / "offsets.npy", mmap_mode="r")
+    self._rows = np.load(directory / "rows.npy", mmap_mode="r")
+    valued = directory / "values.npy"
+    self._values = np.load(valued, mmap_mode="r") if valued.is_file() else None
+
+  def __len__(self) -> int:
+    return len(self.offsets) - 1
+
+  def rows(self, query_row: int) -> np.ndarray:
+    """Returns the passage rows of a query, in the source's order."""
+    return self._rows[self.offsets[query_row] : self.offsets[query_row + 1]].astype(np.int64)
+
+  def values(self, query_row: int) -> np.ndarray:
+    """Returns what stands with each passage row (the grade of a judgement)."""
+    if self._values is None:
+      raise ValueError("these lists have no values")
+    return self._values[self.offsets[query_row] : self.offsets[query_row + 1]].astype(np.int64)
+
+
+def write_lists(
+  directory: str | pathlib.Path, count: int, queries: np.ndarray, rows: np.ndarray, values: np.ndarray | None = None
+) -> RowLists:
+  """Writes pairs (queries[i], rows[i]) grouped by query, the order within a query kept, and opens them.
+
+  Args:
+    directory: made here.
+    count: number of query rows.
+    queries, rows: int [n]; values: int [n] or None.
+  """
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True)
+  order = np.argsort(queries, kind="stable")
+  np.save(directory / "offsets.npy", offsets_of(np.bincount(queries, minlength=count)))
+  np.save(directory / "rows.npy", rows[order].astype(np.int32))
+  if values is not None:
+    np.save(directory / "values.npy", values[order].astype(np.int32))
+  return RowLists(directory)

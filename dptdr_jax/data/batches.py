@@ -1,0 +1,163 @@
+"""Training batches as a function of (seed, stage, step): a run that resumes needs the step and nothing else."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.groups import TrainGroups, generator
+from dptdr_jax.data.store import TokenStore
+
+Batch = dict[str, np.ndarray]
+
+
+class BatchRows(NamedTuple):
+  """The global batch of a step by rows: query rows int64 [B], passage rows int64 [B, G], epochs int64 [B]."""
+
+  queries: np.ndarray
+  passages: np.ndarray
+  epochs: np.ndarray
+
+
+class TrainBatches:
+  """`batches[step]` → this host's slice of the global batch.
+
+  The stream of examples is one permutation of the training queries per epoch, drawn from (seed, stage, epoch), one
+  epoch behind the other; batches are cut from it and always full, so that one may straddle two epochs. Every host
+  computes the rows of the global batch (cheap) and gathers the tokens of its own slice alone; T is the bucket that the
+  global batch needs, so that hosts agree on shapes.
+
+  A batch, of B global examples and G passages each, on host p of n (M = B·G, b = B / n, m = M / n):
+    query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
+    targets int32 [b]: column of each query's positive in the global batch,
+    blocked bool [b, M]: columns that must not count as negatives: passages judged for the query, and all but the first
+      occurrence of a passage; never the target.
+  With n = 1 it is the global batch; slices of all hosts, one below the other, are the same.
+
+  Args:
+    queries, passages: token stores.
+    query_rows: int64 [n], the training queries: those with a positive.
+    groups: draws their passages; its group size is G.
+    judged: judged(query_row) → passage rows that may not be negatives.
+    batch_size: B.
+    query_tokens, passage_tokens: length limits, special tokens included.
+    bucket: lengths are multiples of it.
+    host, num_hosts: which slice.
+  """
+
+  def __init__(
+    self,
+    queries: TokenStore,
+    passages: TokenStore,
+    query_rows: np.ndarray,
+    groups: TrainGroups,
+    judged: Callable[[int], np.ndarray],
+    *,
+    batch_size: int,
+    query_tokens: int,
+    passage_tokens: int,
+    seed: int,
+    stage: str,
+    bucket: int = 16,
+    host: int = 0,
+    num_hosts: int = 1,
+  ):
+    if not len(query_rows):
+      raise InputError("no training query left")
+    if batch_size % num_hosts:
+      raise InputError(f"a batch of {batch_size} cannot be divided among {num_hosts} hosts")
+    self._queries, self._passages, self._query_rows = queries, passages, np.asarray(query_rows, np.int64)
+    self._groups, self._judged, self._batch_size = groups, judged, batch_size
+    self._query_tokens, self._passage_tokens, self._bucket = query_tokens, passage_tokens, bucket
+    self._seed, self._stage = seed, stage
+    share = batch_size // num_hosts
+    self._examples = slice(host * share, (host + 1) * share)
+    self._order = functools.lru_cache(maxsize=2)(self._permutation)
+
+  @property
+  def steps_per_epoch(self) -> float:
+    """Steps until every training query was seen once."""
+    return len(self._query_rows) / self._batch_size
+
+  def rows(self, step: int) -> BatchRows:
+    """Returns the rows of the global batch of a step."""
+    places = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+    epochs, within = np.divmod(places, len(self._query_rows))
+    queries = np.empty(self._batch_size, np.int64)
+    for epoch in np.unique(epochs):
+      chosen = epochs == epoch
+      queries[chosen] = self._query_rows[self._order(int(epoch))[within[chosen]]]
+    groups = [self._groups.group(int(query), int(epoch)) for query, epoch in zip(queries, epochs, strict=True)]
+    return BatchRows(queries, np.stack(groups), epochs)
+
+  def __getitem__(self, step: int) -> Batch:
+    rows = self.rows(step)
+    size = self._groups.group_size
+    mine = rows.queries[self._examples]
+    targets = np.arange(self._batch_size, dtype=np.int32)[self._examples] * size
+    query_width = self._queries.width(rows.queries, self._query_tokens, self._bucket)
+    width = self._passages.width(rows.passages.ravel(), self._passage_tokens, self._bucket)
+    query_tokens, query_lengths = self._queries.batch(mine, self._query_tokens, width=query_width)
+    own = rows.passages[self._examples].ravel()
+    passage_tokens, passage_lengths = self._passages.batch(own, self._passage_tokens, width=width)
+    return {
+      "query_tokens": query_tokens,
+      "query_lengths": query_lengths,
+      "passage_tokens": passage_tokens,
+      "passage_lengths": passage_lengths,
+      "targets": targets,
+      "blocked": blocked(rows.passages.ravel(), [self._judged(int(query)) for query in mine], targets),
+    }
+
+  def load(self, start_step: int, stop_step: int, workers: int = 2, ahead: int = 4) -> Iterator[Batch]:
+    """Yields the batches of start_step … stop_step − 1, some of them made ahead in threads.
+
+    Threads, because what takes time (gathering tokens) leaves Python's lock: benchmarks/loader figures are in the
+    commit that brought this. Worker processes need seconds to start, and send every batch through a pipe. What comes
+    out depends on neither `workers` nor `ahead`. Closing the iterator ends the threads.
+    """
+    with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
+      waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+      try:
+        for step in range(start_step, stop_step):
+          waiting.append(pool.submit(self.__getitem__, step))
+          if len(waiting) > ahead:
+            yield waiting.popleft().result()
+        while waiting:
+          yield waiting.popleft().result()
+      finally:
+        for future in waiting:
+          future.cancel()
+
+  def _permutation(self, epoch: int) -> np.ndarray:
+    return generator(self._seed, self._stage, "order", epoch, 0).permutation(len(self._query_rows))
+
+
+def blocked(passages: np.ndarray, judged: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
+  """Marks what must not count as a negative.
+
+  Args:
+    passages: int64 [M], passage rows of the global batch.
+    judged: for each of b queries, rows that may not be its negatives.
+    targets: int [b], column of each query's positive.
+
+  Returns:
+    bool [b, M]: True for rows judged for the query and for every occurrence of a row but the first; the target itself
+    is False (its first occurrence elsewhere is judged, hence blocked).
+  """
+  unique, first, inverse = np.unique(passages, return_index=True, return_inverse=True)
+  result = np.ones((len(judged), len(passages)), bool)
+  result[:, first] = False
+  for query, rows in enumerate(judged):
+    place = np.minimum(np.searchsorted(unique, rows), len(unique) - 1)
+    here = place[unique[place] == rows]
+    if len(here):
+      result[query] |= np.isin(inverse, here)
+  result[np.arange(len(judged)), targets] = False
+  return result
