@@ -1,0 +1,175 @@
+"""Self-attention over [prompt; tokens]: two ways to compute it behind one signature.
+
+Legend: B examples, T tokens, P prompt length, S = P + T keys, N heads, D head size; R query rows (T, or 1 where a single
+row is read).
+Tokens are padded on the right and the prompt is always visible, so what a row sees is a length, not a mask.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.models import dropout as drop
+
+Prompt = tuple[jax.Array, jax.Array]  # keys, values [P, N, D]
+
+# Distance in a mask's index between heads and between query rows, so that it depends on neither T nor P + T's padding.
+# 2**32 indices: 256 heads × 4,096 rows × 4,096 keys.
+_HEAD_STRIDE, _ROW_STRIDE = 1 << 24, 1 << 12
+_PROBABILITIES = "attention probabilities"
+
+
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  lengths: jax.Array,
+  *,
+  scale: float,
+  prompt: Prompt | None = None,
+  bias: jax.Array | None = None,
+  noise: drop.Noise | None = None,
+  layer: jax.Array | int = 0,
+  first_row: int = 0,
+  method: str = "auto",
+) -> jax.Array:
+  """Softmax attention of each query row over the prompt and the visible tokens.
+
+  Args:
+    query: [B, R, N, D]; `first_row` is the row of the sequence that its row 0 stands at.
+    key, value: [B, T, N, D].
+    lengths: [B] int32, visible tokens of each example.
+    scale: factor on the scores.
+    prompt: keys and values [P, N, D] that every example sees before its tokens, or None.
+    bias: [N, B, R, T] float32 added to the scaled scores of tokens (DeBERTa), or None.
+    noise: dropout on probabilities and prompt; `layer` tells the layers' masks apart. None: no dropout.
+    method: 'split', 'concat' or 'auto'; see `choose_method`.
+
+  Returns:
+    [B, R, N, D] in the dtype of `query`. Scores and softmax statistics are float32.
+  """
+  method = choose_method(method, query, key, prompt, bias, noise)
+  # What the backward pass needs is computed again from the arguments (and the stored probabilities), so that neither a
+  # copy of the prompt for each example nor a mask is kept.
+  policy = jax.checkpoint_policies.save_only_these_names(_PROBABILITIES)
+  core = jax.checkpoint(
+    functools.partial(_concat if method == "concat" else _split, scale=scale, first_row=first_row),
+    policy=policy,
+  )
+  return core(query, key, value, lengths, prompt, bias, noise, layer)
+
+
+def choose_method(method, query, key, prompt, bias, noise) -> str:
+  """'split' or 'concat': which of the two computes these arguments on this device (arguments as in `attend`).
+
+  'split' takes one product over the prompt and one over the tokens under one softmax: the prompt is never copied and
+  every option works; XLA fuses the softmax, but the scores pass through memory. 'concat' copies the prompt in front of
+  every example's keys, for a fused kernel that keeps no scores; there is one on NVIDIA GPUs only (cuDNN: 16-bit, even
+  lengths, D ≤ 128 and a multiple of 8, no dropout here). 'auto' takes 'concat' exactly where that kernel runs:
+  elsewhere the copy buys nothing.
+  """
+  dropped = noise is not None and noise.rates.attention > 0
+  if method == "auto":
+    return "concat" if not dropped and bias is None and _has_fused_kernel(query, key, prompt) else "split"
+  if method not in ("split", "concat"):
+    raise InputError("unknown attention method", value=method, fix="Known: auto, split, concat")
+  if method == "concat" and (dropped or bias is not None):
+    what = "dropout on attention probabilities" if dropped else "DeBERTa's relative biases"
+    raise InputError(f"attention 'concat' cannot do {what}", fix="Take 'auto' or 'split'")
+  return method
+
+
+def _has_fused_kernel(query, key, prompt) -> bool:
+  keys = key.shape[1] + (0 if prompt is None else prompt[0].shape[0])
+  return (
+    jax.default_backend() == "gpu"
+    and query.dtype in (jnp.bfloat16, jnp.float16)
+    and query.shape[-1] % 8 == 0
+    and query.shape[-1] <= 128
+    and query.shape[1] % 2 == 0
+    and keys % 2 == 0
+  )
+
+
+def _split(query, key, value, lengths, prompt, bias, noise, layer, *, scale, first_row):
+  scores = jnp.einsum("brnd,btnd->nbrt", query, key, preferred_element_type=jnp.float32) * scale
+  if bias is not None:
+    scores += bias
+  visible = jnp.arange(key.shape[1]) < lengths[:, None]
+  scores = jnp.where(visible[None, :, None, :], scores, jnp.finfo(jnp.float32).min)
+  if prompt is None:
+    (over_tokens,) = _joint_softmax((scores,), value.dtype)
+    return _weighted_sum(over_tokens, value, noise, layer, first_row, 0).astype(query.dtype)
+
+  prompt_keys = _prompt_for(prompt[0], query, noise, layer, drop.PROMPT_KEY)
+  prompt_values = _prompt_for(prompt[1], query, noise, layer, drop.PROMPT_VALUE)
+  equation = "brnd,pnd->nbrp" if prompt_keys.ndim == 3 else "brnd,bpnd->nbrp"
+  prompt_scores = jnp.einsum(equation, query, prompt_keys, preferred_element_type=jnp.float32) * scale
+  over_prompt, over_tokens = _joint_softmax((prompt_scores, scores), value.dtype)
+  mixed = _weighted_sum(over_prompt, prompt_values, noise, layer, first_row, 0)
+  mixed += _weighted_sum(over_tokens, value, noise, layer, first_row, prompt[0].shape[0])
+  return mixed.astype(query.dtype)
+
+
+def _concat(query, key, value, lengths, prompt, bias, noise, layer, *, scale, first_row):
+  del bias, first_row  # `choose_method` lets neither a bias nor a mask over rows come here
+  if prompt is not None:
+    sites = (drop.PROMPT_KEY, drop.PROMPT_VALUE)
+    copies = [_prompt_for(part, query, noise, layer, site) for part, site in zip(prompt, sites, strict=True)]
+    copies = [jnp.broadcast_to(part, (key.shape[0], *part.shape[-3:])) for part in copies]
+    key, value = (jnp.concatenate(pair, axis=1) for pair in zip(copies, (key, value), strict=True))
+    lengths = lengths + prompt[0].shape[0]
+  fused = _has_fused_kernel(query, key, None)
+  return jax.nn.dot_product_attention(
+    query, key, value, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn" if fused else "xla"
+  )
+
+
+def _prompt_for(part, query, noise, layer, site):
+  """The prompt's keys or values in the dtype of the products: [P, N, D], or [B, P, N, D] under dropout by example."""
+  part = part.astype(query.dtype)
+  if noise is None or noise.prompt_rate <= 0:
+    return part
+  part = jnp.broadcast_to(part, (query.shape[0], *part.shape))
+  return drop.dropout(part, noise.at(layer, site), noise.prompt_rate)
+
+
+def _weighted_sum(probabilities, values, noise, layer, first_row, first_key):
+  """Drops probabilities [N, B, R, K] and sums them over values [B, K, N, D] or [K, N, D]: [B, R, N, D] float32."""
+  if noise is not None and noise.rates.attention > 0:
+    probabilities = drop.dropout(
+      probabilities, noise.at(layer, drop.ATTENTION), noise.rates.attention,
+      batch_axis=1, strides=(_HEAD_STRIDE, 0, _ROW_STRIDE, 1), offset=first_row * _ROW_STRIDE + first_key,
+    )  # fmt: skip
+  equation = "nbrk,knd->brnd" if values.ndim == 3 else "nbrk,bknd->brnd"
+  return jnp.einsum(equation, probabilities, values, preferred_element_type=jnp.float32)
+
+
+# A custom rule, so that the only thing stored is what the next product reads: the probabilities in the compute dtype.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _joint_softmax(scores: tuple[jax.Array, ...], dtype) -> tuple[jax.Array, ...]:
+  """One softmax over the last axes of several float32 arrays, as if they were concatenated."""
+  top = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in scores])
+  powers = [jnp.exp(part - top) for part in scores]
+  total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in powers)
+  return tuple((part / total).astype(dtype) for part in powers)
+
+
+def _joint_softmax_forward(scores, dtype):
+  probabilities = tuple(checkpoint_name(part, _PROBABILITIES) for part in _joint_softmax(scores, dtype))
+  return probabilities, probabilities
+
+
+def _joint_softmax_backward(dtype, probabilities, gradients):
+  del dtype
+  pairs = [(p.astype(jnp.float32), g.astype(jnp.float32)) for p, g in zip(probabilities, gradients, strict=True)]
+  expected = sum(jnp.sum(p * g, axis=-1, keepdims=True) for p, g in pairs)
+  return (tuple(p * (g - expected) for p, g in pairs),)
+
+
+_joint_softmax.defvjp(_joint_softmax_forward, _joint_softmax_backward)

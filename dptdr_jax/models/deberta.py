@@ -1,0 +1,63 @@
+"""DeBERTa v1's disentangled attention: scores from relative positions, added to those from content.
+
+He et al., 2021 (arXiv 2006.03654), equations 4 and 5, with the details of transformers' DebertaModel: relative positions
+are cut off at ±k (k = max_relative_positions), the table holds 2k rows, all scores share the scale
+1/√(D (1 + number of types)). transformers counts 'p2p' in that scale but adds no score for it; so does this. Its dropout
+on the table itself is left out: the table is shared by all examples, and masks here belong to one example.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dptdr_jax.models.config import EncoderConfig
+
+
+def score_scale(config: EncoderConfig) -> float:
+  """The factor on the scores of content and of positions."""
+  return (config.head_size * (1 + len(config.pos_att_type))) ** -0.5
+
+
+def relative_rows(config: EncoderConfig, rows: int, tokens: int, first_row: int) -> tuple[slice, jax.Array]:
+  """Which rows of the relative table a sequence needs, and where each pair of tokens finds its own among them.
+
+  Args:
+    rows: R query rows, the first of them at `first_row` of the sequence.
+    tokens: T keys.
+
+  Returns:
+    A slice of the table's 2k rows, 2·min(T, k) long, and indices into it [R, T]: row − column + min(T, k), clamped.
+  """
+  span = min(tokens, config.max_relative_positions)
+  distance = first_row + jnp.arange(rows)[:, None] - jnp.arange(tokens)[None, :]
+  window = slice(config.max_relative_positions - span, config.max_relative_positions + span)
+  return window, jnp.clip(distance + span, 0, 2 * span - 1)
+
+
+def relative_bias(
+  config: EncoderConfig,
+  query: jax.Array,
+  key: jax.Array,
+  position_keys: jax.Array | None,
+  position_queries: jax.Array | None,
+  index: jax.Array,
+) -> jax.Array:
+  """Sum of the content-to-position and position-to-content scores, scaled.
+
+  Args:
+    query: [B, R, N, D]. key: [B, T, N, D].
+    position_keys, position_queries: [W, N, D], the projected window of the relative table; None where not configured.
+    index: [R, T] into the window.
+
+  Returns:
+    [N, B, R, T] float32.
+  """
+  total = jnp.zeros((), jnp.float32)
+  if "c2p" in config.pos_att_type:
+    scores = jnp.einsum("brnd,wnd->nbrw", query, position_keys, preferred_element_type=jnp.float32)
+    total += jnp.take_along_axis(scores, index[None, None], axis=-1)
+  if "p2c" in config.pos_att_type:
+    scores = jnp.einsum("btnd,wnd->nbwt", key, position_queries, preferred_element_type=jnp.float32)
+    total += jnp.take_along_axis(scores, index[None, None], axis=-2)
+  return total * score_scale(config)

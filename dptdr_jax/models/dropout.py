@@ -1,0 +1,110 @@
+"""Dropout whose every mask is a function of the example's own key, cheap on every device and never stored.
+
+A mask depends on (example key, layer, site, element) and on nothing else: not on the batch that the example stands in,
+its place there, the padding, the chunk or the device. So the gradient cache replays it, and hosts agree on it, for free.
+
+The bits come from a counter-based hash: two rounds of multiply and xor-shift (the finaliser of MurmurHash3) over the
+element's index, with 64 bits of the example's key mixed in. Measured at [B, N, T, S] = [32, 12, 96, 128] on a 2-core CPU:
+threefry under vmap 45 ms with 16 or 8 bits an element (60 ms with 32), XLA's rbg 38 ms, this hash 2.1 ms, where one copy
+of the array takes 1 ms and a softmax 2.0 ms. 32 bits an element also leave no quantisation of the rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+# Where a mask falls within a layer; with the layer's index it tells the masks of one example apart.
+EMBEDDING, EMBEDDING_AGAIN, ATTENTION, ATTENTION_OUTPUT, FEED_FORWARD, PROMPT_KEY, PROMPT_VALUE = range(7)
+_SITES = 8
+
+# 2**32 / golden ratio (Weyl sequence), and the two multipliers of MurmurHash3's 32-bit finaliser.
+_WEYL, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+  """Rates of the backbone's own dropout: `hidden` on embeddings and layer outputs, `attention` on probabilities."""
+
+  hidden: float
+  attention: float
+
+
+@flax.struct.dataclass
+class Noise:
+  """What decides the masks of a batch: 64 bits for each example, and the rates (static)."""
+
+  words: jax.Array  # [B, 2] uint32
+  rates: Dropout = flax.struct.field(pytree_node=False)
+  prompt_rate: float = flax.struct.field(pytree_node=False, default=0.0)
+
+  @classmethod
+  def from_keys(cls, keys: jax.Array, rates: Dropout, prompt_rate: float = 0.0) -> Noise:
+    """Takes typed PRNG keys [B] of any implementation."""
+    return cls(jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys), rates, prompt_rate)
+
+  def at(self, layer: jax.Array | int, site: int) -> jax.Array:
+    """The words [B, 2] of one site."""
+    step = (jnp.asarray(layer).astype(jnp.uint32) * _SITES + site + 1) * jnp.uint32(_WEYL)
+    mixed = (self.words ^ (self.words >> 16)) + step
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(_FIRST)
+    return (mixed ^ (mixed >> 13)) * jnp.uint32(_SECOND)
+
+
+def dropout(
+  x: jax.Array,
+  words: jax.Array,
+  rate: float,
+  *,
+  batch_axis: int = 0,
+  strides: tuple[int, ...] | None = None,
+  offset: int = 0,
+) -> jax.Array:
+  """Zeroes elements of `x` with probability `rate` and scales the others by 1 / (1 − rate).
+
+  Args:
+    x: any shape with B at `batch_axis`.
+    words: [B, 2] uint32, from `Noise.at`.
+    rate: probability, static. 0 returns `x`.
+    strides: what an element's index along each axis counts (0 at `batch_axis`); row-major by default, so that for
+      [B, T, H] the mask of a token does not depend on T.
+    offset: added to every element's index, for a slice of a larger array.
+  """
+  if rate <= 0:
+    return x
+  if strides is None:
+    sizes = [1 if axis == batch_axis else size for axis, size in enumerate(x.shape)]
+    strides = tuple(0 if axis == batch_axis else math.prod(sizes[axis + 1 :]) for axis in range(x.ndim))
+  return _dropout(rate, batch_axis, strides, offset, x, words)
+
+
+# A custom rule, because autodiff would keep the mask; here the backward pass computes it again.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _dropout(rate, batch_axis, strides, offset, x, words):
+  index = jnp.full((1,) * x.ndim, offset, jnp.uint32)
+  for axis, stride in enumerate(strides):
+    if stride:
+      shape = [x.shape[axis] if other == axis else 1 for other in range(x.ndim)]
+      index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+  shape = [-1 if axis == batch_axis else 1 for axis in range(x.ndim)]
+  bits = index * jnp.uint32(_WEYL) + words[:, 0].reshape(shape)
+  bits = (bits ^ (bits >> 16)) * jnp.uint32(_FIRST) + words[:, 1].reshape(shape)
+  bits = (bits ^ (bits >> 13)) * jnp.uint32(_SECOND)  # the high bits are the well-mixed ones, and decide below
+  kept = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+  return jnp.where(kept, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+def _dropout_forward(rate, batch_axis, strides, offset, x, words):
+  return _dropout(rate, batch_axis, strides, offset, x, words), words
+
+
+def _dropout_backward(rate, batch_axis, strides, offset, words, gradient):
+  return _dropout(rate, batch_axis, strides, offset, gradient, words), None
+
+
+_dropout.defvjp(_dropout_forward, _dropout_backward)

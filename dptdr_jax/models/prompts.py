@@ -1,0 +1,315 @@
+"""Prompts: what is trained. Deep (keys and values before every layer's own) or shallow (vectors before the embeddings).
+
+Raw parameters are small trees of float32 arrays; `expand_prompt` turns them into what the encoder reads. Their layout:
+  deep, no projection     {'table': [P, 2·L·H]} (order: layer 0 key, layer 0 value, layer 1 key, …)
+  deep, 'mlp'             {'table': [P, H], 'hidden': dense, 'output': dense}: tanh between, to 2·L·H
+  shallow, no projection  {'table': [P, H]}
+  shallow, 'mlp'          {'table': [P, H], 'hidden': dense, 'output': dense}: ReLU between, to H
+  shallow, 'lstm'         the same with 'lstm' before it: two bidirectional layers
+where dense is {'kernel': [in, out], 'bias': [out]}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.encoder import Encoder
+
+Params = dict[str, Any]
+
+_LSTM_LAYERS, _DIRECTIONS = 2, ("forward", "backward")
+_CHOICES = {
+  "kind": ("deep", "shallow", "none"),
+  "projection": ("none", "mlp", "lstm"),
+  "dropout_per": ("example", "batch"),
+  "init": ("normal", "words"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSpec:
+  """Which prompt, and all that its vectors depend on beside its parameters."""
+
+  kind: str = "deep"  # 'deep', 'shallow' or 'none' (the bare backbone)
+  length: int = 0  # P
+  projection: str = "none"  # 'none', 'mlp' or (shallow only) 'lstm'
+  projection_size: int = 0  # width of the projection's hidden layer
+  position_shift: int = 0  # deep: how much later the tokens' positions start; the original's is P
+  dropout: float = 0.1  # on deep keys and values; shallow vectors get the embedding layer's
+  dropout_per: str = "example"  # a mask for each 'example' (the original) or one for the 'batch'
+  init_scale: float = 0.02  # standard deviation of 'normal'
+  init: str = "normal"  # 'normal', or 'words': the frozen backbone's own keys and values of given words
+
+  def __post_init__(self):
+    for field, known in _CHOICES.items():
+      if getattr(self, field) not in known:
+        raise InputError(f"unknown prompt {field}", value=getattr(self, field), fix=f"Known: {', '.join(known)}")
+    problem = None
+    if (self.length < 1) != (self.kind == "none") or self.length < 0:
+      problem = f"prompt length {self.length} does not go with kind '{self.kind}'"
+    elif self.projection == "lstm" and self.kind != "shallow":
+      problem = "projection 'lstm' goes with shallow prompts only"
+    elif (self.projection == "none") != (self.projection_size == 0) or self.projection_size < 0:
+      problem = f"projection_size {self.projection_size} does not go with projection '{self.projection}'"
+    elif self.position_shift < 0 or (self.position_shift and self.kind != "deep"):
+      problem = f"position_shift {self.position_shift} goes with deep prompts only, and is not negative"
+    elif not 0 <= self.dropout < 1:
+      problem = f"prompt dropout {self.dropout} is not within 0 … 1"
+    elif self.init == "words" and self.projection != "none":
+      problem = "init 'words' goes with projection 'none' only"
+    if problem:
+      raise InputError(problem, fix="Change the fields of `prompt`")
+
+
+def longest_input(config: EncoderConfig, spec: PromptSpec) -> int | None:
+  """The most tokens (special ones included) that fit the position table beside the prompt; None: no table, no limit."""
+  if not config.has_positions:
+    return None
+  taken = spec.length if spec.kind == "shallow" else spec.position_shift
+  return config.max_positions - config.first_position - taken
+
+
+def check_lengths(config: EncoderConfig, spec: PromptSpec, max_tokens: int) -> None:
+  """Raises InputError where the prompt and `max_tokens` tokens (special ones included) don't fit the position table."""
+  longest = longest_input(config, spec)
+  if longest is not None and max_tokens > longest:
+    raise InputError(
+      f"a prompt of {spec.length} and {max_tokens} tokens don't fit the backbone's {config.max_positions} positions",
+      fix=f"The largest length that fits is {longest}" if longest > 0 else "Take a shorter prompt",
+    )
+
+
+def init_prompt(
+  key: jax.Array,
+  spec: PromptSpec,
+  config: EncoderConfig,
+  backbone_params: Params | None = None,
+  word_ids: np.ndarray | None = None,
+) -> Params:
+  """Fresh raw parameters: tables and dense kernels N(0, init_scale), biases 0, LSTMs as torch starts them.
+
+  Args:
+    key: typed PRNG key.
+    backbone_params, word_ids: for spec.init 'words' only: the backbone reads these P token ids as one sequence, and its
+      keys and values of them (shallow: their embeddings) are the start.
+
+  Raises:
+    InputError: a prompt that this encoder cannot take, or word_ids that are not P valid ids.
+  """
+  if spec.kind == "none":
+    return {}
+  if spec.kind == "shallow" and config.family == "deberta":
+    raise InputError("DeBERTa takes deep prompts only", fix="Set prompt.kind to 'deep'")
+  if spec.init == "words":
+    return _from_words(spec, config, backbone_params, word_ids)
+  keys = iter(jax.random.split(key, 32))
+  width = 2 * config.num_layers * config.hidden_size if spec.kind == "deep" else config.hidden_size
+
+  def dense(inputs: int, outputs: int) -> Params:
+    return {"kernel": normal(inputs, outputs), "bias": jnp.zeros((outputs,), jnp.float32)}
+
+  def normal(*shape: int) -> jax.Array:
+    return spec.init_scale * jax.random.normal(next(keys), shape, jnp.float32)
+
+  if spec.projection == "none":
+    return {"table": normal(spec.length, width)}
+  params: Params = {"table": normal(spec.length, config.hidden_size)}
+  inputs, hidden = config.hidden_size, spec.projection_size
+  if spec.projection == "lstm":
+    params["lstm"] = _init_lstm(keys, inputs, hidden)
+    inputs, hidden = 2 * hidden, config.hidden_size
+  return params | {"hidden": dense(inputs, hidden), "output": dense(hidden, width)}
+
+
+def _init_lstm(keys, inputs: int, hidden: int) -> Params:
+  """torch.nn.LSTM's start: everything U(−1/√m, 1/√m) for a hidden size of m."""
+  params: Params = {}
+  for layer in range(_LSTM_LAYERS):
+    shapes = {
+      "input_kernel": (inputs if layer == 0 else 2 * hidden, 4 * hidden),
+      "hidden_kernel": (hidden, 4 * hidden),
+      "input_bias": (4 * hidden,),
+      "hidden_bias": (4 * hidden,),
+    }
+    for direction in _DIRECTIONS:
+      params[f"{direction}_{layer}"] = {
+        name: jax.random.uniform(next(keys), shape, jnp.float32, -(hidden**-0.5), hidden**-0.5)
+        for name, shape in shapes.items()
+      }
+  return params
+
+
+def _from_words(spec, config, backbone_params, word_ids) -> Params:
+  ids = np.asarray(() if word_ids is None else word_ids)
+  if backbone_params is None or ids.shape != (spec.length,) or ids.min() < 0 or ids.max() >= config.vocab_size:
+    raise InputError(f"prompt init 'words' needs the backbone and {spec.length} token ids below {config.vocab_size}")
+  if spec.kind == "shallow":
+    return {"table": jnp.asarray(backbone_params["embeddings"]["word"])[ids].astype(jnp.float32)}
+  check_lengths(config, PromptSpec(kind="none"), spec.length)
+  keys, values = _keys_and_values(config, backbone_params, ids)  # [L, P, N, D]
+  table = jnp.stack([keys, values], axis=1)  # [L, 2, P, N, D]
+  return {"table": jnp.moveaxis(table, 2, 0).reshape(spec.length, -1).astype(jnp.float32)}
+
+
+def _keys_and_values(config: EncoderConfig, params: Params, token_ids: np.ndarray) -> tuple[jax.Array, jax.Array]:
+  """Every layer's keys and values [L, P, N, D] of one sequence of P token ids, without a prompt."""
+  tokens = jnp.asarray(token_ids, jnp.int32)[None]
+  lengths = jnp.asarray([tokens.shape[1]], jnp.int32)
+  _, state = Encoder(config).apply({"params": params}, tokens, lengths, mutable=["intermediates"])
+  parts = []
+  for name in ("keys", "values"):
+    part = state["intermediates"]["last_layer"][name][0]  # [1, P, N, D]
+    if config.num_layers > 1:
+      part = jnp.concatenate([state["intermediates"]["layers"][name][0][:, 0], part])
+    parts.append(part)
+  return parts[0], parts[1]
+
+
+def expand_prompt(spec: PromptSpec, params: Params | None, config: EncoderConfig):
+  """What the encoder reads, float32: deep (keys, values) [L, P, N, D] each, shallow [P, H], 'none' None."""
+  if spec.kind == "none":
+    return None
+  x = jnp.asarray(params["table"], jnp.float32)
+  if spec.projection == "lstm":
+    x = _bidirectional_lstm(params["lstm"], x)
+  if spec.projection != "none":
+    activation = jnp.tanh if spec.kind == "deep" else jax.nn.relu
+    x = _dense(params["output"], activation(_dense(params["hidden"], x)))
+  if spec.kind == "shallow":
+    return x
+  x = x.reshape(spec.length, config.num_layers, 2, config.num_heads, config.head_size)
+  return jnp.moveaxis(x[:, :, 0], 1, 0), jnp.moveaxis(x[:, :, 1], 1, 0)
+
+
+def _dense(params: Params, x: jax.Array) -> jax.Array:
+  return x @ params["kernel"] + params["bias"]
+
+
+def _bidirectional_lstm(params: Params, x: jax.Array) -> jax.Array:
+  """torch.nn.LSTM (bidirectional, two layers) over one sequence [P, in] → [P, 2m]; gates in order i, f, g, o."""
+  for layer in range(_LSTM_LAYERS):
+    outputs = []
+    for direction in _DIRECTIONS:
+      weights = params[f"{direction}_{layer}"]
+      gates = x @ weights["input_kernel"] + weights["input_bias"] + weights["hidden_bias"]
+
+      def step(carry, gate, weights=weights):
+        hidden, cell = carry
+        i, f, g, o = jnp.split(gate + hidden @ weights["hidden_kernel"], 4)
+        cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+        hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
+        return (hidden, cell), hidden
+
+      zeros = jnp.zeros(weights["hidden_kernel"].shape[:1], x.dtype)
+      outputs.append(jax.lax.scan(step, (zeros, zeros), gates, reverse=direction == "backward")[1])
+    x = jnp.concatenate(outputs, axis=-1)
+  return x
+
+
+def flatten(params: Params) -> dict[str, np.ndarray]:
+  """A tree of arrays as one dict of float32 arrays with '/' between the names: what prompts.safetensors holds."""
+  flat = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    flat["/".join(entry.key for entry in path)] = np.asarray(leaf, np.float32)
+  return flat
+
+
+def unflatten(flat: Mapping[str, np.ndarray]) -> Params:
+  """The inverse of `flatten`."""
+  params: Params = {}
+  for name, array in flat.items():
+    *parents, leaf = name.split("/")
+    branch = params
+    for parent in parents:
+      branch = branch.setdefault(parent, {})
+    branch[leaf] = array
+  return params
+
+
+def check_prompt(spec: PromptSpec, params: Params, config: EncoderConfig, source: Any = None) -> None:
+  """Raises InputError (naming `source`) where `params` have not the shapes that `spec` has on this encoder."""
+  abstract = jax.eval_shape(lambda: init_prompt(jax.random.key(0), dataclasses.replace(spec, init="normal"), config))
+  wanted = {name: leaf.shape for name, leaf in _flat_leaves(abstract)}
+  found = {name: leaf.shape for name, leaf in _flat_leaves(params)}
+  for name in sorted(wanted.keys() | found.keys()):
+    if wanted.get(name) != found.get(name):
+      raise InputError(
+        f"prompt tensor {name} has shape {found.get(name)}, expected {wanted.get(name)}",
+        path=source, fix="The prompt belongs to another backbone or another prompt setting",
+      )  # fmt: skip
+
+
+def _flat_leaves(params: Params):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    yield "/".join(entry.key for entry in path), leaf
+
+
+def from_original(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> tuple[PromptSpec, Params]:
+  """The prompt of a checkpoint that the original DPTDR saved.
+
+  Args:
+    tensors: by name; those that start with 'prefix_encoder.' are read.
+    config: the fields of its config.json: prefix, prompt, pre_seq_len, prefix_projection, prompt_encoder_type.
+
+  Raises:
+    InputError: no prompt in it, or tensors that its config.json does not announce.
+  """
+  prefix = "prefix_encoder."
+  mine = {
+    name.removeprefix(prefix): np.asarray(a, np.float32) for name, a in tensors.items() if name.startswith(prefix)
+  }
+  kind = "deep" if config.get("prefix") else "shallow" if config.get("prompt") else None
+  if kind is None or not mine:
+    raise InputError("this checkpoint carries no prompt", fix="The original's have 'prefix' or 'prompt' in config.json")
+  try:
+    if kind == "deep":
+      projection = "mlp" if config.get("prefix_projection") else "none"
+      params = {"table": mine.pop("embedding.weight")}
+      if projection == "mlp":
+        params |= {"hidden": _pop_dense(mine, "trans.0"), "output": _pop_dense(mine, "trans.2")}
+    else:
+      projection = config.get("prompt_encoder_type") or "none"
+      params = {"table": mine.pop("0.weight")}
+      stem = {"none": "", "mlp": "1.", "lstm": "1.mlp_head."}[projection]
+      if projection == "lstm":
+        params["lstm"] = _pop_lstm(mine)
+      if projection != "none":
+        params |= {"hidden": _pop_dense(mine, f"{stem}0"), "output": _pop_dense(mine, f"{stem}2")}
+  except KeyError as error:
+    raise InputError(f"the prompt's tensor or kind {error} is missing or unknown") from error
+  if mine:
+    raise InputError("prompt tensors that config.json does not announce", value=sorted(mine))
+  if projection == "lstm":
+    size = params["lstm"]["forward_0"]["hidden_kernel"].shape[0]
+  else:
+    size = 0 if projection == "none" else params["hidden"]["bias"].shape[0]
+  length = len(params["table"])
+  shift = length if kind == "deep" else 0
+  rate = config.get("hidden_dropout_prob", 0.1)
+  return PromptSpec(kind, length, projection, size, shift, dropout=rate), params
+
+
+def _pop_dense(tensors: dict[str, np.ndarray], name: str) -> Params:
+  return {"kernel": tensors.pop(f"{name}.weight").T, "bias": tensors.pop(f"{name}.bias")}
+
+
+def _pop_lstm(tensors: dict[str, np.ndarray]) -> Params:
+  params: Params = {}
+  for layer in range(_LSTM_LAYERS):
+    for direction, suffix in zip(_DIRECTIONS, ("", "_reverse"), strict=True):
+      stem = "1.lstm_head."
+      params[f"{direction}_{layer}"] = {
+        "input_kernel": tensors.pop(f"{stem}weight_ih_l{layer}{suffix}").T,
+        "hidden_kernel": tensors.pop(f"{stem}weight_hh_l{layer}{suffix}").T,
+        "input_bias": tensors.pop(f"{stem}bias_ih_l{layer}{suffix}"),
+        "hidden_bias": tensors.pop(f"{stem}bias_hh_l{layer}{suffix}"),
+      }
+  return params
