@@ -102,7 +102,12 @@ def test_flat_index_is_the_exact_search(tmp_path, k):
 
 @pytest.mark.parametrize(
   ("factory", "parameters", "recall"),
-  [("IVF16,Flat", {"nprobe": 16}, 1.0), ("IVF16,PQ8", {"nprobe": 16}, 0.45), ("HNSW16", {"efSearch": 200}, 0.9)],
+  [
+    ("IVF16,Flat", {"nprobe": 16}, 1.0),
+    ("IVF16,PQ8", {"nprobe": 16}, 0.45),
+    ("OPQ8,IVF16,PQ8", {"nprobe": 16}, 0.45),
+    ("HNSW16", {"efSearch": 200}, 0.9),
+  ],
 )
 def test_approximate_indexes_find_save_and_load(tmp_path, factory, parameters, recall):
   passages, queries = gaussian((COUNT, WIDTH), 0), gaussian((QUERIES, WIDTH), 1)
@@ -159,8 +164,9 @@ def test_wrong_strings_parameters_and_files_are_named(tmp_path):
   with pytest.raises(InputError, match="cannot train on 100 passages"):
     Index.build(stored, "IVF512,Flat")
   index = Index.build(stored, "IVF4,Flat")
-  with pytest.raises(InputError, match="'efSearch'"):
-    index.set_parameters({"efSearch": 3})
+  for name in ("efSearch", "ht"):
+    with pytest.raises(InputError, match=f"'{name}'"):
+      index.set_parameters({name: 3})
   for value in (0, 2.5, "8", True):
     with pytest.raises(InputError, match="nprobe is not a whole number"):
       index.set_parameters({"nprobe": value})
