@@ -79,9 +79,9 @@ def _train() -> dict:
     epochs=10.0,  # passes over the training queries; ignored where steps > 0
     steps=0,  # optimiser steps; 0: from epochs
     queries=64,  # a step, over all devices
-    passages=2,  # a query: its positive and passages - 1 negatives
+    passages=2,  # a query: its positive and passages - 1 negatives; 1: in-batch negatives alone
     positive="rotate",  # 'rotate' with the epoch, or 'first' always (NQ)
-    negatives="source",  # 'source' (the data's own), 'bm25' (mined here before training), 'none' (in-batch only)
+    negatives="source",  # 'source' (the data's own, else random), 'bm25' (mined before training) or 'random'
     bm25_depth=100,  # bm25: ranks that hold negatives, judged positives left out
     query_chunk=0,  # gradient cache, queries a device at a time; 0: all at once
     passage_chunk=0,  # gradient cache, passages a device at a time; 0: all at once
@@ -123,7 +123,8 @@ def _evaluate() -> dict:
   return dict(
     splits=("dev",),  # judged splits to report
     measures=("RR@10", "R@20", "R@50", "R@100", "R@1000", "nDCG@10"),  # ir-measures' names
-    answers=False,  # also Success@k by answer match (NQ's R@k)
+    answers=False,  # Success@k counts passages that contain an answer (NQ's R@k), not judged ones
+    graded_splits=(),  # splits in which grades from 2 on are relevant (TREC Deep Learning); nDCG takes the grades
     depth=1000,  # passages a query in the run files
     bm25=True,  # baseline: BM25, k1 .9, b .4, stemmed
     backbone=True,  # baseline: the untuned backbone

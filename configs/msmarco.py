@@ -3,7 +3,8 @@
 python -m dptdr_jax.main --config=configs/msmarco.py --config.data.dir=DATA --workdir=runs/msmarco
 
 DATA holds collection.tsv, queries.{train,dev.small}.tsv, qrels.{train,dev.small}.tsv, qidpidtriples.train.full.2.tsv.gz
-and, for the title-augmented corpus that the paper reports on, para.title.txt; --config.data.download fetches what is public.
+and, for the title-augmented corpus that the paper reports on, para.title.txt; --config.data.download fetches them. With
+TREC DL's files there too: --config.evaluate.splits="('dev','dl19','dl20')"
 """
 
 from configs import base
@@ -15,7 +16,6 @@ def get_config():
   c.backbone.path = "roberta-large"
   c.data.source = "msmarco"
   c.data.title_augmented = True
-  c.data.dev_split = "dev.small"
   c.text.separator = "</s>"
   c.prompt.length = 128
   c.train.epochs = 10.0
@@ -27,6 +27,7 @@ def get_config():
   c.train.evaluate_every = 5000
   c.train.evaluate_passages = 100_000
   c.train.evaluate_queries = 6980
-  c.evaluate.splits = ("dev.small", "dl19", "dl20")
+  c.evaluate.splits = ("dev",)
+  c.evaluate.graded_splits = ("dl19", "dl20")
   c.evaluate.msmarco_format = True
   return c

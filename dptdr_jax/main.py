@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from dptdr_jax.core import preemption
@@ -23,12 +24,13 @@ def main(argv: list[str]) -> int:
   from dptdr_jax import pipeline
   from dptdr_jax.runtime import hosts
 
+  logging.getLogger("dptdr_jax").setLevel(logging.INFO)  # ours alone: orbax and others have much to tell at INFO
   preemption.install()
   hosts.initialize()
   try:
     pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGES.value, _VERIFY.value)
   except preemption.Preempted as stop:
-    logging.warning("stopped by a signal: %s; the same command goes on from there", stop)
+    sys.stderr.write(f"stopped by SIGTERM: {stop}; the same command goes on from there\n")
     return preemption.EXIT_STATUS
   except DptdrError as error:
     sys.stderr.write(f"error: {error}\n")
@@ -38,7 +40,6 @@ def main(argv: list[str]) -> int:
 
 def run() -> None:
   """Entry point: parses the flags and runs `main`."""
-  logging.set_verbosity(logging.INFO)
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)
 

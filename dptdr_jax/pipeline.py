@@ -1,7 +1,8 @@
 """The stages of a run in order: which are done, what each reads, and what a change makes stale.
 
-A stage is done when its manifest carries the key that its config fields, the stages before it and the files from outside
-give today. A stage that was begun under another key is cleared first, so that nothing of two configs is ever mixed.
+A stage is done when its manifest carries the key that its config fields, the stages before it and the files from
+outside give today. A stage that was begun under another key is cleared first: nothing of two
+configs is ever mixed.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import logging
 import time
 from collections.abc import Callable, Sequence
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, manifest, progress
 from dptdr_jax.core.errors import DptdrError
-from dptdr_jax.stages import encode, evaluate, prepare, report, train
+from dptdr_jax.stages import common, encode, evaluate, mine, prepare, report, train
 from dptdr_jax.stages.layout import Layout
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +38,22 @@ class Stage:
 # Fields of a stage that cannot change what it makes; they stay out of its key.
 NEUTRAL = ("data.workers", "train.loader_workers", "train.log_every", "train.keep_checkpoints")
 
+MANY_FILES = 16  # more are told by one hash over all
+
 
 def stages(config: ConfigDict) -> list[Stage]:
   """Returns the stages of a run, in order."""
   texts = ("text.separator", "text.query_template", "text.passage_template")
   model = ("compute_dtype", "backbone", "text", "vector")
+  prepared = Stage("prepare", prepare.run, ("data", "backbone", *texts), files=prepare.outside_files)
+  mined = []
+  if config.train.negatives == "bm25":
+    mined = [Stage("mine0", mine.run, ("train.bm25_depth", "data.train_split"), ("prepare",))]
+  before = ("prepare", *(stage.name for stage in mined))
   return [
-    Stage("prepare", prepare.run, ("data", "backbone", *texts), files=prepare.outside_files),
-    Stage("train1", functools.partial(train.run, number=1), ("seed", "train", "prompt", *model), ("prepare",)),
+    prepared,
+    *mined,
+    Stage("train1", functools.partial(train.run, number=1), ("seed", "train", "prompt", *model), before),
     Stage("encode", encode.run, ("encode", "evaluate.splits", "evaluate.backbone", *model), ("prepare", "train1")),
     Stage("evaluate", evaluate.run, ("evaluate", "index"), ("prepare", "train1", "encode")),
     Stage("report", report.run, (), ("prepare", "train1", "evaluate")),
@@ -58,6 +69,7 @@ def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verif
     only: names of stages to run ('train' means all of its rounds); empty: all.
     verify: hash the files from outside again instead of trusting their size and time.
   """
+  common.check(config)
   layout = Layout.of(workdir)
   plan = stages(config)
   chosen = _choose([stage.name for stage in plan], only)
@@ -71,7 +83,7 @@ def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verif
       if not done and any(stage.name in later.inputs for later in plan if later.name in chosen):
         raise DptdrError(f"stage {stage.name} is not done, and {', '.join(chosen)} needs it; add it to --stages")
     elif done:
-      logging.info("%s: done before", stage.name)
+      _log.info("%s: done before", stage.name)
     else:
       _execute(stage, config, layout, description, keys[stage.name])
   if layout.results.exists():
@@ -108,11 +120,10 @@ def _describe(stage: Stage, config: ConfigDict, keys: dict[str, str], fingerprin
     if isinstance(value, dict):
       value = {key: item for key, item in value.items() if f"{name}.{key}" not in NEUTRAL}
     fields[name] = value
-  return {
-    "config": fields,
-    "stages": {name: keys[name] for name in stage.inputs},
-    "files": fingerprints.of(stage.files(config)),
-  }
+  found = fingerprints.of(stage.files(config))
+  if len(found) > MANY_FILES:
+    found = {f"{len(found)} files": manifest.key_of(found)}
+  return {"config": fields, "stages": {name: keys[name] for name in stage.inputs}, "files": found}
 
 
 def _is_done(layout: Layout, stage: Stage, key: str) -> bool:
@@ -128,10 +139,10 @@ def _execute(stage: Stage, config: ConfigDict, layout: Layout, description: dict
     before = files.read_json(begun)
     if before["key"] != key:
       changes = manifest.differences(before["made_from"], description)
-      logging.info("%s: done anew, because of %s", stage.name, "; ".join(changes) or "a newer layout")
+      _log.info("%s: done anew, because of %s", stage.name, "; ".join(changes) or "a newer layout")
       files.remove(directory)
     else:
-      logging.info("%s: goes on", stage.name)
+      _log.info("%s: goes on", stage.name)
       spent = before["seconds"]
   else:
     files.remove(directory)  # a directory without begun.json is nobody's

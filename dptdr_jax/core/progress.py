@@ -39,6 +39,13 @@ class Bar:
     self._tqdm.close()
 
 
+class Silent:
+  """Takes what a Bar takes and shows nothing."""
+
+  def advance(self, n: int = 1) -> None:
+    """Does nothing."""
+
+
 @contextlib.contextmanager
 def bar(description: str, total: int | None = None, unit: str = "item", initial: int = 0) -> Iterator[Bar]:
   """A progress bar for the length of a `with` block."""
@@ -47,6 +54,12 @@ def bar(description: str, total: int | None = None, unit: str = "item", initial:
     yield shown
   finally:
     shown.close()
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[Silent]:
+  """A bar that shows nothing, for work that is over before anyone looks."""
+  yield Silent()
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "item") -> Iterator[T]:

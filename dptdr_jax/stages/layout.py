@@ -26,10 +26,18 @@ class Layout:
   def prepared(self) -> pathlib.Path:
     return self.root / "prepare" / "text"
 
+  def store(self, part: str) -> pathlib.Path:
+    """The token store of the corpus ('corpus') or of a split's queries."""
+    return self.root / "prepare" / "tokens" / part
+
   @property
-  def stores(self) -> pathlib.Path:
-    """Token stores: corpus, and queries of each split."""
-    return self.root / "prepare" / "tokens"
+  def bm25(self) -> pathlib.Path:
+    """The BM25 index of the corpus."""
+    return self.root / "prepare" / "bm25"
+
+  def pool(self, number: int) -> pathlib.Path:
+    """The negatives that training after mining round `number` draws from."""
+    return self.root / f"mine{number}" / "pool"
 
   def train(self, number: int) -> pathlib.Path:
     return self.root / f"train{number}"
@@ -38,8 +46,17 @@ class Layout:
     """The retriever that round `number` of training chose."""
     return self.train(number) / "retriever"
 
-  def embeddings(self, system: str) -> pathlib.Path:
-    return self.root / "encode" / system
+  def embeddings(self, system: str, part: str) -> pathlib.Path:
+    """Vectors of the corpus ('corpus') or of a split's queries by one system."""
+    return self.root / "encode" / system / part
+
+  def index(self, system: str) -> pathlib.Path:
+    """The FAISS index over a system's vectors of the corpus."""
+    return self.root / "evaluate" / "index" / system
+
+  def part(self, system: str, split: str) -> pathlib.Path:
+    """Means and intervals of one system on one split."""
+    return self.root / "evaluate" / "parts" / f"{system}.{split}.json"
 
   def run_file(self, system: str, split: str) -> pathlib.Path:
     return self.root / "evaluate" / "runs" / f"{system}.{split}.trec"

@@ -15,7 +15,7 @@ from dptdr_jax.core import files
 from dptdr_jax.stages.layout import Layout
 
 matplotlib.use("Agg")  # before pyplot: a server has no display
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 CURVES = {
   "loss": "Loss",
@@ -154,13 +154,17 @@ def _hit(hit: Mapping) -> str:
 
 def _wanted(example: Mapping) -> str:
   wanted = example["wanted"]
-  return f"<p class=note>wanted: <b>{html.escape(wanted['title'] or wanted['id'])}</b> {html.escape(wanted['text'])}</p>"
+  if wanted is None:
+    return ""
+  name, text = html.escape(wanted["title"] or wanted["id"]), html.escape(wanted["text"])
+  return f"<p class=note>wanted: <b>{name}</b> {text}</p>"
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }}
-table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #d8dee4 }}
+table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align: right }}
+tr {{ border-bottom: 1px solid #d8dee4 }}
 th:first-child {{ text-align: left }} small, .note {{ color: #59636e }} svg {{ max-width: 100%; height: auto }}
 details {{ margin: .6rem 0; padding: .4rem .8rem; border-left: 4px solid #cf222e; background: #f6f8fa }}
 details.right {{ border-color: #1a7f37 }} li.relevant {{ color: #1a7f37 }} ol {{ margin: .3rem 0 }}

@@ -73,7 +73,9 @@ def tokenizer() -> tokenizers.Tokenizer:
   return made
 
 
-def backbone(directory: pathlib.Path, *, hidden: int = 32, layers: int = 2, heads: int = 4, seed: int = 0) -> pathlib.Path:
+def backbone(
+  directory: pathlib.Path, *, hidden: int = 32, layers: int = 2, heads: int = 4, seed: int = 0
+) -> pathlib.Path:
   """Writes a random BERT in Hugging Face layout: config.json, model.safetensors, tokenizer files."""
   directory.mkdir(parents=True, exist_ok=True)
   vocabulary = tokenizer()
@@ -98,7 +100,11 @@ def backbone(directory: pathlib.Path, *, hidden: int = 32, layers: int = 2, head
   for layer in range(layers):
     at = f"encoder.layer.{layer}."
     dense = {f"attention.self.{part}": (hidden, hidden) for part in ("query", "key", "value")}
-    dense |= {"attention.output.dense": (hidden, hidden), "intermediate.dense": (inner, hidden), "output.dense": (hidden, inner)}
+    dense |= {
+      "attention.output.dense": (hidden, hidden),
+      "intermediate.dense": (inner, hidden),
+      "output.dense": (hidden, inner),
+    }
     for name, shape in dense.items():
       tensors[f"{at}{name}.weight"], tensors[f"{at}{name}.bias"] = normal(*shape), 0.1 * normal(shape[0])
     norms += [f"{at}attention.output.LayerNorm", f"{at}output.LayerNorm"]

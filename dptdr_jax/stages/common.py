@@ -1,0 +1,182 @@
+"""What several stages make of the config in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dptdr_jax import backbone as backbones
+from dptdr_jax.backbone import Backbone
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.batches import TrainBatches
+from dptdr_jax.data.groups import Negatives, TrainGroups
+from dptdr_jax.data.ids import IdTable
+from dptdr_jax.data.prepare import PreparedData, PreparedSplit
+from dptdr_jax.data.store import TokenStore
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.dropout import Dropout
+from dptdr_jax.models.prompts import PromptSpec, check_lengths
+from dptdr_jax.retrieval import measures
+from dptdr_jax.retrieval.bm25 import Bm25
+from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.qrels import Qrels
+from dptdr_jax.retriever import Retriever, VectorSettings
+from dptdr_jax.stages.layout import Layout
+
+NEGATIVES = ("source", "bm25", "random")
+
+
+def check(config: ConfigDict) -> None:
+  """Raises InputError for what can be known to fail before any work is done: lengths, names, measures."""
+  spec, settings = prompt_spec(config), vector_settings(config)
+  encoder = EncoderConfig.from_file(backbones.locate(config.backbone.path) / "config.json")
+  check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
+  if settings.pooling not in ("first", "mean"):
+    raise InputError("unknown vector.pooling", value=settings.pooling, fix="Use first or mean")
+  if config.train.negatives not in NEGATIVES:
+    raise InputError("unknown train.negatives", value=config.train.negatives, fix=f"Use {', '.join(NEGATIVES)}")
+  if config.train.positive not in ("rotate", "first"):
+    raise InputError("unknown train.positive", value=config.train.positive, fix="Use rotate or first")
+  measures.check((*config.evaluate.measures, config.train.select_by))
+  if config.train.evaluate_every and config.data.dev_split and config.data.dev_split == config.data.train_split:
+    raise InputError("the dev split is the training split", value=config.data.dev_split, fix="Name another, or ''")
+
+
+def load_backbone(config: ConfigDict) -> Backbone:
+  """The backbone that the config names, in its compute_dtype."""
+  named = config.backbone
+  return Backbone.load(named.path, compute_dtype=config.compute_dtype, sha256=named.sha256)
+
+
+def prompt_spec(config: ConfigDict) -> PromptSpec:
+  """The prompt that the config describes; a position shift of −1 is the prompt's length."""
+  prompt = config.prompt
+  if prompt.kind == "none":
+    return PromptSpec(kind="none")
+  shift = prompt.length if prompt.position_shift < 0 else prompt.position_shift
+  return PromptSpec(
+    kind=prompt.kind, length=prompt.length, projection=prompt.projection,
+    projection_size=prompt.projection_size if prompt.projection != "none" else 0,
+    position_shift=shift if prompt.kind == "deep" else 0,
+    dropout=prompt.dropout, dropout_per=prompt.dropout_per, init=prompt.init, init_scale=prompt.init_scale,
+  )  # fmt: skip
+
+
+def vector_settings(config: ConfigDict) -> VectorSettings:
+  """What vectors depend on besides weights and prompts."""
+  return VectorSettings(**config.vector, **config.text)
+
+
+def backbone_dropout(config: ConfigDict) -> Dropout | None:
+  """The backbone's own dropout in training; None: as its config.json says."""
+  rate = config.train.backbone_dropout
+  return None if rate < 0 else Dropout(rate, rate)
+
+
+def make_retriever(config: ConfigDict, backbone: Backbone, spec: PromptSpec, trainable: dict[str, Any]) -> Retriever:
+  """A retriever of what training has made: prompts on the frozen backbone, or a backbone of its own."""
+  settings = vector_settings(config)
+  if "backbone" in trainable:
+    tuned = backbone.with_params(trainable["backbone"])
+    return Retriever(tuned, spec, {"query": {}, "passage": {}}, settings)
+  sides = {side: trainable.get("prompt", trainable.get(side)) for side in ("query", "passage")}
+  return Retriever(backbone, spec, sides, settings)
+
+
+def dense_systems(config: ConfigDict) -> list[str]:
+  """Names, as in results.json, of the dense systems that are evaluated, in order."""
+  return [*(["backbone"] if config.evaluate.backbone else []), "train1"]
+
+
+def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:
+  """Every dense system that is evaluated; all share one backbone in memory, unless its weights were tuned."""
+  shared = load_backbone(config)
+  found = {}
+  for system in dense_systems(config):
+    if system == "backbone":
+      found[system] = Retriever.untuned(shared, **config.vector, **config.text)
+    else:
+      tuned = config.prompt.kind == "none"
+      found[system] = Retriever.load(layout.stage(system) / "retriever", None if tuned else shared)
+  return found
+
+
+def train_batches(config: ConfigDict, layout: Layout, data: PreparedData, number: int) -> TrainBatches:
+  """The batches of a round of training: a function of (seed, round, step)."""
+  train, name = config.train, config.data.train_split
+  split = data.splits[name]
+  stage = f"train{number}"
+  groups = TrainGroups(
+    split.positives, _negatives(config, layout, data), num_passages=len(data.ids), group_size=train.passages,
+    seed=config.seed, stage=stage, positive=train.positive,
+  )  # fmt: skip
+  trainable = np.array([row for row in range(len(split)) if len(split.positives(row))])
+  return TrainBatches(
+    TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), trainable, groups, split.positives,
+    batch_size=train.queries, query_tokens=config.text.query_length, passage_tokens=config.text.passage_length,
+    seed=config.seed, stage=stage,
+  )  # fmt: skip
+
+
+def _negatives(config: ConfigDict, layout: Layout, data: PreparedData) -> Negatives | None:
+  named = config.train.negatives
+  if named == "source":
+    return data.splits[config.data.train_split].negatives
+  return PoolNegatives(Pool.open(layout.pool(0))) if named == "bm25" else None
+
+
+class PoolNegatives:
+  """A pool of mined candidates as the negatives that training groups draw from."""
+
+  def __init__(self, pool: Pool):
+    self._pool = pool
+
+  def rows(self, query_row: int) -> np.ndarray:
+    """Passage rows of a query, best first."""
+    return np.asarray(self._pool.candidates(query_row))
+
+
+class IdRows(Mapping):
+  """An IdTable as the mapping id → row that run files are read with, asked one id at a time."""
+
+  def __init__(self, table: IdTable):
+    self._table = table
+
+  def __getitem__(self, name: str) -> int:
+    row = int(self._table.rows([name])[0])
+    if row < 0:
+      raise KeyError(name)
+    return row
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._table.ids(range(len(self._table))))
+
+  def __len__(self) -> int:
+    return len(self._table)
+
+
+def frequent_tokens(config: ConfigDict, layout: Layout) -> np.ndarray | None:
+  """The P token ids that are most frequent in the corpus, most frequent first: what init 'words' starts from."""
+  if config.prompt.init != "words":
+    return None
+  counts = TokenStore(layout.store("corpus")).token_counts()
+  return np.argsort(-counts, kind="stable")[: config.prompt.length]
+
+
+def qrels(split: PreparedSplit) -> Qrels:
+  """A split's judgements as the measures take them."""
+  offsets = np.asarray(split.judgements.offsets)
+  queries = np.repeat(np.arange(len(split)), np.diff(offsets))
+  rows = [split.judgements.rows(query) for query in range(len(split))]
+  grades = [split.judgements.values(query) for query in range(len(split))]
+  return Qrels.from_triples(queries, np.concatenate(rows), np.concatenate(grades), len(split))
+
+
+def bm25(layout: Layout, data: PreparedData) -> Bm25:
+  """The BM25 index of the corpus, title and text joined by a space; built by the first stage that asks for it."""
+  if not (layout.bm25 / "manifest.json").exists():
+    Bm25.build((f"{p.title} {p.text}".strip() for p in data.passages.read()), layout.bm25)
+  return Bm25(layout.bm25)

@@ -1,0 +1,137 @@
+"""evaluate: index, search, measure every system on every split; run files, intervals, DIR/results.json."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dptdr_jax.core import files, preemption
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.prepare import PreparedData, PreparedSplit
+from dptdr_jax.retrieval import answers, measures, runs
+from dptdr_jax.retrieval.embeddings import Embeddings
+from dptdr_jax.retrieval.index import Index
+from dptdr_jax.retrieval.runs import Run
+from dptdr_jax.retrieval.search import search_exact
+from dptdr_jax.stages import common, examples
+from dptdr_jax.stages.layout import Layout
+
+_log = logging.getLogger(__name__)
+
+LABELS = {"bm25": "BM25", "backbone": "untuned backbone", "train1": "trained retriever"}
+_BINARY = re.compile(r"(RR|R|AP|P|Success)(@\d+)?")  # measures that need to know which grades are relevant
+
+
+def run(config: ConfigDict, workdir: files.Path) -> None:
+  """Writes DIR/evaluate/{runs,parts,per_query}, DIR/results.json, and what the report shows. Parts are not redone."""
+  layout = Layout.of(workdir)
+  data = PreparedData(layout.prepared)
+  systems = [*(["bm25"] if config.evaluate.bm25 else []), *common.dense_systems(config)]
+  results: dict[str, dict] = {system: {} for system in systems}
+  intervals: dict[str, dict] = {system: {} for system in systems}
+  for system in systems:
+    for split in config.evaluate.splits:
+      part = layout.part(system, split)
+      if not part.exists():
+        _evaluate(config, layout, data, system, split)
+        preemption.check(f"evaluation stands after {system} on {split}")
+      means = files.read_json(part)
+      results[system][split], intervals[system][split] = means["means"], means["intervals"]
+  shown = examples.choose(config, layout, data, systems[-1])
+  files.write_json(layout.examples, shown)
+  files.write_json(layout.summary, _summary(config, layout, data) | {"intervals": intervals})
+  files.write_json(layout.results, results)
+
+
+def _evaluate(config: ConfigDict, layout: Layout, data: PreparedData, system: str, split: str) -> None:
+  queries = data.splits[split]
+  depth = min(config.evaluate.depth, len(data.ids))
+  _log.info("%s on %s: %d queries", system, split, len(queries))
+  found = _search(config, layout, data, system, split, depth)
+  query_ids = queries.ids.ids(range(len(queries)))
+  runs.write_trec(layout.run_file(system, split), found, query_ids, data.ids, system)
+  if config.evaluate.msmarco_format:
+    runs.write_msmarco(layout.run_file(system, split).with_suffix(".msmarco.tsv"), found, query_ids, data.ids)
+  by_query = dict(_measure(config, data, queries, split, found))
+  with files.atomic_path(layout.per_query(system, split)) as partial, open(partial, "wb") as stream:
+    np.savez(stream, **by_query)
+  files.write_json(
+    layout.part(system, split),
+    {
+      "means": {name: float(values.mean()) for name, values in by_query.items()},
+      "intervals": {name: measures.bootstrap_interval(values) for name, values in by_query.items()},
+    },
+  )
+
+
+def _search(config: ConfigDict, layout: Layout, data: PreparedData, system: str, split: str, depth: int) -> Run:
+  if system == "bm25":
+    return common.bm25(layout, data).search([query.text for query in data.splits[split].queries.read()], depth)
+  passages = Embeddings(layout.embeddings(system, "corpus"))
+  queries = Embeddings(layout.embeddings(system, split))
+  vectors = queries.take(np.arange(len(queries)))
+  if config.index.factory == "Flat":  # straight from the shards: no second copy of the corpus in memory
+    return search_exact(vectors, passages, depth)
+  directory = layout.index(system)
+  if not (directory / "manifest.json").exists():
+    Index.build(passages, config.index.factory, sample=config.index.sample).save(directory)
+  index = Index.load(directory)
+  index.set_parameters(_parameters(config.index.search_parameters))
+  return index.search(vectors, depth)
+
+
+def _parameters(text: str) -> dict[str, int]:
+  """'nprobe=64, quantizer_efSearch=32' → {'nprobe': 64, …}."""
+  found = {}
+  for part in filter(None, (part.strip() for part in text.split(","))):
+    name, _, value = part.partition("=")
+    if not value.isdigit():
+      raise InputError("index.search_parameters is a list of NAME=NUMBER", value=part)
+    found[name] = int(value)
+  return found
+
+
+def _measure(
+  config: ConfigDict, data: PreparedData, queries: PreparedSplit, split: str, found: Run
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (measure, its value for every query that counts); Success@k is by answer match where the config says so."""
+  wanted = list(config.evaluate.measures)
+  by_answers = [name for name in wanted if config.evaluate.answers and name.startswith("Success@")]
+  if by_answers:
+    cutoffs = [int(name.partition("@")[2]) for name in by_answers]
+    lists = [query.answers for query in queries.queries.read()]
+    hits = answers.match_run(found, lists, lambda row: data.passages[row].text, depth=max(cutoffs))
+    yield from measures.evaluate_hits(hits, cutoffs).values.items()
+  by_judgement = [name for name in wanted if name not in by_answers]
+  if split in config.evaluate.graded_splits:
+    by_judgement = [_BINARY.sub(r"\1(rel=2)\2", name) if _BINARY.fullmatch(name) else name for name in by_judgement]
+  if by_judgement:
+    yield from measures.evaluate(found, common.qrels(queries), by_judgement).values.items()
+
+
+def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
+  retriever = common.retrievers(config, layout)["train1"]
+  whole = retriever.backbone.num_parameters
+  prompts = {id(tree): tree for tree in retriever.prompts.values()}.values()  # tied prompts count once
+  trained = whole if retriever.spec.kind == "none" else sum(leaf.size for leaf in jax.tree.leaves(list(prompts)))
+  return {
+    "rounds": 1,
+    "passages": len(data.ids),
+    "queries": {name: len(common.qrels(data.splits[name]).judged()) or len(data.splits[name])
+                for name in config.evaluate.splits},
+    "labels": LABELS,
+    "trained_parameters": trained,
+    "backbone_parameters": whole,
+    "facts": [
+      f"backbone {config.backbone.path}, {retriever.backbone.compute_dtype} on {jax.default_backend()}",
+      f"prompt {retriever.spec.kind}, length {retriever.spec.length}, {'tied' if config.prompt.tied else 'untied'}; "
+      f"pooling {config.vector.pooling}",
+      f"data {config.data.source} {config.data.dir}".strip(),
+      f"index {config.index.factory} (inner product)",
+    ],
+  }  # fmt: skip

@@ -1,0 +1,67 @@
+"""Queries with their top passages, right and wrong, for people to look at."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from dptdr_jax.data.prepare import PreparedData
+from dptdr_jax.data.records import Passage
+from dptdr_jax.retrieval import runs
+from dptdr_jax.retrieval.runs import Run
+from dptdr_jax.stages import common
+from dptdr_jax.stages.layout import Layout
+
+_SHOWN_TEXT = 300  # characters of a passage
+_TOP = 3  # passages a query
+
+
+def choose(config: ConfigDict, layout: Layout, data: PreparedData, system: str) -> list[dict]:
+  """Returns `config.evaluate.examples` queries of the first split, half of them with a relevant passage on top.
+
+  A split that is measured by answers alone has no judgements to choose by: its first queries are shown.
+  """
+  name = config.evaluate.splits[0]
+  split = data.splits[name]
+  found = _read(layout, data, system, name)
+  ranks = {query: _first_relevant(found, query, split.positives(query)) for query in range(len(split))}
+  right = [query for query, rank in ranks.items() if rank == 1]
+  wrong = [query for query, rank in ranks.items() if rank != 1]
+  wanted = config.evaluate.examples
+  half = min(len(right), max(wanted // 2, wanted - len(wrong)))
+  chosen = sorted(_spread(right, half) + _spread(wrong, wanted - half))
+  return [_describe(data, name, found, query, ranks[query]) for query in chosen]
+
+
+def _read(layout: Layout, data: PreparedData, system: str, split: str) -> Run:
+  rows = {name: row for row, name in enumerate(data.splits[split].ids.ids(range(len(data.splits[split]))))}
+  return runs.read_trec(layout.run_file(system, split), rows, common.IdRows(data.ids), depth=100)
+
+
+def _first_relevant(found: Run, query: int, relevant) -> int | None:
+  wanted = set(relevant.tolist())
+  return next((rank for rank, row in enumerate(found.rows[query].tolist(), 1) if row in wanted), None)
+
+
+def _spread(queries: list[int], count: int) -> list[int]:
+  """`count` of the queries at even distances."""
+  count = min(count, len(queries))
+  return [queries[place * len(queries) // count] for place in range(count)]
+
+
+def _describe(data: PreparedData, name: str, found: Run, query: int, rank: int | None) -> dict:
+  split = data.splits[name]
+  relevant = split.positives(query).tolist()
+  top = [
+    _passage(data.passages[row]) | {"score": float(score), "relevant": row in relevant}
+    for row, score in zip(found.rows[query, :_TOP].tolist(), found.scores[query, :_TOP], strict=True)
+    if row >= 0
+  ]
+  wanted = _passage(data.passages[relevant[0]]) if relevant else None
+  return {
+    "split": name, "query": split.queries[query].text, "rank": rank, "right": rank == 1, "top": top, "wanted": wanted
+  }  # fmt: skip
+
+
+def _passage(passage: Passage) -> dict:
+  text = passage.text if len(passage.text) <= _SHOWN_TEXT else passage.text[: _SHOWN_TEXT - 1] + "…"
+  return {"id": passage.id, "title": passage.title, "text": text}

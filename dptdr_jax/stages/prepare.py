@@ -1,0 +1,86 @@
+"""prepare: raw files → checked text, ids and judgements by row → token stores."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from dptdr_jax import backbone as backbones
+from dptdr_jax.core import files
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data import downloads, text
+from dptdr_jax.data.prepare import PreparedSplit, prepare_source
+from dptdr_jax.data.sources import Source
+from dptdr_jax.data.sources.beir import Beir
+from dptdr_jax.data.sources.docstrings import DocstringSource
+from dptdr_jax.data.sources.msmarco import MsMarco
+from dptdr_jax.data.sources.nq import NaturalQuestions
+from dptdr_jax.data.sources.original_jsonl import OriginalJsonl
+from dptdr_jax.data.store import write_token_store
+from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.stages.layout import Layout
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: ConfigDict, workdir: files.Path) -> None:
+  """Writes DIR/prepare: text, ids, judgements, and a token store for the corpus and the queries of each split."""
+  layout = Layout.of(workdir)
+  tokenizer = Tokenizer(backbones.locate(config.backbone.path))
+  text.check_templates(config.text.query_template, config.text.passage_template)
+  data = prepare_source(open_source(config), layout.prepared, training_split=config.data.train_split)
+  options = {"max_tokens": config.data.max_stored_tokens}
+
+  def passages(start: int) -> Iterator[str]:
+    for passage in data.passages.read(start):
+      yield text.passage_text(passage, config.text.separator, config.text.passage_template)
+
+  write_token_store(passages, len(data.passages), tokenizer, layout.store("corpus"), **options)
+  for name, split in data.splits.items():
+    write_token_store(_queries(split, config), len(split), tokenizer, layout.store(name), **options)
+    _log.info("%s: %d queries", name, len(split))
+
+
+def open_source(config: ConfigDict) -> Source:
+  """The source that the config names.
+
+  Raises:
+    InputError: an unknown name, a folder that isn't there, a download that failed.
+  """
+  data = config.data
+  if data.source == "docstrings":
+    return DocstringSource(tuple(data.packages), tuple(data.test_modules), tuple(data.dev_modules))
+  if not data.dir:
+    raise InputError("no folder of data is named", fix="Set --config.data.dir=DIR")
+  if data.download:
+    downloads.fetch_dataset(data.source, data.dir)
+  if not pathlib.Path(data.dir).is_dir():
+    raise InputError("no such folder", path=data.dir)
+  if data.source == "beir":
+    return Beir(data.dir)
+  if data.source == "msmarco":
+    return MsMarco(data.dir, titles=data.title_augmented)
+  if data.source == "nq":
+    return NaturalQuestions(data.dir)
+  if data.source == "original":
+    return OriginalJsonl(data.dir, tokenizer=Tokenizer(backbones.locate(config.backbone.path)))
+  raise InputError("unknown data.source", value=data.source, fix="Use beir, msmarco, nq, original or docstrings")
+
+
+def outside_files(config: ConfigDict) -> list[pathlib.Path]:
+  """Every file from outside that a run depends on: the data's, and the backbone's."""
+  source = open_source(config)
+  found = [path for split in (None, *source.splits()) for path in source.files(split)]
+  backbone = backbones.locate(config.backbone.path)
+  return [*dict.fromkeys(found), *sorted(path for path in backbone.iterdir() if path.is_file())]
+
+
+def _queries(split: PreparedSplit, config: ConfigDict) -> Callable[[int], Iterator[str]]:
+  def texts(start: int) -> Iterator[str]:
+    for query in split.queries.read(start):
+      yield text.query_text(query, config.text.query_template)
+
+  return texts

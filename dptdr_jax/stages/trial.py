@@ -1,0 +1,66 @@
+"""How a retriever stands on dev while it trains: a small corpus that holds what the dev queries look for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dptdr_jax.data.prepare import PreparedData
+from dptdr_jax.data.store import TokenStore
+from dptdr_jax.retrieval import measures
+from dptdr_jax.retrieval.qrels import Qrels
+from dptdr_jax.retrieval.search import search_exact
+from dptdr_jax.retriever import Retriever
+from dptdr_jax.stages import common
+from dptdr_jax.stages.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class DevTrial:
+  """Dev queries and a corpus of their judged passages, filled up at random: for choosing, not for reporting.
+
+  Attributes:
+    queries, corpus: token stores.
+    query_rows: int64 [Q], the queries that are asked.
+    passage_rows: int64 [C], the small corpus, ascending.
+    qrels: judgements of those queries, by place in passage_rows.
+    names: measures.
+  """
+
+  queries: TokenStore
+  corpus: TokenStore
+  query_rows: np.ndarray
+  passage_rows: np.ndarray
+  qrels: Qrels
+  names: tuple[str, ...]
+
+  @classmethod
+  def build(cls, config: ConfigDict, layout: Layout, data: PreparedData) -> DevTrial | None:
+    """Draws queries and passages by the config's seed; None where there is nothing to choose by."""
+    train, name = config.train, config.data.dev_split
+    if not train.evaluate_every or not name:
+      return None
+    generator = np.random.default_rng([config.seed, 0xDE7])
+    qrels = common.qrels(data.splits[name])
+    judged = qrels.judged()
+    rows = np.sort(generator.permutation(judged)[: train.evaluate_queries])
+    needed = np.unique(np.concatenate([qrels.of(row)[0] for row in rows]))
+    fill = generator.permutation(len(data.ids))[: train.evaluate_passages]
+    fill = np.setdiff1d(fill, needed)[: max(0, train.evaluate_passages - len(needed))]
+    passages = np.sort(np.concatenate([needed, fill]))
+    triples = [
+      (place, row, grade) for place, query in enumerate(rows) for row, grade in zip(*qrels.of(query), strict=True)
+    ]
+    places, relevant, grades = map(np.array, zip(*triples, strict=True))
+    small = Qrels.from_triples(places, np.searchsorted(passages, relevant), grades, len(rows))
+    stores = TokenStore(layout.store(name)), TokenStore(layout.store("corpus"))
+    return cls(*stores, rows, passages, small, tuple(dict.fromkeys((train.select_by, "RR@10", "R@100"))))
+
+  def evaluate(self, retriever: Retriever) -> dict[str, float]:
+    """Measures of a retriever on the small corpus."""
+    queries = retriever.encode_store(self.queries, "query", self.query_rows)
+    passages = retriever.encode_store(self.corpus, "passage", self.passage_rows, description="encode dev")
+    run = search_exact(queries, passages, min(100, len(passages)))
+    return measures.evaluate(run, self.qrels, self.names).means()

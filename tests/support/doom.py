@@ -1,0 +1,62 @@
+"""Runs the main job and kills its process at a counted point: `python doom.py LOG POINT FLAGS...`.
+
+POINT is `STAGE:KIND:N`: SIGKILL just before the Nth event of that kind in that stage (from 0), or `none`. Kinds:
+`progress` (a progress bar is about to advance) and `rename` (a file is whole under its temporary name and about to take its own;
+orbax's renames count too). LOG receives one line `STAGE KIND` for each event, so that an undisturbed run tells which
+points there are.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import signal
+import sys
+import threading
+
+_lock = threading.Lock()
+_counts: collections.Counter = collections.Counter()
+_stage = "start"
+
+
+def main(log: str, point: str, flags: list[str]) -> None:
+  """Patches what an event passes through, then runs the main job with `flags`."""
+  from dptdr_jax import main as job
+  from dptdr_jax import pipeline
+  from dptdr_jax.core import progress
+
+  stream = open(log, "a", encoding="utf-8")  # noqa: SIM115 - open until death
+
+  def event(kind: str) -> None:
+    with _lock:
+      if point == f"{_stage}:{kind}:{_counts[_stage, kind]}":
+        os.kill(os.getpid(), signal.SIGKILL)
+      _counts[_stage, kind] += 1
+      stream.write(f"{_stage} {kind}\n")
+      stream.flush()
+
+  def before(function, kind):
+    def watched(*arguments, **options):
+      event(kind)
+      return function(*arguments, **options)
+
+    return watched
+
+  def entering(function):
+    def watched(stage, *arguments, **options):
+      global _stage
+      _stage = stage.name
+      return function(stage, *arguments, **options)
+
+    return watched
+
+  progress.Bar.advance = before(progress.Bar.advance, "progress")
+  os.replace = before(os.replace, "rename")
+  os.rename = before(os.rename, "rename")
+  pipeline._execute = entering(pipeline._execute)
+  sys.argv = ["main", *flags]
+  job.run()
+
+
+if __name__ == "__main__":
+  main(sys.argv[1], sys.argv[2], sys.argv[3:])
