@@ -13,8 +13,8 @@ from dptdr_jax.core.errors import InputError
 
 # Weight decay, as for BERT: everything but biases and norms. A parameter that neither names is an error, so that a
 # renamed one cannot slip out of a rule in silence.
-DECAYED = r"(kernel|embedding|table|weight)s?$"
-UNDECAYED = r"(bias|scale)(es|s)?$"
+DECAYED = r"(kernel|table|/(word|position|token_type)|relative_positions)$"
+UNDECAYED = r"(bias|scale)$"
 
 
 class Optimizer(NamedTuple):

@@ -1,0 +1,142 @@
+"""A prompt step against a fine-tuning step at equal shapes, batch, dropout and chunks: time, operations, memory.
+
+  python benchmarks/prompt_step.py
+  python benchmarks/prompt_step.py --shapes roberta-base --queries 64 --group 8 --dtype bfloat16   (an accelerator)
+
+Weights are random and seeded. The two steps take turns in one process, so that a busy machine slows both; ratios are of
+medians. Operations are counted by hand (models/flops.py: 4N against 6N a token, and attention), with the second forward
+pass that chunks bring; memory is the compiler's figure for temporaries and arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dptdr_jax.models import flops
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.convert import init_params
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.runtime.mesh import make_mesh, put_batch, replicated
+from dptdr_jax.training.contrastive import chunk_count, make_train_step
+from dptdr_jax.training.optimizer import make_optimizer, make_schedule
+from dptdr_jax.training.state import init_state
+from dptdr_jax.training.towers import TowerModel
+
+SHAPES = {
+  "minilm": EncoderConfig("bert", 30522, 384, 6, 12, 1536, 512),
+  "roberta-base": EncoderConfig("roberta", 50265, 768, 12, 12, 3072, 514, type_vocab_size=1, pad_id=1),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+  parser.add_argument("--queries", type=int, default=8)
+  parser.add_argument("--group", type=int, default=2, help="passages a query")
+  parser.add_argument("--query-tokens", type=int, default=32)
+  parser.add_argument("--passage-tokens", type=int, default=128)
+  parser.add_argument("--prompt", type=int, default=32, help="prompt length")
+  parser.add_argument("--query-chunk", type=int, default=0)
+  parser.add_argument("--passage-chunk", type=int, default=0)
+  parser.add_argument("--pooling", choices=["first", "mean"], default="first")
+  parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+  parser.add_argument("--rounds", type=int, default=5)
+  return parser.parse_args()
+
+
+def make_batch(config: EncoderConfig, args: argparse.Namespace) -> dict[str, np.ndarray]:
+  """Random tokens, all rows of full length."""
+  rng, passages = np.random.default_rng(0), args.queries * args.group
+  return {
+    "query_tokens": rng.integers(5, config.vocab_size, (args.queries, args.query_tokens), dtype=np.int32),
+    "query_lengths": np.full(args.queries, args.query_tokens, np.int32),
+    "passage_tokens": rng.integers(5, config.vocab_size, (passages, args.passage_tokens), dtype=np.int32),
+    "passage_lengths": np.full(passages, args.passage_tokens, np.int32),
+    "targets": np.arange(0, passages, args.group, dtype=np.int32),
+    "blocked": np.zeros((args.queries, passages), bool),
+  }
+
+
+def prepare(config: EncoderConfig, spec: PromptSpec, args: argparse.Namespace):
+  """The compiled step, and a function that runs it once and returns seconds."""
+  mesh = make_mesh()
+  model = TowerModel(config, spec, args.pooling, compute_dtype=jnp.dtype(args.dtype))
+  optimizer = make_optimizer(make_schedule(1e-3, 1000))
+  step = make_train_step(
+    model, optimizer, seed=0, query_chunk=args.query_chunk, passage_chunk=args.passage_chunk,
+    temperature=1.0, both_directions=False, mesh=mesh,
+  )  # fmt: skip
+  weights = init_params(jax.random.key(0), config)
+  state = jax.device_put(init_state(model.init_trainable(jax.random.key(1), weights), optimizer), replicated(mesh))
+  frozen = jax.tree.map(lambda leaf: leaf.astype(args.dtype), weights) if spec.kind != "none" else {}
+  frozen, batch = jax.device_put(frozen, replicated(mesh)), put_batch(make_batch(config, args), mesh)
+  compiled = step.lower(state, frozen, batch).compile()
+
+  def run() -> float:
+    nonlocal state
+    start = time.perf_counter()
+    state, metrics = compiled(state, frozen, batch)
+    float(metrics["loss"])
+    jax.block_until_ready(state)
+    return time.perf_counter() - start
+
+  return compiled, run
+
+
+def count(config: EncoderConfig, spec: PromptSpec, args: argparse.Namespace) -> int:
+  """Operations of a step over both sides."""
+  of_step = flops.finetune_step_flops if spec.kind == "none" else flops.prompt_step_flops
+  total = 0
+  for rows, tokens, chunk, side in (
+    (args.queries, args.query_tokens, args.query_chunk, "query"),
+    (args.queries * args.group, args.passage_tokens, args.passage_chunk, "passage"),
+  ):
+    shape = (config, spec, rows, tokens, args.pooling)
+    total += of_step(*shape)
+    if chunk_count(rows, jax.device_count(), chunk, side) > 1:
+      total += flops.encode_flops(*shape)
+  return total
+
+
+def main() -> None:
+  args = parse_arguments()
+  print(f"{jax.devices()[0].device_kind} × {jax.device_count()}, {vars(args)}")
+  print("| shape | step | ms (median) | GFLOP | temporaries MiB | arguments MiB |\n|---|---|---|---|---|---|")
+  for name in args.shapes:
+    config = SHAPES[name]
+    specs = {
+      "prompt": PromptSpec("deep", args.prompt, position_shift=args.prompt),
+      "fine-tuning": PromptSpec("none"),
+    }
+    prepared = {kind: prepare(config, spec, args) for kind, spec in specs.items()}
+    seconds: dict[str, list[float]] = {kind: [] for kind in specs}
+    for number in range(args.rounds + 1):
+      for kind, (_, run) in prepared.items():
+        taken = run()
+        if number:  # the first is a warm-up
+          seconds[kind].append(taken)
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    counts = {kind: count(config, spec, args) for kind, spec in specs.items()}
+    memory = {kind: compiled.memory_analysis() for kind, (compiled, _) in prepared.items()}
+    for kind in specs:
+      sizes = [getattr(memory[kind], f"{what}_size_in_bytes") / 2**20 for what in ("temp", "argument")]
+      print(
+        f"| {name} | {kind} | {1e3 * medians[kind]:.0f} | {counts[kind] / 1e9:.1f} | {sizes[0]:.0f} | {sizes[1]:.0f} |"
+      )
+    time_ratio = medians["prompt"] / medians["fine-tuning"]
+    flop_ratio = counts["prompt"] / counts["fine-tuning"]
+    temporary = memory["prompt"].temp_size_in_bytes / memory["fine-tuning"].temp_size_in_bytes
+    print(
+      f"{name}: prompt / fine-tuning: time {time_ratio:.3f}, operations {flop_ratio:.3f} "
+      f"(time ratio = {time_ratio / flop_ratio:.2f} × operation ratio), temporaries {temporary:.3f}"
+    )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,222 @@
+"""The step: cached = direct gradients, 8 devices = 1, what moves between devices, what non-finite steps leave alone.
+
+Compiling is what these tests spend their time on, so they share what they compile.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.convert import init_params
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.training.contrastive import ContrastiveConfig, loss_and_gradient, make_train_step
+from dptdr_jax.training.losses import contrastive_loss
+from dptdr_jax.training.optimizer import make_optimizer, make_schedule
+from dptdr_jax.training.state import init_state
+from dptdr_jax.training.towers import TowerModel
+
+ENCODER = EncoderConfig(
+  "bert", vocab_size=60, hidden_size=16, num_layers=3, num_heads=2, intermediate_size=32, max_positions=40
+)
+DEEP = TowerModel(ENCODER, PromptSpec("deep", length=4, position_shift=4))
+MODELS = {
+  "tied": (DEEP, True),
+  "untied": (dataclasses.replace(DEEP, pooling="mean", normalize=True), False),
+  "mlp, dropout per batch": (
+    dataclasses.replace(DEEP, prompt=PromptSpec("deep", 4, "mlp", 8, dropout_per="batch")),
+    True,
+  ),
+  "fine-tuning": (TowerModel(ENCODER, PromptSpec("none")), True),
+}
+QUERIES, GROUP = 16, 3
+OPTIMIZER = make_optimizer(make_schedule(7e-3, 20))
+
+
+def mesh_of(count):
+  devices = jax.devices()[:count]
+  return jax.make_mesh((count, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+@functools.cache
+def backbone():
+  # A larger scale than a real start, so that vectors and gradients are far from 0.
+  return init_params(jax.random.key(1), dataclasses.replace(ENCODER, initializer_range=0.2))
+
+
+def make_batch(seed=0, queries=QUERIES):
+  rng = np.random.default_rng(seed)
+  passages = queries * GROUP
+  targets = np.arange(queries, dtype=np.int32) * GROUP
+  blocked = rng.random((queries, passages)) < 0.1
+  blocked[np.arange(queries), targets] = False
+  return {
+    "query_tokens": rng.integers(1, 60, (queries, 6), dtype=np.int32),
+    "query_lengths": rng.integers(2, 7, queries, dtype=np.int32),
+    "passage_tokens": rng.integers(1, 60, (passages, 10), dtype=np.int32),
+    "passage_lengths": rng.integers(2, 11, passages, dtype=np.int32),
+    "targets": targets,
+    "blocked": blocked,
+  }
+
+
+def make_state(name):
+  model, tied = MODELS[name]
+  return init_state(model.init_trainable(jax.random.key(2), backbone(), tied=tied), OPTIMIZER)
+
+
+@functools.cache
+def gradient_of(name, devices=1, query_chunk=0, passage_chunk=0, both_directions=False):
+  config = ContrastiveConfig(5, 0.5, both_directions, query_chunk, passage_chunk)
+  mesh = mesh_of(devices)
+
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  def run(state, backbone, batch):
+    return loss_and_gradient(MODELS[name][0], config, mesh, state, backbone, batch)
+
+  placed = jax.device_put((make_state(name), backbone()), NamedSharding(mesh, PartitionSpec()))
+  return jax.device_get(run(*placed, make_batch()))
+
+
+def distance(left, right):
+  """Relative L2 over all leaves."""
+  left, right = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right))
+  return np.linalg.norm(left - right) / np.linalg.norm(right)
+
+
+def test_direct_gradient_is_that_of_the_plain_loss():
+  """One jax.grad through everything, with the keys as the step documents them."""
+  model, state, batch = DEEP, make_state("tied"), make_batch()
+
+  def loss(trainable):
+    vectors = []
+    for number, side in enumerate(("query", "passage")):
+      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 0), number)
+      row_key, batch_key = jax.random.split(key)
+      tokens = batch[f"{side}_tokens"]
+      keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(len(tokens)))
+      options = {"keys": keys, "batch_key": batch_key}
+      vectors.append(model.encode(side, trainable, backbone(), tokens, batch[f"{side}_lengths"], **options))
+    options = {"temperature": 0.5, "both_directions": True}
+    return contrastive_loss(*vectors, batch["targets"], batch["blocked"], **options)[0]
+
+  expected_loss, expected = jax.jit(jax.value_and_grad(loss))(state.trainable)
+  actual_loss, _, actual = gradient_of("tied", both_directions=True)
+  np.testing.assert_allclose(actual_loss, expected_loss, rtol=1e-6)
+  assert distance(actual, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["untied", "mlp, dropout per batch"])
+def test_gradient_cache_equals_direct_with_dropout_on(name):
+  direct, cached = gradient_of(name), gradient_of(name, query_chunk=4, passage_chunk=6)
+  assert distance(cached[0], direct[0]) < 1e-6
+  assert distance(cached[2], direct[2]) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("tied", (0, 0)), ("tied", (1, 3)), ("fine-tuning", (1, 3))])
+def test_eight_devices_equal_one(name, chunks):
+  one, eight = gradient_of(name), gradient_of(name, 8, *chunks)
+  assert distance(eight[0], one[0]) < 1e-6
+  assert distance(eight[2], one[2]) < 1e-6
+
+
+@functools.cache
+def make_step(name, devices, query_chunk=0, passage_chunk=0):
+  return make_train_step(
+    MODELS[name][0], OPTIMIZER, seed=5, query_chunk=query_chunk, passage_chunk=passage_chunk,
+    temperature=0.5, both_directions=False, mesh=mesh_of(devices),
+  )  # fmt: skip
+
+
+def train(name, devices, *chunks):
+  step, state, metrics = make_step(name, devices, *chunks), make_state(name), []
+  for number in range(5):
+    state, measured = step(state, backbone(), make_batch(number))
+    metrics.append(jax.device_get(measured))
+  assert step._cache_size() == 1, "the same shapes compile once"
+  return jax.device_get(state), metrics
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "fine-tuning"])
+def test_five_steps_on_eight_devices_in_chunks(name):
+  one, metrics = train(name, 1)
+  eight, _ = train(name, 8, 1, 2)
+  assert distance(eight.trainable, one.trainable) < 1e-4
+  assert one.step == eight.step == 5
+  assert set(metrics[0]) == {"loss", "accuracy", "positive_score", "gradient_norm", "learning_rate"}
+  np.testing.assert_allclose([m["learning_rate"] for m in metrics[:3]], [3.5e-3, 7e-3, 7e-3], rtol=1e-6)
+  loss, _, gradient = gradient_of(name)
+  np.testing.assert_allclose(metrics[0]["loss"], loss, rtol=1e-5)
+  norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradient)))
+  np.testing.assert_allclose(metrics[0]["gradient_norm"], norm, rtol=1e-5)
+
+
+def test_training_lowers_the_loss():
+  step, state, losses = make_step("tied", 1), make_state("tied"), []
+  for _ in range(20):
+    state, metrics = step(state, backbone(), make_batch())
+    losses.append(float(metrics["loss"]))
+  assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+
+
+def test_masks_change_with_the_step_and_nothing_else():
+  losses = []
+  for number in (0, 1, 0):
+    state = dataclasses.replace(make_state("tied"), step=jnp.int32(number))
+    losses.append(float(make_step("tied", 1)(state, backbone(), make_batch())[1]["loss"]))
+  assert losses[0] == losses[2] != losses[1]
+
+
+def test_non_finite_step_leaves_the_state_as_it_was():
+  step, before = make_step("tied", 8, 1, 2), jax.device_get(make_state("tied"))
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, backbone())
+  after, metrics = step(make_state("tied"), broken, make_batch())
+  assert np.isnan(metrics["loss"])
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
+  after, metrics = step(after, backbone(), make_batch())
+  assert np.isfinite(metrics["loss"]) and after.step == 1
+
+
+def test_backbone_is_not_donated_and_the_state_is():
+  step, state = make_step("tied", 1), make_state("tied")
+  frozen = jax.device_put(backbone(), NamedSharding(mesh_of(1), PartitionSpec()))
+  table = state.trainable["prompt"]["table"]
+  step(state, frozen, make_batch())
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+  assert table.is_deleted()
+
+
+def collectives(text):
+  """(kind, shapes) of every collective in an HLO text."""
+  pattern = r"= (.+?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+  return [(kind, re.findall(r"\w+\[([\d,]*)\]", shapes)) for shapes, kind in re.findall(pattern, text)]
+
+
+def test_only_vectors_and_the_prompt_gradient_move_between_devices():
+  abstract = jax.eval_shape(lambda: (make_state("tied"), backbone()))
+  moved = collectives(make_step("tied", 8, 1, 2).lower(*abstract, make_batch()).compile().as_text())
+  vectors = sorted(shape for kind, shapes in moved if kind == "all-gather" for shape in shapes)
+  assert vectors == sorted(f"{rows},{ENCODER.hidden_size}" for rows in (QUERIES, QUERIES * GROUP))
+  others = {(kind, shape) for kind, shapes in moved if kind != "all-gather" for shape in shapes}
+  assert others == {("all-reduce", "4,96")}
+
+
+@pytest.mark.parametrize(
+  ("queries", "chunks", "words"),
+  [
+    (32, (3, 0), "query chunk of 3 .* 4 rows .*These do: 1, 2, 4"),
+    (16, (0, 4), "passage chunk of 4 .* 6 rows .*These do: 1, 2, 3, 6"),
+    (12, (0, 0), "12 query rows .* 8 devices"),
+  ],
+)
+def test_batches_that_do_not_divide(queries, chunks, words):
+  config = ContrastiveConfig(5, 0.5, False, *chunks)
+  with pytest.raises(InputError, match=words):
+    loss_and_gradient(DEEP, config, mesh_of(8), make_state("tied"), backbone(), make_batch(queries=queries))
