@@ -66,7 +66,7 @@ class Backbone:
     """
     directory = locate(str(path))
     if sha256:
-      _check_sha256(directory, sha256)
+      check_sha256(directory, sha256)
     tensors = convert.load_backbone_tensors(directory)
     return cls.from_tensors(str(path), directory, tensors, compute_dtype)
 
@@ -170,7 +170,8 @@ def _has_tokenizer(directory: pathlib.Path) -> bool:
   return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def _check_sha256(directory: pathlib.Path, expected: str) -> None:
+def check_sha256(directory: pathlib.Path, expected: str) -> None:
+  """Raises InputError where model.safetensors has another SHA-256 than `expected`."""
   path = directory / "model.safetensors"
   found = files.sha256(path) if path.is_file() else "no such file"
   if found != expected:

@@ -24,7 +24,6 @@ def main(argv: list[str]) -> int:
   from dptdr_jax import pipeline
   from dptdr_jax.runtime import hosts
 
-  logging.getLogger("dptdr_jax").setLevel(logging.INFO)  # ours alone: orbax and others have much to tell at INFO
   preemption.install()
   hosts.initialize()
   try:
@@ -41,7 +40,21 @@ def main(argv: list[str]) -> int:
 def run() -> None:
   """Entry point: parses the flags and runs `main`."""
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  app.run(main, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Flags as absl parses them; an unknown or ill-typed config field is one line like every other error of input."""
+  try:
+    rest = app.parse_flags_with_usage(argv)
+    if flags.FLAGS["verbosity"].using_default_value:
+      flags.FLAGS.verbosity = -1  # warnings; at INFO, app.run's own choice, orbax and others have much to tell
+    logging.getLogger("dptdr_jax").setLevel(logging.INFO)
+    _CONFIG.value.to_dict()  # a file that could not be loaded says so here
+    return rest
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    sys.stderr.write("error: config: {}\n".format(" ".join(str(error).replace("\\n", " ").split())))
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -63,12 +63,14 @@ class Retriever:
     spec: the prompt's kind and settings.
     prompts: raw prompt parameters of 'query' and 'passage' (the same object where they are tied).
     settings: pooling, lengths, templates, …
+    passage_backbone: the passages' own, where the original saved two different ones; None: `backbone`.
   """
 
   backbone: Backbone
   spec: PromptSpec
   prompts: dict[str, Any] = dataclasses.field(repr=False)
   settings: VectorSettings
+  passage_backbone: Backbone | None = None
 
   def __post_init__(self):
     longest = max(self.settings.query_length, self.settings.passage_length)
@@ -111,7 +113,8 @@ class Retriever:
         "tied": tied,
         "prompt": dataclasses.asdict(self.spec),
         **dataclasses.asdict(self.settings),
-        "backbone": {"path": self.backbone.path, "hash": self.backbone.hash},
+        "backbone": _name(self.backbone),
+        "passage_backbone": _name(self.passage_backbone),
         "tokenizer": {"hash": self.backbone.tokenizer.hash if self.backbone.tokenizer else None},
       }
       if self.backbone.path == backbones.BESIDE:
@@ -126,8 +129,13 @@ class Retriever:
     spec = dataclasses.asdict(self.spec)
     for name in ("dropout", "dropout_per", "init", "init_scale"):  # matter in training alone
       spec.pop(name)
-    described = json.dumps([spec, dataclasses.asdict(self.settings), self.backbone.hash], sort_keys=True)
+    hashes = [self.backbone_of(kind).hash for kind in ("query", "passage")]
+    described = json.dumps([spec, dataclasses.asdict(self.settings), hashes], sort_keys=True)
     return backbones.hash_tensors(tensors, described)
+
+  def backbone_of(self, kind: str) -> Backbone:
+    """The backbone of a 'query' or a 'passage'."""
+    return self.passage_backbone if kind == "passage" and self.passage_backbone else self.backbone
 
   def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
     """Vectors of queries, float32 [n, H]."""
@@ -180,7 +188,7 @@ class Retriever:
 
   def _encode(self, source: Any, kind: str, batch_tokens: int = _BATCH_TOKENS, description: str = "") -> np.ndarray:
     """Encodes in order of length, filled to few shapes; results are fetched while later batches are under way."""
-    backbone, settings = self.backbone, self.settings
+    backbone, settings = self.backbone_of(kind), self.settings
     static = dict(
       config=backbone.config, spec=self.spec, pooling=settings.pooling, normalize=settings.normalize,
       compute_dtype=backbone.compute_dtype,
@@ -268,14 +276,8 @@ def _load_own(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
   about = files.read_json(path / "retriever.json")
   if about.get("format") != FORMAT:
     raise InputError(f"format {FORMAT} expected", path=path / "retriever.json", value=about.get("format"))
-  named, wanted = about["backbone"]["path"], about["backbone"]["hash"]
-  if backbone is None:
-    backbone = Backbone.load(path / "backbone" if named == backbones.BESIDE else named)
-  if backbone.hash != wanted:
-    raise InputError(
-      f"the prompts were trained on another backbone: {named} with hash {wanted[:12]}…, not {backbone.path} with hash "
-      f"{backbone.hash[:12]}…", path=path / "retriever.json", fix="Load the backbone that retriever.json names",
-    )  # fmt: skip
+  backbone = _load_named(path, about["backbone"], backbone)
+  second = about["passage_backbone"] and _load_named(path, about["passage_backbone"], None)
   tokenizer = backbone.tokenizer
   if tokenizer is not None and about["tokenizer"]["hash"] not in (None, tokenizer.hash):
     raise InputError(
@@ -288,23 +290,45 @@ def _load_own(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
   for tree in sides.values():
     prompts.check_prompt(spec, tree, backbone.config, path / "prompts.safetensors")
   settings = {field.name: about[field.name] for field in dataclasses.fields(VectorSettings)}
-  return Retriever(backbone, spec, sides, VectorSettings(**settings))
+  return Retriever(backbone, spec, sides, VectorSettings(**settings), second)
+
+
+def _name(backbone: Backbone | None) -> dict[str, str] | None:
+  return backbone and {"path": backbone.path, "hash": backbone.hash}
+
+
+def _load_named(path: pathlib.Path, named: dict[str, str], backbone: Backbone | None) -> Backbone:
+  """The backbone that a retriever in `path` names, or the one given, if it is the same."""
+  if backbone is None:
+    beside = named["path"] == backbones.BESIDE
+    backbone = Backbone.load(path / "backbone" if beside else named["path"])
+    backbone = dataclasses.replace(backbone, path=named["path"])
+  if backbone.hash != named["hash"]:
+    raise InputError(
+      f"the prompts were trained on another backbone: {named['path']} with hash {named['hash'][:12]}…, not "
+      f"{backbone.path} with hash {backbone.hash[:12]}…",
+      path=path / "retriever.json", fix="Load the backbone that retriever.json names",
+    )  # fmt: skip
+  return backbone
 
 
 def _load_original(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
-  """The original's directory: a whole model (untied: query_model/ and passage_model/, each with the same backbone)."""
+  """The original's directory: a whole model, or untied query_model/ and passage_model/, as a rule on one backbone."""
   tied = not (path / "query_model").is_dir()
-  places = {"query": path, "passage": path} if tied else {s: path / f"{s}_model" for s in ("query", "passage")}
-  sides: dict[str, Any] = {}
+  places = {"query": path if tied else path / "query_model"} | ({} if tied else {"passage": path / "passage_model"})
+  sides, loaded, hashes = {}, {}, {}
   for side, place in places.items():
-    if tied and sides:
-      sides["passage"] = sides["query"]
-      continue
     tensors = convert.load_backbone_tensors(place)
     spec, sides[side] = prompts.from_original(tensors, files.read_json(place / "config.json"))
-    if backbone is None:
-      backbone = Backbone.from_tensors(str(place), place, tensors)
-    elif backbones.hash_tensors(backbones.encoder_tensors(tensors)) != backbone.hash:
-      raise InputError(f"this checkpoint's backbone is not the one of {backbone.path}", path=place)
-  separator = backbone.tokenizer.separator if backbone.tokenizer else " "
-  return Retriever(backbone, spec, sides, VectorSettings(separator=separator))
+    hashes[side] = backbones.hash_tensors(backbones.encoder_tensors(tensors))
+    known = {one.hash: one for one in (backbone, *loaded.values()) if one is not None}
+    loaded[side] = known.get(hashes[side]) or Backbone.from_tensors(str(place), place, tensors)
+  if backbone is not None and backbone.hash not in hashes.values():
+    raise InputError(f"this checkpoint's backbone is not the one of {backbone.path}", path=path)
+  backbone = loaded["query"]
+  second = None if loaded.get("passage", backbone) is backbone else loaded["passage"]
+  sides = {"query": sides["query"], "passage": sides.get("passage", sides["query"])}
+  usual = VectorSettings(separator=backbone.tokenizer.separator if backbone.tokenizer else " ")
+  longest = prompts.longest_input(backbone.config, spec) or usual.passage_length
+  lengths = {name: min(getattr(usual, name), longest) for name in ("query_length", "passage_length")}
+  return Retriever(backbone, spec, sides, dataclasses.replace(usual, **lengths), second)

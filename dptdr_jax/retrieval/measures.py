@@ -132,6 +132,12 @@ def _chunks(samples: int, width: int) -> list[slice]:
   return [slice(start, min(samples, start + size)) for start in range(0, samples, size)]
 
 
+def check(names: Sequence[str]) -> None:
+  """Raises InputError for a name that ir-measures doesn't know."""
+  for name in names:
+    _parse(name)
+
+
 def _parse(name: str) -> ir_measures.Measure:
   try:
     measure = ir_measures.parse_measure(name)

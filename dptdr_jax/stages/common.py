@@ -32,7 +32,10 @@ NEGATIVES = ("source", "bm25", "random")
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done: lengths, names, measures."""
   spec, settings = prompt_spec(config), vector_settings(config)
-  encoder = EncoderConfig.from_file(backbones.locate(config.backbone.path) / "config.json")
+  directory = backbones.locate(config.backbone.path)
+  if config.backbone.sha256:
+    backbones.check_sha256(directory, config.backbone.sha256)
+  encoder = EncoderConfig.from_file(directory / "config.json")
   check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
   if settings.pooling not in ("first", "mean"):
     raise InputError("unknown vector.pooling", value=settings.pooling, fix="Use first or mean")
