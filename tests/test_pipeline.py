@@ -1,0 +1,173 @@
+"""A whole run on a small corpus: what is done is not done again, what changed is, and errors come first."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support import tiny
+
+from dptdr_jax import pipeline
+from dptdr_jax.core import preemption
+from dptdr_jax.core.errors import DptdrError, InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def make_config(directory: pathlib.Path, name: str = "beir", **fields):
+  """configs/NAME.py at the size of the tiny corpus; `fields` are set by dotted names with '__' for '.'."""
+  sys.path.insert(0, str(ROOT))  # the configs import configs.base, as they do from the repository's root
+  config = importlib.import_module(f"configs.{name}").get_config()
+  config.backbone.path = str(tiny.backbone(directory / "backbone"))
+  config.backbone.sha256 = ""
+  config.data.dir = str(directory / "data")
+  config.prompt.length = 4
+  config.text.passage_length = 32
+  train = {"steps": 6, "queries": 8, "checkpoint_every": 3, "evaluate_every": 3, "log_every": 1, "learning_rate": 0.01}
+  config.train.update(train)
+  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """(config, workdir) of a run that has ended."""
+  directory = tmp_path_factory.mktemp("run")
+  tiny.beir(directory / "data")
+  config = make_config(directory, train__negatives="bm25")
+  pipeline.run(config, directory / "work")
+  return config, directory / "work"
+
+
+def done_at(workdir: pathlib.Path) -> dict[str, int]:
+  return {path.parent.name: path.stat().st_mtime_ns for path in workdir.glob("*/manifest.json")}
+
+
+def test_results_name_systems_splits_and_measures(finished):
+  _, workdir = finished
+  results = json.loads((workdir / "results.json").read_text())
+  assert list(results) == ["bm25", "backbone", "train1"]
+  for system in results.values():
+    assert {"RR@10", "R@50", "R@100", "R@1000", "nDCG@10"} <= set(system["dev"])
+    assert all(0 <= value <= 1 for value in system["dev"].values())
+  page = (workdir / "report.html").read_text()
+  assert "Gradient norm" in page and "nDCG@10" in page and page.count("<details") > 4
+  run = (workdir / "evaluate/runs/train1.dev.trec").read_text().splitlines()
+  assert all(len(line.split()) == 6 for line in run)
+
+
+def test_a_rerun_does_nothing_and_still_ends_with_the_table(finished, capsys):
+  config, workdir = finished
+  before = done_at(workdir)
+  pipeline.run(config, workdir)
+  assert done_at(workdir) == before
+  assert "trained retriever" in capsys.readouterr().out
+
+
+def test_a_changed_field_redoes_what_depends_on_it_and_nothing_else(finished, caplog):
+  config, workdir = finished
+  before = done_at(workdir)
+  changed = config.copy_and_resolve_references()
+  changed.evaluate.examples = 3
+  pipeline.run(changed, workdir)
+  after = done_at(workdir)
+  assert {name for name in after if after[name] != before[name]} == {"evaluate", "report"}
+  pipeline.run(config, workdir)  # back to what the other tests expect
+
+
+def test_a_touched_input_is_hashed_again_and_a_changed_one_redoes_all(tmp_path):
+  data = tiny.beir(tmp_path / "data")
+  config = make_config(tmp_path, evaluate__backbone=False)
+  pipeline.run(config, tmp_path / "work", ["prepare"])
+  before = done_at(tmp_path / "work")
+  os.utime(data / "queries.jsonl")
+  pipeline.run(config, tmp_path / "work", ["prepare"])
+  assert done_at(tmp_path / "work") == before
+  lines = (data / "queries.jsonl").read_text().splitlines()
+  (data / "queries.jsonl").write_text(
+    "\n".join([*lines[:-1], lines[-1].replace('"text": "', '"text": "merge ')]) + "\n"
+  )
+  pipeline.run(config, tmp_path / "work", ["prepare"])
+  assert done_at(tmp_path / "work") != before
+
+
+def test_stages_by_name(tmp_path):
+  tiny.beir(tmp_path / "data")
+  config = make_config(tmp_path)
+  with pytest.raises(DptdrError, match="no stage is named 'trian'"):
+    pipeline.run(config, tmp_path / "work", ["trian"])
+  with pytest.raises(DptdrError, match="prepare is not done, and train1 needs it"):
+    pipeline.run(config, tmp_path / "work", ["train"])
+  pipeline.run(config, tmp_path / "work", ["prepare", "train"])
+  assert set(done_at(tmp_path / "work")) == {"prepare", "train1"}
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"text__passage_length": 512}, "512 tokens don't fit the backbone's 96 positions"),
+    ({"evaluate__measures": ("MRR10",)}, "MRR10"),
+    ({"train__negatives": "hard"}, "unknown train.negatives"),
+    ({"train__positive": "random"}, "unknown train.positive"),
+    ({"vector__pooling": "max"}, "unknown vector.pooling"),
+    ({"data__source": "trec"}, "unknown data.source"),
+    ({"data__dir": "nowhere"}, "no such folder"),
+    ({"data__dev_split": "train"}, "the dev split is the training split"),
+    ({"prompt__kind": "soft"}, "unknown prompt kind"),
+    ({"text__query_template": "query: {words}"}, "template"),
+    ({"backbone__path": "package:no_such_package"}, "no such package is installed"),
+    ({"backbone__sha256": "0" * 64}, "SHA-256"),
+  ],
+)
+def test_what_cannot_work_is_said_before_any_work(tmp_path, fields, message):
+  tiny.beir(tmp_path / "data")
+  with pytest.raises(InputError, match=message):
+    pipeline.run(make_config(tmp_path, **fields), tmp_path / "work")
+  assert not done_at(tmp_path / "work")
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice_and_keeps_the_checkpoint(tmp_path):
+  tiny.beir(tmp_path / "data")
+  config = make_config(tmp_path, train__learning_rate=1e30, train__clip=0.0, train__checkpoint_every=1)
+  with pytest.raises(DptdrError, match="Try a lower train.learning_rate"):
+    pipeline.run(config, tmp_path / "work")
+  assert any((tmp_path / "work/train1/checkpoints").iterdir())
+
+
+def test_fine_tuning_saves_a_backbone_of_its_own(tmp_path):
+  tiny.beir(tmp_path / "data")
+  config = make_config(tmp_path, prompt__kind="none", train__learning_rate=1e-3, evaluate__bm25=False)
+  pipeline.run(config, tmp_path / "work")
+  retriever = tmp_path / "work/train1/retriever"
+  assert (retriever / "backbone/model.safetensors").is_file()
+  results = json.loads((tmp_path / "work/results.json").read_text())
+  assert results["train1"] != results["backbone"]
+
+
+def test_main_reports_errors_in_one_line_and_sigterm_with_its_own_status(tmp_path):
+  data, backbone = tiny.beir(tmp_path / "data"), tiny.backbone(tmp_path / "backbone")
+  command = [
+    sys.executable, "-m", "dptdr_jax.main", f"--config={ROOT}/configs/beir.py", f"--workdir={tmp_path}/work",
+    f"--config.data.dir={data}", f"--config.backbone.path={backbone}", "--config.text.passage_length=32",
+    "--config.prompt.length=4", "--config.train.steps=100000", "--config.train.queries=8",
+    "--config.train.evaluate_every=0",
+  ]  # fmt: skip
+  broken = subprocess.run([*command, "--config.data.dir=nowhere"], cwd=ROOT, capture_output=True, text=True)
+  assert broken.returncode == 2 and broken.stderr.splitlines()[-1] == "error: nowhere: no such folder"
+  unknown = subprocess.run([*command, "--config.train.stepz=3"], cwd=ROOT, capture_output=True, text=True)
+  assert unknown.returncode == 2 and 'mean "steps"' in unknown.stderr and "Traceback" not in unknown.stderr
+  running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+  metrics = tmp_path / "work/train1/metrics.jsonl"
+  while not (metrics.exists() and metrics.stat().st_size):
+    assert running.poll() is None
+    time.sleep(0.2)
+  running.send_signal(signal.SIGTERM)
+  assert running.wait(60) == preemption.EXIT_STATUS
+  assert len(list((tmp_path / "work/train1/checkpoints").iterdir())) == 1
