@@ -36,7 +36,7 @@ class TrainBatches:
   A batch, of B global examples and G passages each, on host p of n (M = B·G, b = B / n, m = M / n):
     query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
     targets int32 [b]: column of each query's positive in the global batch,
-    blocked bool [b, M]: columns that must not count as negatives: passages judged for the query, and all but the first
+    blocked bool [b, M]: columns that must not count as negatives: the query's positives, and all but the first
       occurrence of a passage; never the target.
   With n = 1 it is the global batch; slices of all hosts, one below the other, are the same.
 
@@ -44,7 +44,7 @@ class TrainBatches:
     queries, passages: token stores.
     query_rows: int64 [n], the training queries: those with a positive.
     groups: draws their passages; its group size is G.
-    judged: judged(query_row) → passage rows that may not be negatives.
+    positives: positives(query_row) → int64 rows of all its known positives.
     batch_size: B.
     query_tokens, passage_tokens: length limits, special tokens included.
     bucket: lengths are multiples of it.
@@ -57,7 +57,7 @@ class TrainBatches:
     passages: TokenStore,
     query_rows: np.ndarray,
     groups: TrainGroups,
-    judged: Callable[[int], np.ndarray],
+    positives: Callable[[int], np.ndarray],
     *,
     batch_size: int,
     query_tokens: int,
@@ -73,7 +73,7 @@ class TrainBatches:
     if batch_size % num_hosts:
       raise InputError(f"a batch of {batch_size} cannot be divided among {num_hosts} hosts")
     self._queries, self._passages, self._query_rows = queries, passages, np.asarray(query_rows, np.int64)
-    self._groups, self._judged, self._batch_size = groups, judged, batch_size
+    self._groups, self._positives, self._batch_size = groups, positives, batch_size
     self._query_tokens, self._passage_tokens, self._bucket = query_tokens, passage_tokens, bucket
     self._seed, self._stage = seed, stage
     share = batch_size // num_hosts
@@ -112,15 +112,15 @@ class TrainBatches:
       "passage_tokens": passage_tokens,
       "passage_lengths": passage_lengths,
       "targets": targets,
-      "blocked": blocked(rows.passages.ravel(), [self._judged(int(query)) for query in mine], targets),
+      "blocked": blocked(rows.passages.ravel(), [self._positives(int(query)) for query in mine], targets),
     }
 
   def load(self, start_step: int, stop_step: int, workers: int = 2, ahead: int = 4) -> Iterator[Batch]:
     """Yields the batches of start_step … stop_step − 1, some of them made ahead in threads.
 
-    Threads, because what takes time (gathering tokens) leaves Python's lock: benchmarks/loader figures are in the
-    commit that brought this. Worker processes need seconds to start, and send every batch through a pipe. What comes
-    out depends on neither `workers` nor `ahead`. Closing the iterator ends the threads.
+    Threads, not processes: at the paper's shape (64 × 30 passages of 128 tokens, 2 busy cores) they take 13–15 ms a
+    batch from the first on, grain's worker processes 15–24 ms after 3–5 s of start, and a step takes far more.
+    What comes out depends on neither `workers` nor `ahead`. Closing the iterator ends the threads.
     """
     with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
       waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
@@ -139,25 +139,24 @@ class TrainBatches:
     return generator(self._seed, self._stage, "order", epoch, 0).permutation(len(self._query_rows))
 
 
-def blocked(passages: np.ndarray, judged: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
+def blocked(passages: np.ndarray, positives: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
   """Marks what must not count as a negative.
 
   Args:
     passages: int64 [M], passage rows of the global batch.
-    judged: for each of b queries, rows that may not be its negatives.
+    positives: for each of b queries, the rows of its known positives.
     targets: int [b], column of each query's positive.
 
   Returns:
-    bool [b, M]: True for rows judged for the query and for every occurrence of a row but the first; the target itself
-    is False (its first occurrence elsewhere is judged, hence blocked).
+    bool [b, M]: True for the query's positives and for every occurrence of a row but the first; the target itself is
+    False (the same passage elsewhere is a positive, hence blocked).
   """
   unique, first, inverse = np.unique(passages, return_index=True, return_inverse=True)
-  result = np.ones((len(judged), len(passages)), bool)
+  result = np.ones((len(positives), len(passages)), bool)
   result[:, first] = False
-  for query, rows in enumerate(judged):
+  for query, rows in enumerate(positives):
     place = np.minimum(np.searchsorted(unique, rows), len(unique) - 1)
-    here = place[unique[place] == rows]
-    if len(here):
-      result[query] |= np.isin(inverse, here)
-  result[np.arange(len(judged)), targets] = False
+    for here in place[unique[place] == rows]:
+      result[query] |= inverse == here
+  result[np.arange(len(positives)), targets] = False
   return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,6 +27,8 @@ from dptdr_jax.data.records import Passage, Query
 from dptdr_jax.data.sources import Source
 from dptdr_jax.data.sources.msmarco import MsMarco
 from dptdr_jax.data.sources.nq import NaturalQuestions
+
+_log = logging.getLogger(__name__)
 
 CORPUS = "corpus"
 _SHARD_ROWS = 200_000

@@ -39,12 +39,11 @@ class TrainGroups:
 
   A query with fewer negatives than G − 1 keeps them all in every epoch and is filled with passages drawn at random
   from the corpus, other ones each epoch (the original repeats its negatives, which adds nothing to a loss that masks
-  duplicates). Judged passages are never negatives, whatever the source of negatives says, and no row comes twice; only
-  a corpus too small for that repeats its rows.
+  duplicates). Positives are never negatives, whatever the source of negatives says, and no row comes twice; only a
+  corpus too small for that repeats its rows.
 
   Args:
     positives: positives(query_row) → int64 rows, at least one.
-    judged: judged(query_row) → int64 rows that must not be negatives (every positive among them).
     negatives: see Negatives; None for random passages alone.
     num_passages: C.
     group_size: G; 1 for in-batch negatives alone.
@@ -54,7 +53,6 @@ class TrainGroups:
   def __init__(
     self,
     positives: Callable[[int], np.ndarray],
-    judged: Callable[[int], np.ndarray],
     negatives: Negatives | None,
     *,
     num_passages: int,
@@ -63,7 +61,7 @@ class TrainGroups:
     stage: str,
     positive: Literal["rotate", "first"] = "rotate",
   ):
-    self._positives, self._judged, self._negatives = positives, judged, negatives
+    self._positives, self._negatives = positives, negatives
     self.num_passages, self.group_size = num_passages, group_size
     self._seed, self._stage, self._first = seed, stage, positive == "first"
 
@@ -74,13 +72,12 @@ class TrainGroups:
     if not self._first and len(positives) > 1:
       start = int(self._generator("positive", 0, query_row).integers(len(positives))) + epoch
     chosen = positives[start % len(positives)]
-    return np.concatenate([[chosen], self._window(query_row, epoch)]).astype(np.int64)
+    return np.concatenate([[chosen], self._window(query_row, epoch, positives)]).astype(np.int64)
 
-  def _window(self, query_row: int, epoch: int) -> np.ndarray:
+  def _window(self, query_row: int, epoch: int, barred: np.ndarray) -> np.ndarray:
     count = self.group_size - 1
     if not count:
       return np.empty(0, np.int64)
-    barred = self._judged(query_row)
     negatives = np.empty(0, np.int64) if self._negatives is None else self._negatives.rows(query_row)
     negatives = negatives[(negatives >= 0) & ~(negatives[:, None] == barred).any(axis=1)]
     negatives = self._generator("negatives", 0, query_row).permutation(negatives)
@@ -93,7 +90,7 @@ class TrainGroups:
     forbidden = {int(row) for row in barred}
     allowed = self.num_passages - len(forbidden)
     if allowed < 1:
-      raise ValueError("every passage of the corpus is judged for a query: there is nothing to contrast it with")
+      raise ValueError("every passage of the corpus is a positive of one query: there is nothing to contrast it with")
     rows = [int(row) for row in negatives]
     used = forbidden | set(rows)
     while len(rows) < count:

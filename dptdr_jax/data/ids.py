@@ -31,10 +31,10 @@ class IdTable:
 
   def __init__(self, directory: str | pathlib.Path):
     directory = pathlib.Path(directory)
-    self._bytes = _mapped(directory / "bytes.npy")
-    self._offsets = _mapped(directory / "offsets.npy")
-    self._hashes = _mapped(directory / "hashes.npy")
-    self._sorted_rows = _mapped(directory / "rows.npy")
+    self._bytes = ragged.mapped(directory / "bytes.npy")
+    self._offsets = ragged.mapped(directory / "offsets.npy")
+    self._hashes = ragged.mapped(directory / "hashes.npy")
+    self._sorted_rows = ragged.mapped(directory / "rows.npy")
     self._seed = int(np.load(directory / "seed.npy"))
 
   def __len__(self) -> int:
@@ -144,7 +144,3 @@ def _pack(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
   encoded = [value.encode() for value in ids]
   flat = np.frombuffer(b"".join(encoded), np.uint8)
   return flat, ragged.offsets_of(np.fromiter(map(len, encoded), np.int64, len(encoded)))
-
-
-def _mapped(path: pathlib.Path) -> np.ndarray:
-  return np.load(path, mmap_mode="r")

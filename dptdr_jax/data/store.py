@@ -23,6 +23,7 @@ from dptdr_jax.data import ragged
 from dptdr_jax.data.tokenizer import Tokenizer
 
 _BATCH = 4096  # texts a call of the tokenizer: enough to keep its threads busy, 20 MB of encodings
+_COUNTED = 1 << 24  # tokens looked at a time when counting
 _SHARD = 1 << 16  # texts between two notes of progress
 
 
@@ -40,8 +41,8 @@ class TokenStore:
     self.path, self.tokenizer_hash, self.key = path, about["tokenizer_hash"], about["key"]
     self.max_tokens, self.pad_id = about["max_tokens"], about["pad_id"]
     self._prefix, self._suffix = np.array(about["prefix"], np.int32), np.array(about["suffix"], np.int32)
-    self._offsets = np.load(path / "offsets.npy", mmap_mode="r")
-    self._tokens = _mapped(path / "tokens.bin", np.dtype(about["dtype"]), int(self._offsets[-1]))
+    self._offsets = ragged.mapped(path / "offsets.npy")
+    self._tokens = _tokens(path / "tokens.bin", np.dtype(about["dtype"]), int(self._offsets[-1]))
 
   def __len__(self) -> int:
     return len(self._offsets) - 1
@@ -92,6 +93,15 @@ class TokenStore:
     tokens[within] = ragged.gather(self._tokens, self._offsets[rows], content)
     tokens[np.arange(len(rows))[:, None], (lengths - after)[:, None] + np.arange(after)] = self._suffix
     return tokens, lengths.astype(np.int32)
+
+  def token_counts(self) -> np.ndarray:
+    """Returns int64 [largest id + 1]: how often each token id stands in the store."""
+    counts = np.zeros(0, np.int64)
+    for start in range(0, len(self._tokens), _COUNTED):
+      found = np.bincount(self._tokens[start : start + _COUNTED], minlength=len(counts))
+      found[: len(counts)] += counts
+      counts = found
+    return counts
 
   def _room(self, max_tokens: int) -> int:
     room = max_tokens - len(self._prefix) - len(self._suffix)
@@ -200,7 +210,7 @@ def _finish(growing: pathlib.Path, path: pathlib.Path, about: dict[str, Any]) ->
     files.remove(path / name)
 
 
-def _mapped(path: pathlib.Path, dtype: np.dtype, size: int) -> np.ndarray:
+def _tokens(path: pathlib.Path, dtype: np.dtype, size: int) -> np.ndarray:
   if path.stat().st_size != size * dtype.itemsize:
     raise InputError(f"{size} tokens expected, the file is shorter or longer", path=path, fix="Remove the store")
-  return np.memmap(path, dtype, "r", shape=(size,)) if size else np.empty(0, dtype)
+  return np.asarray(np.memmap(path, dtype, "r", shape=(size,))) if size else np.empty(0, dtype)

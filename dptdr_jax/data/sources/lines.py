@@ -183,9 +183,10 @@ def _blocks(path: str | pathlib.Path, size: int = 1 << 22) -> Iterator[str]:
   with open_text(path) as stream:
     try:
       while raw := stream.buffer.read(size):
-        yield decoder.decode(raw)
+        if text := decoder.decode(raw):  # a block may end within a character, or be one's beginning alone
+          yield text
         line += raw.count(b"\n")
-      yield decoder.decode(b"", final=True)
+      decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
       line += error.object.count(b"\n", 0, error.start)
       raise InputError("not UTF-8", path=path, line=line, value=error.object[error.start : error.start + 8]) from error

@@ -1,0 +1,98 @@
+"""MS MARCO's files in their official shapes."""
+
+import pytest
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.records import Judgement, Negatives, Passage, Query
+from dptdr_jax.data.sources.msmarco import MsMarco
+
+
+@pytest.fixture
+def directory(write, tmp_path):
+  write("m/collection.tsv", [f"{row}\tPassage number {row}." for row in range(8)])
+  write("m/queries.train.tsv", ["121352\tdefine extreme", "634306\twhat is chattel", "9\tnever judged"])
+  write("m/qrels.train.tsv", ["121352\t0\t3\t1", "634306\t0\t5\t1", "634306\t0\t6\t1"])
+  write("m/queries.dev.small.tsv", ["2\tandrogen receptor define"])
+  write("m/qrels.dev.small.tsv", ["2\t0\t4\t1"])
+  return tmp_path / "m"
+
+
+def test_reads_the_official_files(directory):
+  source = MsMarco(directory)
+  assert source.splits() == ("train", "dev")
+  assert list(source.passages())[3] == Passage("3", "", "Passage number 3.")
+  assert list(source.queries("train")) == [Query("121352", "define extreme"), Query("634306", "what is chattel")]
+  assert source.skipped["train"] == 1
+  assert list(source.judgements("dev")) == [Judgement("2", "4", 1)]
+  assert list(source.negatives("train")) == []
+  assert [path.name for path in source.files("dev")] == ["queries.dev.small.tsv", "qrels.dev.small.tsv"]
+
+
+def test_dev_falls_back_to_the_full_set(directory, write):
+  for name in ("queries.dev.small.tsv", "qrels.dev.small.tsv"):
+    (directory / name).unlink()
+  write("m/queries.dev.tsv.gz", ["2\tandrogen receptor define"])
+  write("m/qrels.dev.tsv", ["2\t0\t1\t1"])
+  source = MsMarco(directory)
+  assert list(source.judgements("dev")) == [Judgement("2", "1", 1)]
+  assert list(source.queries("dev")) == [Query("2", "androgen receptor define")]
+
+
+def test_trec_dl_has_grades_and_judged_queries_alone(directory, write):
+  write("m/msmarco-test2019-queries.tsv.gz", ["1108939\twhat slows down the flow of blood", "1112389\tunjudged"])
+  write("m/2019qrels-pass.txt", ["1108939 Q0 1 0", "1108939 Q0 2 3"])
+  write("m/msmarco-test2020-queries.tsv.gz", ["1030303\twho is aziz hashim"])
+  write("m/2020qrels-pass.txt", ["1030303 0 7 2"])
+  source = MsMarco(directory)
+  assert source.splits() == ("train", "dev", "dl19", "dl20")
+  assert list(source.queries("dl19")) == [Query("1108939", "what slows down the flow of blood")]
+  assert list(source.judgements("dl19")) == [Judgement("1108939", "1", 0), Judgement("1108939", "2", 3)]
+  assert list(source.judgements("dl20")) == [Judgement("1030303", "7", 2)]
+
+
+def test_titles_walk_beside_the_collection(directory, write):
+  write("m/para.title.txt", ["0\tZero", "2\tTwo ", "7\tSeven"])
+  titles = [passage.title for passage in MsMarco(directory, titles=True).passages()]
+  assert titles == ["Zero", "", "Two", "", "", "", "", "Seven"]
+  assert [path.name for path in MsMarco(directory, titles=True).files()] == ["collection.tsv", "para.title.txt"]
+  write("m/para.title.txt", ["0\tZero", "99\tNobody's"])
+  with pytest.raises(InputError, match=r"para\.title\.txt:2: a title of no passage that follows: '99'"):
+    list(MsMarco(directory, titles=True).passages())
+
+
+def test_triples_are_grouped_and_limited(directory, write):
+  triples = ["121352\t3\t0", "121352\t3\t1", "121352\t3\t1", "121352\t3\t2", "634306\t5\t7", "121352\t3\t4"]
+  write("m/qidpidtriples.train.full.2.tsv.gz", triples)
+  found = list(MsMarco(directory, negatives_per_query=3).negatives("train"))
+  assert found == [Negatives("121352", ("0", "1", "2")), Negatives("634306", ("7",))]
+  assert list(MsMarco(directory).negatives("train"))[-1] == Negatives("121352", ("4",))
+  assert list(MsMarco(directory).negatives("dev")) == []
+  assert MsMarco(directory).files("train")[-1].name == "qidpidtriples.train.full.2.tsv.gz"
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "line", "what"),
+  [
+    ("collection.tsv", "passages", "no tab here", "2 columns expected, 1 found"),
+    ("collection.tsv", "passages", "1\ta\tb", "2 columns expected, 3 found"),
+    ("collection.tsv", "passages", "1\t ", "empty text"),
+    ("qrels.train.tsv", "judgements", "1\t0\t2", "4 columns expected, 3 found"),
+    ("qrels.train.tsv", "judgements", "1\t0\t2\tx", "a grade must be a whole number"),
+    ("queries.train.tsv", "queries", "634306", "2 columns expected, 1 found"),
+    ("queries.train.tsv", "queries", "634306\t", "empty text"),
+  ],
+)
+def test_damaged_lines(directory, write, name, kind, line, what):
+  first = (directory / name).read_text().splitlines()[0]
+  write(f"m/{name}", [first, line])
+  with pytest.raises(InputError, match=rf"{name}:2: .*{what}"):
+    list(MsMarco(directory).records(kind, "train"))
+
+
+def test_missing_files(directory, tmp_path):
+  (directory / "queries.train.tsv").unlink()
+  with pytest.raises(InputError, match=r"none of queries\.train\.tsv"):
+    list(MsMarco(directory).queries("train"))
+  (tmp_path / "none").mkdir()
+  with pytest.raises(InputError, match="no qrels here"):
+    MsMarco(tmp_path / "none").splits()

@@ -1,0 +1,132 @@
+"""DPR's Natural Questions files in their official shapes."""
+
+import json
+
+import pytest
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.records import Judgement, Negatives, Passage, Query
+from dptdr_jax.data.sources import lines
+from dptdr_jax.data.sources.lines import read_json_array
+from dptdr_jax.data.sources.nq import NaturalQuestions
+
+
+def _entry(question, positives, hard=(), key="passage_id", answers=("an answer",)):
+  def contexts(ids):
+    return [{"title": "T", "text": "t", "score": 1.0, "title_score": 0, key: passage_id} for passage_id in ids]
+
+  return {
+    "dataset": "nq_train_psgs_w100", "question": question, "answers": list(answers),
+    "positive_ctxs": contexts(positives), "negative_ctxs": contexts(["5"]), "hard_negative_ctxs": contexts(hard),
+  }  # fmt: skip
+
+
+@pytest.fixture
+def directory(write, tmp_path):
+  rows = ["id\ttext\ttitle", '1\t"Aaron Aaron ( ; ""Ahärôn"") is a prophet, or ""priest""."\tAaron']
+  write("n/psgs_w100.tsv.gz", rows + [f"{row}\tplain text {row}\tPage {row}" for row in range(2, 7)])
+  train = [_entry("who is aaron", ["1", "2", "1"], ["3", "4"]), _entry("lost", []), _entry("x", ["6"], key="psg_id")]
+  write("n/biencoder-nq-train.json", json.dumps(train, indent=4).encode())
+  write("n/biencoder-nq-dev.json.gz", json.dumps([_entry("dev?", ["2"], ["1"])]).encode())
+  write("n/nq-test.qa.csv", ["who got it first\t['Wilhelm Conrad Röntgen']", 'two?\t"[""a b"", \'c\']"'])
+  return tmp_path / "n"
+
+
+def test_reads_the_official_files(directory):
+  source = NaturalQuestions(directory)
+  assert source.splits() == ("train", "dev", "test")
+  passages = list(source.passages())
+  assert passages[0] == Passage("1", "Aaron", 'Aaron Aaron ( ; "Ahärôn") is a prophet, or "priest".')
+  assert len(passages) == 6
+  assert list(source.queries("train")) == [
+    Query("nq-train-0", "who is aaron", ("an answer",)),
+    Query("nq-train-2", "x", ("an answer",)),
+  ]
+  assert source.skipped["train"] == 1
+  assert list(source.judgements("train")) == [
+    Judgement("nq-train-0", "1", 1),
+    Judgement("nq-train-0", "2", 1),
+    Judgement("nq-train-2", "6", 1),
+  ]
+  assert list(source.negatives("train")) == [Negatives("nq-train-0", ("3", "4"))]
+  assert list(source.negatives("dev")) == [Negatives("nq-dev-0", ("1",))]
+  assert [path.name for path in source.files("dev")] == ["biencoder-nq-dev.json.gz"]
+
+
+def test_test_questions_have_answers_alone(directory):
+  source = NaturalQuestions(directory)
+  assert list(source.queries("test")) == [
+    Query("nq-test-0", "who got it first", ("Wilhelm Conrad Röntgen",)),
+    Query("nq-test-1", "two?", ("a b", "c")),
+  ]
+  assert list(source.judgements("test")) == [] and list(source.negatives("test")) == []
+
+
+@pytest.mark.parametrize("answers", ["__import__('os').getcwd()", "['open'", "'one'", "[1, 2]"])
+def test_answers_are_parsed_and_never_run(directory, write, answers):
+  write("n/nq-test.qa.csv", ["fine\t['a']", f"bad\t{answers}"])
+  with pytest.raises(InputError, match=r"nq-test\.qa\.csv:2: answers must be a list of strings"):
+    list(NaturalQuestions(directory).queries("test"))
+
+
+@pytest.mark.parametrize(
+  ("line", "what"),
+  [("2\tno title", "3 columns expected, 2 found"), ("2\t \tT", "empty text"), ("\ttext\tT", "empty id")],
+)
+def test_damaged_passages(directory, write, line, what):
+  write("n/psgs_w100.tsv.gz", ["id\ttext\ttitle", line])
+  with pytest.raises(InputError, match=rf"psgs_w100\.tsv\.gz:2: {what}"):
+    list(NaturalQuestions(directory).passages())
+
+
+def test_header_is_required(directory, write):
+  write("n/psgs_w100.tsv.gz", ["1\ttext\ttitle"])
+  with pytest.raises(InputError, match=r"psgs_w100\.tsv\.gz:1: the header"):
+    list(NaturalQuestions(directory).passages())
+
+
+def test_context_without_an_id(directory, write):
+  entry = _entry("who", ["1"])
+  del entry["positive_ctxs"][0]["passage_id"]
+  write("n/biencoder-nq-train.json", f"[\n{json.dumps(_entry('fine', ['1']))},\n{json.dumps(entry)}]".encode())
+  with pytest.raises(InputError, match=r"biencoder-nq-train\.json:3: positive_ctxs has an entry without passage_id"):
+    list(NaturalQuestions(directory).judgements("train"))
+
+
+def test_no_files(tmp_path):
+  with pytest.raises(InputError, match="neither biencoder-nq-SPLIT.json nor"):
+    NaturalQuestions(tmp_path).splits()
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
+def test_json_array_streams_in_any_block_size(write, monkeypatch, size):
+  value = [{"text": 'quotes " and \\ and é ☃ \U0001f600', "n": [1, -2.5e3, True, None]}, {}, {"a": {"b": ["c"]}}]
+  path = write("a.json", json.dumps(value, indent=1, ensure_ascii=False).encode())
+  blocks = lines._blocks
+  monkeypatch.setattr(lines, "_blocks", lambda path: blocks(path, size))
+  found = list(read_json_array(path))
+  assert [entry for _, entry in found] == value
+  assert [line for line, _ in found] == [2, 11, 12]
+
+
+@pytest.mark.parametrize(
+  ("text", "line", "what"),
+  [
+    ("", 1, "one of '\\[' expected"),
+    ('{"a": 1}', 1, "one of '\\[' expected"),
+    ('[{"a": 1}\n{"a": 2}]', 2, "one of ',]' expected"),
+    ('[{"a": 1},\n3]', 2, "one of '{' expected"),
+    ('[\n{"a": 1},\n{"a": tru}' + " " * 40 + "]", 3, "Expecting value"),
+    ('[{"a": 1},\n{"b": "cut', 2, "the file ends within an object"),
+    ('[{"a": 1}', 1, "one of ',]' expected"),
+  ],
+)
+def test_broken_json_array(write, text, line, what):
+  path = write("a.json", text.encode())
+  with pytest.raises(InputError, match=rf"a\.json:{line}: broken JSON .*{what}"):
+    list(read_json_array(path))
+
+
+def test_json_array_that_is_not_utf8(write):
+  with pytest.raises(InputError, match=r"a\.json:3: not UTF-8"):
+    list(read_json_array(write("a.json", b'[{"a": 1},\n\n{"b": "caf\xe9"}]')))
