@@ -1,7 +1,7 @@
 """Self-attention over [prompt; tokens]: two ways to compute it behind one signature.
 
-Legend: B examples, T tokens, P prompt length, S = P + T keys, N heads, D head size; R query rows (T, or 1 where a single
-row is read).
+Legend: B examples, T tokens, P prompt length, S = P + T keys, N heads, D head size; R query rows (T, or 1 where one row
+is read).
 Tokens are padded on the right and the prompt is always visible, so what a row sees is a length, not a mask.
 """
 
@@ -100,19 +100,21 @@ def _split(query, key, value, lengths, prompt, bias, noise, layer, *, scale, fir
   scores = jnp.einsum("brnd,btnd->nbrt", query, key, preferred_element_type=jnp.float32) * scale
   if bias is not None:
     scores += bias
-  visible = jnp.arange(key.shape[1]) < lengths[:, None]
-  scores = jnp.where(visible[None, :, None, :], scores, jnp.finfo(jnp.float32).min)
+  hidden = jnp.arange(key.shape[1]) >= lengths[:, None]
+  # Added, not selected: see the note on `where` in dropout.py.
+  scores += jnp.where(hidden, jnp.finfo(jnp.float32).min, 0.0)[None, :, None, :]
   if prompt is None:
     (over_tokens,) = _joint_softmax((scores,), value.dtype)
-    return _weighted_sum(over_tokens, value, noise, layer, first_row, 0).astype(query.dtype)
+    return _weighted_sum("nbrk,bknd->brnd", over_tokens, value, noise, layer, first_row, 0).astype(query.dtype)
 
   prompt_keys = _prompt_for(prompt[0], query, noise, layer, drop.PROMPT_KEY)
   prompt_values = _prompt_for(prompt[1], query, noise, layer, drop.PROMPT_VALUE)
-  equation = "brnd,pnd->nbrp" if prompt_keys.ndim == 3 else "brnd,bpnd->nbrp"
+  equation = "brnd,npd->nbrp" if prompt_keys.ndim == 3 else "brnd,nbpd->nbrp"
   prompt_scores = jnp.einsum(equation, query, prompt_keys, preferred_element_type=jnp.float32) * scale
   over_prompt, over_tokens = _joint_softmax((prompt_scores, scores), value.dtype)
-  mixed = _weighted_sum(over_prompt, prompt_values, noise, layer, first_row, 0)
-  mixed += _weighted_sum(over_tokens, value, noise, layer, first_row, prompt[0].shape[0])
+  equation = "nbrk,nkd->brnd" if prompt_values.ndim == 3 else "nbrk,nbkd->brnd"
+  mixed = _weighted_sum(equation, over_prompt, prompt_values, noise, layer, first_row, 0)
+  mixed += _weighted_sum("nbrk,bknd->brnd", over_tokens, value, noise, layer, first_row, prompt[0].shape[0])
   return mixed.astype(query.dtype)
 
 
@@ -120,8 +122,9 @@ def _concat(query, key, value, lengths, prompt, bias, noise, layer, *, scale, fi
   del bias, first_row  # `choose_method` lets neither a bias nor a mask over rows come here
   if prompt is not None:
     sites = (drop.PROMPT_KEY, drop.PROMPT_VALUE)
-    copies = [_prompt_for(part, query, noise, layer, site) for part, site in zip(prompt, sites, strict=True)]
-    copies = [jnp.broadcast_to(part, (key.shape[0], *part.shape[-3:])) for part in copies]
+    parts = [_prompt_for(part, query, noise, layer, site) for part, site in zip(prompt, sites, strict=True)]
+    parts = [part if part.ndim == 4 else part[:, None] for part in parts]
+    copies = [jnp.broadcast_to(part.transpose(1, 2, 0, 3), (len(key), *prompt[0].shape)) for part in parts]
     key, value = (jnp.concatenate(pair, axis=1) for pair in zip(copies, (key, value), strict=True))
     lengths = lengths + prompt[0].shape[0]
   fused = _has_fused_kernel(query, key, None)
@@ -131,22 +134,26 @@ def _concat(query, key, value, lengths, prompt, bias, noise, layer, *, scale, fi
 
 
 def _prompt_for(part, query, noise, layer, site):
-  """The prompt's keys or values in the dtype of the products: [P, N, D], or [B, P, N, D] under dropout by example."""
-  part = part.astype(query.dtype)
+  """The prompt's keys or values in the dtype of the products: [N, P, D], or [N, B, P, D] under dropout by example.
+
+  In this order the batched products read them as they are: a transpose would be one more copy of the prompt an example.
+  """
+  part = part.astype(query.dtype).transpose(1, 0, 2)
   if noise is None or noise.prompt_rate <= 0:
     return part
-  part = jnp.broadcast_to(part, (query.shape[0], *part.shape))
-  return drop.dropout(part, noise.at(layer, site), noise.prompt_rate)
+  heads, length, size = part.shape
+  part = jnp.broadcast_to(part[:, None], (heads, query.shape[0], length, size))
+  strides = (size, 0, heads * size, 1)
+  return drop.dropout(part, noise.at(layer, site), noise.prompt_rate, batch_axis=1, strides=strides)
 
 
-def _weighted_sum(probabilities, values, noise, layer, first_row, first_key):
-  """Drops probabilities [N, B, R, K] and sums them over values [B, K, N, D] or [K, N, D]: [B, R, N, D] float32."""
+def _weighted_sum(equation, probabilities, values, noise, layer, first_row, first_key):
+  """Drops probabilities [N, B, R, K] and sums values by them, as `equation` lays them out: [B, R, N, D] float32."""
   if noise is not None and noise.rates.attention > 0:
     probabilities = drop.dropout(
       probabilities, noise.at(layer, drop.ATTENTION), noise.rates.attention,
       batch_axis=1, strides=(_HEAD_STRIDE, 0, _ROW_STRIDE, 1), offset=first_row * _ROW_STRIDE + first_key,
     )  # fmt: skip
-  equation = "nbrk,knd->brnd" if values.ndim == 3 else "nbrk,bknd->brnd"
   return jnp.einsum(equation, probabilities, values, preferred_element_type=jnp.float32)
 
 

@@ -58,16 +58,17 @@ def load_backbone_tensors(directory: files.Path) -> Tensors:
   directory = pathlib.Path(directory)
   index = directory / "model.safetensors.index.json"
   if (directory / "model.safetensors").is_file():
-    return _read_safetensors(directory / "model.safetensors")
+    return read_safetensors(directory / "model.safetensors")
   if index.is_file():
     shards = sorted(set(files.read_json(index)["weight_map"].values()))
-    return {name: tensor for shard in shards for name, tensor in _read_safetensors(directory / shard).items()}
+    return {name: tensor for shard in shards for name, tensor in read_safetensors(directory / shard).items()}
   if (directory / "pytorch_model.bin").is_file():
     return _read_torch(directory / "pytorch_model.bin")
   raise InputError("neither model.safetensors nor pytorch_model.bin is here", path=directory)
 
 
-def _read_safetensors(path: pathlib.Path) -> Tensors:
+def read_safetensors(path: pathlib.Path) -> Tensors:
+  """Reads one file; one that is missing, cut short or damaged is an InputError."""
   # ml_dtypes (a dependency of jax) gives numpy its bfloat16, which safetensors' numpy reader needs.
   import safetensors
   import safetensors.numpy

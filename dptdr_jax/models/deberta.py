@@ -1,9 +1,9 @@
 """DeBERTa v1's disentangled attention: scores from relative positions, added to those from content.
 
-He et al., 2021 (arXiv 2006.03654), equations 4 and 5, with the details of transformers' DebertaModel: relative positions
-are cut off at ±k (k = max_relative_positions), the table holds 2k rows, all scores share the scale
-1/√(D (1 + number of types)). transformers counts 'p2p' in that scale but adds no score for it; so does this. Its dropout
-on the table itself is left out: the table is shared by all examples, and masks here belong to one example.
+He et al., 2021 (arXiv 2006.03654), equations 4 and 5, with the details of transformers' DebertaModel: relative
+positions are cut off at ±k (k = max_relative_positions), the table holds 2k rows, all scores share the scale
+1/√(D (1 + number of types)). transformers counts 'p2p' in that scale but adds no score for it; so does this. Dropout on
+the table itself is left out: the table is shared by all examples, and masks here belong to one example.
 """
 
 from __future__ import annotations

@@ -218,7 +218,8 @@ def flatten(params: Params) -> dict[str, np.ndarray]:
   """A tree of arrays as one dict of float32 arrays with '/' between the names: what prompts.safetensors holds."""
   flat = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    flat["/".join(entry.key for entry in path)] = np.asarray(leaf, np.float32)
+    # In one piece: safetensors writes a transposed view's bytes in the wrong order.
+    flat["/".join(entry.key for entry in path)] = np.ascontiguousarray(leaf, np.float32)
   return flat
 
 
