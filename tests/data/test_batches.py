@@ -1,0 +1,140 @@
+"""Batches as a function of the step, whatever the workers and hosts."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.batches import TrainBatches, blocked
+from dptdr_jax.data.groups import TrainGroups
+from dptdr_jax.data.store import write_token_store
+from dptdr_jax.data.tokenizer import Tokenizer
+
+POSITIVES = [[0, 5], [1], [2], [5, 3], [4], [6], [7]]
+
+
+@pytest.fixture(scope="module")
+def stores(roberta, tmp_path_factory):
+  directory, tokenizer = tmp_path_factory.mktemp("stores"), Tokenizer(roberta)
+  passages = ["the cat on the mat " * (1 + row % 7) for row in range(40)]
+  queries = ["the dog " * (1 + row) for row in range(7)]
+
+  def write(name, texts):
+    path = directory / name
+    return write_token_store(lambda start: iter(texts[start:]), len(texts), tokenizer, path, max_tokens=60)
+
+  return write("queries", queries), write("passages", passages)
+
+
+@pytest.fixture
+def make(stores):
+  def run(**options):
+    def positives(row):
+      return np.array(POSITIVES[row])
+
+    seed, stage = options.pop("seed", 5), options.pop("stage", "train1")
+    group_size = options.pop("group_size", 3)
+    groups = TrainGroups(positives, None, num_passages=40, group_size=group_size, seed=seed, stage=stage)
+    options = {"batch_size": 4, "query_tokens": 24, "passage_tokens": 48, "seed": seed, "stage": stage, **options}
+    return TrainBatches(*stores, options.pop("query_rows", np.arange(7)), groups, positives, **options)
+
+  return run
+
+
+def _same(one, other):
+  assert one.keys() == other.keys()
+  for name in one:
+    np.testing.assert_array_equal(one[name], other[name], strict=True)
+
+
+def test_shapes_and_contents(make, stores):
+  batches = make()
+  rows, batch = batches.rows(2), batches[2]
+  assert rows.passages.shape == (4, 3)
+  assert {name: (value.shape[0], value.dtype) for name, value in batch.items()} == {
+    "query_tokens": (4, np.int32), "query_lengths": (4, np.int32), "passage_tokens": (12, np.int32),
+    "passage_lengths": (12, np.int32), "targets": (4, np.int32), "blocked": (4, np.bool_),
+  }  # fmt: skip
+  np.testing.assert_array_equal(batch["targets"], [0, 3, 6, 9])
+  tokens, lengths = stores[1].batch(rows.passages.ravel(), 48)
+  np.testing.assert_array_equal(batch["passage_tokens"], tokens)
+  np.testing.assert_array_equal(batch["passage_lengths"], lengths)
+  assert all(rows.passages[row, 0] in POSITIVES[query] for row, query in enumerate(rows.queries))
+  assert batches.steps_per_epoch == 7 / 4
+
+
+def test_every_epoch_has_every_query_once_and_batches_straddle(make):
+  batches = make()
+  rows = [batches.rows(step) for step in range(14)]
+  stream = np.concatenate([row.queries for row in rows])
+  assert all(sorted(stream[start : start + 7]) == list(range(7)) for start in range(0, 56, 7))
+  assert len({tuple(stream[start : start + 7]) for start in range(0, 56, 7)}) > 5
+  assert rows[1].epochs.tolist() == [0, 0, 0, 1]
+
+
+def test_a_batch_is_a_function_of_seed_stage_and_step(make):
+  _same(make()[11], make()[11])
+  first = make().rows(0)
+  assert any((make(seed=seed).rows(0).queries != first.queries).any() for seed in (6, 7))
+  assert any((make(stage=stage).rows(0).queries != first.queries).any() for stage in ("train2", "train3"))
+  batches = make()
+  backwards = {step: batches[step] for step in (9, 3, 0)}
+  _same(backwards[3], make()[3])
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(1, 1), (3, 8)])
+def test_loader_gives_the_same_whatever_its_workers(make, workers, ahead):
+  loaded = list(make().load(5, 25, workers=workers, ahead=ahead))
+  assert len(loaded) == 20
+  for step, batch in enumerate(loaded, start=5):
+    _same(batch, make()[step])
+
+
+def test_loader_ends_its_threads_and_passes_errors_on(make):
+  loader = make().load(0, 1000)
+  next(loader)
+  assert any(thread.name.startswith("batches") for thread in threading.enumerate())
+  loader.close()
+  assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+  with pytest.raises(IndexError):
+    list(make(query_rows=np.array([6, 7])).load(0, 3))
+
+
+@pytest.mark.parametrize("num_hosts", [2, 4])
+def test_slices_of_all_hosts_are_the_batch(make, num_hosts):
+  for step in (0, 1, 6):
+    slices = [make(host=host, num_hosts=num_hosts)[step] for host in range(num_hosts)]
+    _same({name: np.concatenate([part[name] for part in slices]) for name in slices[0]}, make()[step])
+
+
+def test_blocked_by_hand():
+  #                    q0's      q1's      q2's
+  passages = np.array([0, 8, 9, 1, 8, 5, 5, 3, 0])
+  positives = [np.array([0, 5]), np.array([1]), np.array([5, 3, 77])]
+  expected = [
+    # 0 8 9 1 8 5 5 3 0
+    [0, 0, 0, 0, 1, 1, 1, 0, 1],  # 5 is a positive too; the later 8 and 0 are duplicates
+    [0, 0, 0, 0, 1, 0, 1, 0, 1],
+    [0, 0, 0, 0, 1, 1, 0, 1, 1],  # the target is the later 5: its first occurrence is blocked instead
+  ]
+  found = blocked(passages, positives, np.array([0, 3, 6]))
+  np.testing.assert_array_equal(found, np.array(expected, bool))
+
+
+def test_blocked_never_holds_the_target_and_counts_every_passage_once(make):
+  for step in range(20):
+    rows, batch = make().rows(step), make()[step]
+    flat = rows.passages.ravel()
+    for row, query in enumerate(rows.queries):
+      open_columns = np.flatnonzero(~batch["blocked"][row])
+      assert batch["targets"][row] in open_columns
+      assert len(set(flat[open_columns])) == len(open_columns)
+      assert not set(flat[open_columns]) & (set(POSITIVES[query]) - {rows.passages[row, 0]})
+
+
+def test_what_cannot_be_batched(make):
+  with pytest.raises(InputError, match="no training query left"):
+    make(query_rows=np.empty(0, np.int64))
+  with pytest.raises(InputError, match="a batch of 4 cannot be divided among 3 hosts"):
+    make(num_hosts=3)

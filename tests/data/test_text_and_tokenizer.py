@@ -1,0 +1,95 @@
+"""Templates, and tokenizers against transformers."""
+
+import json
+import shutil
+
+import pytest
+import transformers
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.records import Passage, Query
+from dptdr_jax.data.text import check_templates, passage_text, query_text
+from dptdr_jax.data.tokenizer import Tokenizer
+
+TEXTS = ["hello world", "Straße Ümläut 猫 ☃", "a" * 40, "the cat sat on the mat " * 20, "x [SEP] y </s> z"]
+
+
+def test_passage_and_query_text():
+  titled, bare = Passage("1", "Title", "text {braces}"), Passage("2", "", "text")
+  assert passage_text(titled) == "Title text {braces}"
+  assert passage_text(titled, " [SEP] ") == "Title [SEP] text {braces}"
+  assert passage_text(bare, " [SEP] ") == "text"
+  assert passage_text(titled, ": ", "passage: {title}{separator}{text}") == "passage: Title: text {braces}"
+  assert passage_text(bare, ": ", "passage: {title}{separator}{text}") == "passage: text"
+  assert query_text(Query("q", "what?")) == "what?"
+  assert query_text(Query("q", "what?"), "query: {text}") == "query: what?"
+
+
+@pytest.mark.parametrize(
+  ("query", "passage"),
+  [
+    ("query:", "{text}"),
+    ("{text} {title}", "{text}"),
+    ("{text", "{text}"),
+    ("{text}", "{body}"),
+    ("{text}", "{title}"),
+  ],
+)
+def test_templates_that_cannot_work(query, passage):
+  check_templates("query: {text} {{literal}}", "{title}{separator}{text}")
+  with pytest.raises(InputError, match="template"):
+    check_templates(query, passage)
+
+
+def test_minilm_as_transformers_has_it(minilm):
+  ours, theirs = Tokenizer(minilm), transformers.AutoTokenizer.from_pretrained(str(minilm))
+  assert (ours.cls_id, ours.sep_id, ours.pad_id, ours.mask_id) == (101, 102, 0, 103)
+  assert ours.vocab_size == len(theirs) == 30522 and ours.separator == "[SEP]"
+  for text, ids in zip(TEXTS, ours.encode(TEXTS), strict=True):
+    assert ids == theirs(text, add_special_tokens=False, truncation=False)["input_ids"]
+    assert ours.wrap(ids) == theirs(text, truncation=False)["input_ids"]
+  assert len(ours.encode(TEXTS)[3]) == 120  # the baked-in limit of 128 and its padding are off
+  assert len(ours.encode(["word " * 300])[0]) == 300
+  assert ours.encode(["word " * 300], 7)[0] == ours.encode(["word " * 7])[0]
+
+
+def test_byte_level_bpe_round_trips(roberta):
+  tokenizer = Tokenizer(roberta)
+  assert (tokenizer.prefix, tokenizer.suffix, tokenizer.pad_id, tokenizer.mask_id) == ((0,), (2,), 1, 4)
+  assert [tokenizer.decode(ids) for ids in tokenizer.encode(TEXTS)] == TEXTS
+
+
+def test_hash_is_of_what_tokens_depend_on(minilm, tmp_path):
+  content = json.loads((minilm / "tokenizer.json").read_text())
+  content["truncation"]["max_length"] = 512
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content, indent=2))
+  assert Tokenizer(tmp_path).hash == Tokenizer(minilm).hash
+  content["normalizer"]["lowercase"] = False
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  assert Tokenizer(tmp_path).hash != Tokenizer(minilm).hash
+
+
+def test_vocabulary_files_alone_will_do(minilm, tmp_path):
+  for name in ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
+    shutil.copy(minilm / name, tmp_path)
+  made = Tokenizer(tmp_path)
+  assert made.encode(TEXTS) == Tokenizer(minilm).encode(TEXTS)
+  assert (made.prefix, made.suffix, made.pad_id) == ((101,), (102,), 0)
+
+
+def test_complaints(minilm, roberta, tmp_path):
+  with pytest.raises(InputError, match="no tokenizer here"):
+    Tokenizer(tmp_path)
+  (tmp_path / "tokenizer.json").write_text('{"version": "1.0",\n oops}')
+  with pytest.raises(InputError, match=r"tokenizer\.json:2: broken JSON"):
+    Tokenizer(tmp_path)
+  (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "None"}}')
+  with pytest.raises(InputError, match="not a tokenizer"):
+    Tokenizer(tmp_path)
+  content = json.loads((roberta / "tokenizer.json").read_text())
+  (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+  with pytest.raises(InputError, match="puts no special token before and after"):
+    Tokenizer(tmp_path)
+  Tokenizer(minilm).check_model(30522, "model")
+  with pytest.raises(InputError, match="model: the tokenizer in .* has 30522 ids and the model 100 embeddings"):
+    Tokenizer(minilm).check_model(100, "model")
