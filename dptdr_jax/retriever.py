@@ -165,7 +165,7 @@ class Retriever:
     lengths = mask.sum(1)
     if ids.shape != mask.shape or (mask != (np.arange(ids.shape[1]) < lengths[:, None])).any() or not lengths.all():
       raise InputError("the mask must be of the ids' shape, with ones before zeros and a one in every row")
-    return self._encode(_Lists([row[:n] for row, n in zip(ids, lengths, strict=True)], 0), kind)
+    return self._encode(_Padded(ids, lengths), kind)
 
   def encode_store(
     self, store: TokenStore, kind: str, rows: np.ndarray | None = None, *,
@@ -184,7 +184,7 @@ class Retriever:
         raise InputError(f"text {place} is empty", value=whole)
     room = self.settings.limit(kind) - len(tokenizer.wrap([]))
     lists = [np.array(tokenizer.wrap(ids), np.int32) for ids in tokenizer.encode(texts, room)]
-    return self._encode(_Lists(lists, tokenizer.pad_id), kind)
+    return self._encode(_Lists(lists, tokenizer.pad_id, self.settings.limit(kind)), kind)
 
   def _encode(self, source: Any, kind: str, batch_tokens: int = _BATCH_TOKENS, description: str = "") -> np.ndarray:
     """Encodes in order of length, filled to few shapes; results are fetched while later batches are under way."""
@@ -202,7 +202,7 @@ class Retriever:
       shown.advance(len(rows))
 
     with progress.bar(description, len(vectors), "text") if description else progress.silent() as shown:
-      for rows, width, size in _batches(source.lengths, settings.limit(kind), batch_tokens, backbone.mesh.size):
+      for rows, width, size in _batches(source.lengths, source.limit, batch_tokens, backbone.mesh.size):
         tokens, lengths = source.batch(rows, width)
         filled = _fill({"tokens": tokens, "lengths": lengths}, size)
         placed = meshes.put_batch(filled, backbone.mesh)
@@ -225,8 +225,8 @@ def _vectors(params, prompt, tokens, lengths, *, config, spec, pooling, normaliz
 class _Lists:
   """Token ids in memory."""
 
-  def __init__(self, lists: list[np.ndarray], pad_id: int):
-    self._lists, self._pad_id = lists, pad_id
+  def __init__(self, lists: list[np.ndarray], pad_id: int, limit: int):
+    self._lists, self._pad_id, self.limit = lists, pad_id, limit
     self.lengths = np.array([len(ids) for ids in lists], np.int64)
 
   def batch(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -236,15 +236,26 @@ class _Lists:
     return tokens, self.lengths[rows].astype(np.int32)
 
 
+class _Padded:
+  """Token ids as a caller padded them: the width is the caller's, and so is the number of shapes."""
+
+  def __init__(self, ids: np.ndarray, lengths: np.ndarray):
+    self._ids, self._lengths, self.limit = ids, lengths.astype(np.int32), ids.shape[1]
+    self.lengths = np.full(len(ids), ids.shape[1], np.int64)
+
+  def batch(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return self._ids[rows], self._lengths[rows]
+
+
 class _Stored:
   """Rows of a token store."""
 
   def __init__(self, store: TokenStore, rows: np.ndarray, limit: int):
-    self._store, self._rows, self._limit = store, rows, limit
+    self._store, self._rows, self.limit = store, rows, limit
     self.lengths = store.lengths_of(rows, limit)
 
   def batch(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return self._store.batch(self._rows[rows], self._limit, width=width)
+    return self._store.batch(self._rows[rows], self.limit, width=width)
 
 
 def _batches(lengths: np.ndarray, limit: int, batch_tokens: int, devices: int):
@@ -252,10 +263,7 @@ def _batches(lengths: np.ndarray, limit: int, batch_tokens: int, devices: int):
 
   A width has one full size; what is left of it is filled to a power of two, so a lone query doesn't pay for a batch.
   """
-  widths = -(-lengths // _BUCKET) * _BUCKET
-  if len(lengths) and lengths.max() > limit:  # given token ids may be longer than the settings' limit
-    limit = int(widths.max())
-  widths = np.minimum(widths, limit)
+  widths = np.minimum(-(-lengths // _BUCKET) * _BUCKET, limit)
   for width in sorted(set(widths.tolist()), reverse=True):
     rows = np.flatnonzero(widths == width)
     full = max(1, batch_tokens // width) * devices
