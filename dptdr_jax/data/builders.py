@@ -127,9 +127,10 @@ class PreparedText(tfds.core.GeneratorBasedBuilder):
         size += len(record)
         if self._on_row is not None:
           self._on_row(row["id"][0])
-    finally:
       if writer is not None:
         writer.close()
+    except RuntimeError as error:  # what ArrayRecord raises when the disk refuses
+      raise OSError(f"{template.data_dir}: {error}") from error
     return lengths, size
 
 
@@ -151,7 +152,7 @@ def write_text(source: Source, part: str, directory: pathlib.Path, on_row: Calla
   """Writes one part of a source's text as a TFDS dataset below `directory`."""
   logger = absl_logging.get_absl_logger()
   level = logger.level
-  logger.setLevel(absl_logging.ERROR)  # TFDS warns of every configuration that is made on the spot,
+  logger.setLevel(logging.ERROR)  # TFDS warns of every configuration that is made on the spot,
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # and announces downloads of unknown size
       builder = PreparedText(part, source, on_row, data_dir=str(directory))

@@ -34,6 +34,25 @@ def test_round_trip(beir, tmp_path):
   assert files.read_json(tmp_path / "p" / "prepared.json")["splits"]["train"] == counts
 
 
+def test_says_nothing_on_standard_output_and_no_warning(beir, tmp_path, capfd, caplog):
+  prepare_source(Beir(beir), tmp_path / "p")
+  assert capfd.readouterr().out == "" and not caplog.records
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_nothing(beir, tmp_path, monkeypatch):
+  class Full:
+    def __init__(self, path, options):
+      pass
+
+    def write(self, record):
+      raise RuntimeError("write() failed: No space left on device")
+
+  monkeypatch.setattr(builders.array_record_module, "ArrayRecordWriter", Full)
+  with pytest.raises(OSError, match="No space left on device"):
+    prepare_source(Beir(beir), tmp_path / "p")
+  assert not list((tmp_path / "p").iterdir())
+
+
 def test_tfds_reads_what_was_written(beir, tmp_path):
   prepare_source(Beir(beir), tmp_path / "p")
   corpus = tfds.builder_from_directory(str(tmp_path / "p/corpus/prepared_text/corpus/1.0.0")).as_data_source("corpus")
