@@ -57,6 +57,8 @@ def open_source(config: ConfigDict) -> Source:
     raise InputError("no folder of data is named", fix="Set --config.data.dir=DIR")
   if data.download:
     downloads.fetch_dataset(data.source, data.dir)
+    if data.source == "msmarco" and data.title_augmented:
+      downloads.fetch_dataset("msmarco-titles", data.dir)
   if not pathlib.Path(data.dir).is_dir():
     raise InputError("no such folder", path=data.dir)
   if data.source == "beir":
