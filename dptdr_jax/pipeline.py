@@ -7,6 +7,7 @@ configs is ever mixed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -153,8 +154,10 @@ def _execute(stage: Stage, config: ConfigDict, layout: Layout, description: dict
   started = time.monotonic()
   try:
     stage.run(config, layout.root)
-  except BaseException:
-    files.write_json(begun, record | {"seconds": spent + time.monotonic() - started})
+  except BaseException as error:
+    with contextlib.suppress(OSError, DptdrError):  # where the disk is full this cannot be written either
+      files.write_json(begun, record | {"seconds": spent + time.monotonic() - started})
+    files.raise_if_full(error, directory)
     raise
   record |= {"seconds": round(spent + time.monotonic() - started, 1), "versions": _versions()}
   files.write_json(directory / manifest.NAME, record)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from dptdr_jax.core.errors import InputError
+from dptdr_jax.core.errors import DptdrError, InputError
 
 Path = str | os.PathLike
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The last is how numpy says it.
+_FULL_WORDS = re.compile(r"No space left on device|Disk quota exceeded|requested and \d+ written")
 
 
 def open_text(path: Path) -> TextIO:
@@ -39,7 +45,11 @@ def find_file(directory: Path, *names: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[pathlib.Path]:
-  """Yields a path beside `path` to write to; moved onto `path` at the end, removed after an error."""
+  """Yields a path beside `path` to write to; moved onto `path` at the end, removed after an error.
+
+  Raises:
+    InputError: the disk is full.
+  """
   target = pathlib.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   partial = target.with_name(f"{target.name}.partial")
@@ -47,14 +57,19 @@ def atomic_path(path: Path) -> Iterator[pathlib.Path]:
     yield partial
     _sync(partial)
     rename(partial, target)
-  except BaseException:
+  except BaseException as error:
     partial.unlink(missing_ok=True)
+    raise_if_full(error, target)
     raise
 
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
-  """Yields an empty directory beside `path`; it takes the place of `path` at the end, removed after an error."""
+  """Yields an empty directory beside `path`; it takes the place of `path` at the end, removed after an error.
+
+  Raises:
+    InputError: the disk is full.
+  """
   target = pathlib.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   partial = target.with_name(f"{target.name}.partial")
@@ -73,9 +88,23 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
       remove(replaced)
     else:
       rename(partial, target)
-  except BaseException:
+  except BaseException as error:
     remove(partial)
+    raise_if_full(error, target)
     raise
+
+
+def raise_if_full(error: BaseException, path: Path) -> None:
+  """Raises an InputError that names `path` if `error`, or what caused it, came of a full disk.
+
+  Libraries say it in many ways. An error that a user can read already is left alone.
+  """
+  cause: BaseException | None = error
+  while cause is not None and not isinstance(cause, DptdrError):
+    if getattr(cause, "errno", None) in _FULL or _FULL_WORDS.search(str(cause)):
+      fix = "Free some and run the same command again: what is made already stays"
+      raise InputError("no space left on the disk", path=path, fix=fix) from error
+    cause = cause.__cause__ or cause.__context__
 
 
 def rename(source: Path, target: Path) -> None:
