@@ -17,6 +17,7 @@ from dptdr_jax.stages.layout import Layout
 matplotlib.use("Agg")  # before pyplot: a server has no display
 import matplotlib.pyplot as plt
 
+_COLUMNS = 3  # of curves
 CURVES = {
   "loss": "Loss",
   "accuracy": "Accuracy in the batch",
@@ -105,7 +106,7 @@ def _cell(figures: Mapping, intervals: Mapping, name: str) -> str:
   if name not in figures:
     return "<td>–</td>"
   low, high = intervals[name]
-  return f"<td>{figures[name]:.4f} <small>[{low:.3f}, {high:.3f}]</small></td>"
+  return f"<td>{figures[name]:.4f}<br><small>[{low:.3f}, {high:.3f}]</small></td>"
 
 
 def _curves(directory: pathlib.Path, number: int) -> str:
@@ -113,8 +114,11 @@ def _curves(directory: pathlib.Path, number: int) -> str:
     records = [json.loads(line) for line in stream]
   panels = [name for name in CURVES if any(name in record for record in records)]
   panels += sorted({name for record in records for name in record if name.startswith("dev/")})
-  figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.6), squeeze=False)
-  for axis, name in zip(axes[0], panels, strict=True):
+  lines = -(-len(panels) // _COLUMNS)
+  figure, axes = plt.subplots(lines, _COLUMNS, figsize=(4.2 * _COLUMNS, 2.8 * lines), squeeze=False)
+  for axis in axes.flat[len(panels) :]:
+    axis.set_visible(False)
+  for axis, name in zip(axes.flat, panels, strict=False):
     points = [(record["step"], record[name]) for record in records if name in record]
     axis.plot(*zip(*points, strict=True), marker="o" if name.startswith("dev/") else None, linewidth=1.2, markersize=3)
     axis.set_title(CURVES.get(name, name), fontsize=9)
@@ -135,7 +139,7 @@ def _examples(examples: list[Mapping]) -> str:
   for example in examples:
     verdict = "right" if example["right"] else "wrong"
     items = "".join(_hit(hit) for hit in example["top"])
-    wanted = "" if example["right"] else _wanted(example)
+    wanted = "" if any(hit["relevant"] for hit in example["top"]) else _wanted(example)
     parts.append(
       f"<details open class={verdict}><summary>{html.escape(example['query'])}"
       f" <small>{html.escape(example['split'])} · first relevant at rank {example['rank'] or '–'}</small></summary>"
