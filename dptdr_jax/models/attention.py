@@ -101,7 +101,6 @@ def _split(query, key, value, lengths, prompt, bias, noise, layer, *, scale, fir
   if bias is not None:
     scores += bias
   hidden = jnp.arange(key.shape[1]) >= lengths[:, None]
-  # Added, not selected: see the note on `where` in dropout.py.
   scores += jnp.where(hidden, jnp.finfo(jnp.float32).min, 0.0)[None, :, None, :]
   if prompt is None:
     (over_tokens,) = _joint_softmax((scores,), value.dtype)

@@ -98,7 +98,7 @@ def _read_torch(path: pathlib.Path) -> Tensors:
 def init_params(key: jax.Array, config: EncoderConfig) -> Params:
   """A random float32 backbone: kernels and embeddings N(0, initializer_range), biases 0, as transformers starts one."""
   tokens, lengths = jnp.zeros((1, 2), jnp.int32), jnp.full((1,), 2, jnp.int32)
-  params = dict(Encoder(config).init(key, tokens, lengths)["params"])
+  params = dict(jax.jit(Encoder(config).init)(key, tokens, lengths)["params"])
   word = params["embeddings"]["word"].at[config.pad_id].set(0.0)
   return params | {"embeddings": params["embeddings"] | {"word": word}}
 

@@ -96,9 +96,7 @@ def _dropout(rate, batch_axis, strides, offset, x, words):
   bits = (bits ^ (bits >> 16)) * jnp.uint32(_FIRST) + words[:, 1].reshape(shape)
   bits = (bits ^ (bits >> 13)) * jnp.uint32(_SECOND)  # the high bits are the well-mixed ones, and decide below
   kept = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-  # A product, not a `where`: the compiler moves the zeros that `where` selects from out of the loop over layers, and so
-  # keeps one more array of the shape of x.
-  return x * (kept.astype(x.dtype) * (1 / (1 - rate)))
+  return jnp.where(kept, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
 def _dropout_forward(rate, batch_axis, strides, offset, x, words):

@@ -12,6 +12,7 @@ where dense is {'kernel': [in, out], 'bias': [out]}.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -163,7 +164,8 @@ def _keys_and_values(config: EncoderConfig, params: Params, token_ids: np.ndarra
   """Every layer's keys and values [L, P, N, D] of one sequence of P token ids, without a prompt."""
   tokens = jnp.asarray(token_ids, jnp.int32)[None]
   lengths = jnp.asarray([tokens.shape[1]], jnp.int32)
-  _, state = Encoder(config).apply({"params": params}, tokens, lengths, mutable=["intermediates"])
+  run = jax.jit(functools.partial(Encoder(config).apply, mutable=["intermediates"]))
+  _, state = run({"params": params}, tokens, lengths)
   parts = []
   for name in ("keys", "values"):
     part = state["intermediates"]["last_layer"][name][0]  # [1, P, N, D]

@@ -1,0 +1,69 @@
+"""The compiled prompt step does no more work and keeps no more memory than it must."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dptdr_jax.models import convert, flops, prompts
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.models.represent import represent
+
+
+def _compile(config, spec, batch, tokens, what):
+  """Compiles value and gradient with dropout on, from shapes alone."""
+  params = jax.eval_shape(lambda: convert.init_params(jax.random.key(0), config))
+  prompt = jax.eval_shape(lambda: prompts.init_prompt(jax.random.key(0), spec, config))
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+  ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+  lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+  def value(prompt, params, ids, lengths, keys):
+    return jnp.sum(represent(config, spec, params, prompt, ids, lengths, pooling="first", normalize=False, keys=keys))
+
+  step = jax.jit(jax.value_and_grad(value, argnums=0 if what == "prompt" else 1))
+  return step.lower(prompt, params, ids, lengths, keys).compile()
+
+
+@pytest.mark.parametrize("what", ["prompt", "backbone"])
+def test_operations_are_those_counted_by_hand(what):
+  # The compiler counts the body of the loop over layers once, however often it runs: three layers (two in the loop) and
+  # four have the same figure, which is that of one layer in the loop and the last one.
+  spec = PromptSpec("deep", 16, position_shift=16) if what == "prompt" else PromptSpec("none")
+  count = flops.prompt_step_flops if what == "prompt" else flops.finetune_step_flops
+  three = EncoderConfig("bert", 50, 512, 3, 4, 2048, 128)
+  counted = _compile(three, spec, 2, 64, what).cost_analysis()["flops"]
+  by_hand = count(dataclasses.replace(three, num_layers=2), spec, 2, 64, "first")
+  assert abs(counted / by_hand - 1) < 0.05
+  if what == "prompt":
+    deeper = _compile(dataclasses.replace(three, num_layers=4), spec, 2, 64, what).cost_analysis()["flops"]
+    assert abs(deeper / counted - 1) < 0.001
+
+
+def test_hand_count_of_a_tiny_encoder():
+  config = EncoderConfig("bert", 10, 4, 2, 2, 8, 16)
+  spec = PromptSpec("deep", 3)
+  # A layer: 5 rows × (4 products of 4 × 4, 2 of 4 × 8), 8 keys; the last one: keys, values for 5 rows, the rest for 1.
+  layer, attention = 2 * 5 * (4 * 16 + 2 * 32), 4 * 5 * 8 * 4
+  last, last_attention = 2 * (5 * 2 * 16 + 2 * 16 + 2 * 32), 4 * 8 * 4
+  assert flops.encode_flops(config, spec, 3, 5, "first") == 3 * (layer + attention + last + last_attention)
+  assert flops.encode_flops(config, spec, 3, 5, "mean") == 3 * 2 * (layer + attention)
+
+
+def test_no_prompt_copy_is_kept_for_each_example():
+  # Long prompt, short text: a copy of the prompt an example would be 2 arrays of P × H in every layer.
+  length, width = 256, 64
+  array = length * width * 4
+  spec = PromptSpec("deep", length, position_shift=length)
+
+  def growth(layers):
+    config = EncoderConfig("bert", 50, width, layers, 2, 64, 512)
+    few, many = (_compile(config, spec, batch, 8, "prompt").memory_analysis() for batch in (4, 8))
+    return (many.temp_size_in_bytes - few.temp_size_in_bytes) / 4
+
+  shallow, deep = growth(4), growth(24)
+  # What a further layer keeps for an example is a small part of a copy; the masked prompt of one layer comes and goes.
+  assert (deep - shallow) / 20 < 0.15 * 2 * array
+  assert deep < 0.3 * 24 * 2 * array

@@ -1,0 +1,181 @@
+"""A vector depends on text, prompt and key: not on padding, batch or order, nor on how attention is computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.models import convert, dropout, prompts
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.dropout import Dropout
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.models.represent import hidden_states, represent
+
+KEYS = jax.random.split(jax.random.key(7), 4)
+STATIC = ("config", "spec", "pooling", "normalize", "dropout", "compute_dtype", "attention")
+ENCODE = jax.jit(represent, static_argnames=STATIC)
+HIDDEN = jax.jit(hidden_states, static_argnames=("config", "spec"))
+
+
+def _vectors(model, pooling="first", normalize=False, **options):
+  return np.asarray(ENCODE(*model.arguments(), pooling=pooling, normalize=normalize, **options))
+
+
+@pytest.mark.parametrize(
+  ("pooling", "keys"), [("mean", None), ("first", KEYS)], ids=["plain mean", "first under dropout"]
+)
+def test_padding_order_and_batch_change_nothing(model, pooling, keys):
+  options = {"pooling": pooling, "normalize": True}
+  whole = _vectors(model, keys=keys, **options)
+  np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-5)
+
+  padded = np.full((4, 16), model.config.pad_id, np.int32)
+  padded[:, :9] = model.tokens
+  wider = _vectors(dataclasses.replace(model, tokens=padded), keys=keys, **options)
+  np.testing.assert_allclose(wider, whole, rtol=0, atol=1e-6)
+
+  order = np.array([2, 0, 3, 1])
+  shuffled = dataclasses.replace(model, tokens=model.tokens[order], lengths=model.lengths[order])
+  moved = _vectors(shuffled, keys=None if keys is None else keys[order], **options)
+  np.testing.assert_allclose(moved, whole[order], rtol=0, atol=1e-6)
+
+  alone = dataclasses.replace(model, tokens=model.tokens[1:2, :4], lengths=model.lengths[1:2])
+  single = _vectors(alone, keys=None if keys is None else keys[1:2], **options)
+  np.testing.assert_allclose(single[0], whole[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", [None, KEYS], ids=["plain", "dropout"])
+def test_last_layer_for_one_row_is_the_full_layers_row(model, keys):
+  hidden = np.asarray(HIDDEN(*model.arguments(), keys=keys))
+  np.testing.assert_allclose(_vectors(model, keys=keys), hidden[:, 0], rtol=0, atol=1e-6)
+  visible = np.arange(9) < model.lengths[:, None]
+  mean = (hidden * visible[..., None]).sum(1) / model.lengths[:, None]
+  np.testing.assert_allclose(_vectors(model, "mean", keys=keys), mean, rtol=0, atol=1e-6)
+
+
+def test_split_is_concat(model):
+  if model.config.family == "deberta":
+    with pytest.raises(InputError, match="relative biases"):
+      _vectors(model, attention="concat")
+    return
+  for keys in (None, KEYS):
+    options = {"keys": keys, "dropout": Dropout(0.1, 0.0)}
+
+    def both(prompt, method, options=options):
+      out = represent(
+        *model.arguments()[:3], prompt, *model.arguments()[4:], pooling="mean", normalize=True, attention=method,
+        **options,
+      )  # fmt: skip
+      return jnp.sum(out * jnp.arange(32)), out
+
+    split, concat = (
+      jax.jit(jax.grad(both, has_aux=True), static_argnums=1)(model.prompt, method) for method in ("split", "concat")
+    )
+    np.testing.assert_allclose(split[1], concat[1], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(split[0]["table"], concat[0]["table"], rtol=0, atol=2e-4)
+  with pytest.raises(InputError, match="probabilities"):
+    _vectors(model, keys=KEYS, attention="concat")
+  with pytest.raises(InputError, match="flash"):
+    _vectors(model, attention="flash")
+
+
+def test_gradients_through_own_rules_are_the_slopes(model):
+  def value(prompt):
+    out = represent(*model.arguments()[:3], prompt, *model.arguments()[4:], pooling="mean", normalize=False, keys=KEYS)
+    return jnp.sum(out * jnp.sin(jnp.arange(32.0)))
+
+  gradient = jax.jit(jax.grad(value))(model.prompt)["table"]
+  direction = gradient / jnp.linalg.norm(gradient)
+  step = 1e-2
+  value = jax.jit(value)
+  ahead, behind = (value({"table": model.prompt["table"] + sign * step * direction}) for sign in (1, -1))
+  np.testing.assert_allclose((ahead - behind) / (2 * step), jnp.linalg.norm(gradient), rtol=1e-2)
+
+
+def test_all_weights_have_gradients(model):
+  def value(params):
+    out = represent(*model.arguments()[:2], params, *model.arguments()[3:], pooling="mean", normalize=True, keys=KEYS)
+    return jnp.sum(out * jnp.sin(jnp.arange(32.0)))
+
+  gradients = prompts.flatten(jax.jit(jax.grad(value))(model.params))
+  # A key's bias adds the same to all scores of a row among tokens: without a prompt its gradient would be 0.
+  silent = [name for name, gradient in gradients.items() if not np.abs(gradient).max() > 0]
+  assert silent == []
+
+
+def test_prompt_dropout_for_the_batch_needs_and_follows_its_key(model):
+  if model.spec.kind == "shallow":
+    return
+  spec = dataclasses.replace(model.spec, dropout_per="batch", dropout=0.5)
+  model = dataclasses.replace(model, spec=spec)
+  with pytest.raises(InputError, match="batch_key"):
+    _vectors(model, keys=KEYS)
+  rates = Dropout(0.0, 0.0)
+  one, again, other = (_vectors(model, keys=KEYS, batch_key=jax.random.key(k), dropout=rates) for k in (1, 1, 2))
+  np.testing.assert_array_equal(one, again)
+  assert np.abs(one - other).max() > 1e-3
+  alone = dataclasses.replace(model, tokens=model.tokens[2:3], lengths=model.lengths[2:3])
+  single = _vectors(alone, keys=KEYS[2:3], batch_key=jax.random.key(1), dropout=rates)
+  np.testing.assert_allclose(single[0], one[2], rtol=0, atol=1e-6)
+
+
+def test_low_precision_stays_near(model):
+  exact = _vectors(model, normalize=True)
+  low = _vectors(model, normalize=True, compute_dtype=jnp.bfloat16, attention="split")
+  assert low.dtype == np.float32
+  assert (np.sum(exact * low, axis=1) > 0.995).all()
+
+
+def test_masks_have_the_rate_and_are_independent():
+  noise = dropout.Noise.from_keys(jax.random.split(jax.random.key(0), 64), Dropout(0.1, 0.1))
+  ones = jnp.ones((64, 32, 64))
+  masks = [
+    np.asarray(dropout.dropout(ones, noise.at(layer, site), 0.1)) > 0 for layer in (0, 1) for site in (2, 3)
+  ]  # fmt: skip
+  for mask in masks:
+    assert abs(mask.mean() - 0.9) < 4 * np.sqrt(0.09 / mask.size)
+  # Correlations between examples, sites, layers and neighbours are those of independent draws.
+  pairs = [(masks[0], masks[1]), (masks[0], masks[2]), (masks[0][1:], masks[0][:-1])]
+  pairs += [(masks[0][:, 1:], masks[0][:, :-1]), (masks[0][..., 1:], masks[0][..., :-1])]
+  for one, other in pairs:
+    assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(one.size)
+  kept = np.asarray(dropout.dropout(ones, noise.at(0, 0), 0.1))
+  np.testing.assert_allclose(kept[kept > 0], 1 / 0.9, rtol=1e-6)
+
+
+def test_words_as_a_start_equal_the_words_before_the_text(model):
+  """Deep prompts from words are what the words' own keys and values would be: a causal prefix of the same text."""
+  ids = np.array([5, 9, 11, 30, 8])
+  spec = dataclasses.replace(model.spec, init="words")
+  prompt = prompts.init_prompt(jax.random.key(0), spec, model.config, model.params, ids)
+  prompts.check_prompt(spec, prompt, model.config)
+  table = np.asarray(prompt["table"])
+  if spec.kind == "shallow":
+    np.testing.assert_array_equal(table, np.asarray(model.params["embeddings"]["word"])[ids])
+  else:
+    keys, _ = prompts.expand_prompt(spec, prompt, model.config)
+    row = np.asarray(model.params["embeddings"]["word"])[ids]  # layer 0's keys by hand
+    if model.config.has_positions:
+      row = row + np.asarray(model.params["embeddings"]["position"])[model.config.first_position + np.arange(5)]
+    if model.config.type_vocab_size:
+      row = row + np.asarray(model.params["embeddings"]["token_type"])[0]
+    row = (row - row.mean(1, keepdims=True)) / np.sqrt(row.var(1, keepdims=True) + model.config.layer_norm_eps)
+    weights = model.params["layers"]["key"]
+    by_hand = row @ np.asarray(weights["kernel"][0])
+    np.testing.assert_allclose(np.asarray(keys[0]).reshape(5, -1), by_hand, rtol=0, atol=1e-5)
+  with pytest.raises(InputError, match="5 token ids"):
+    prompts.init_prompt(jax.random.key(0), spec, model.config, model.params, ids[:4])
+
+
+@pytest.mark.parametrize("spec", [PromptSpec("deep", 3, "mlp", 7), PromptSpec("shallow", 3, "lstm", 6)])
+def test_fresh_projections_fit_and_work(spec):
+  config = EncoderConfig("bert", 20, 16, 1, 2, 16, 16)
+  prompt = prompts.init_prompt(jax.random.key(0), spec, config)
+  assert float(jnp.abs(prompt["hidden"]["bias"]).max()) == 0
+  params = convert.init_params(jax.random.key(1), config)
+  tokens, lengths = np.ones((2, 4), np.int32), np.array([4, 2], np.int32)
+  out = ENCODE(config, spec, params, prompt, tokens, lengths, pooling="first", normalize=False)
+  assert out.shape == (2, 16) and bool(jnp.isfinite(out).all())
