@@ -22,6 +22,8 @@ from dptdr_jax.training.optimizer import Optimizer
 from dptdr_jax.training.state import TrainState
 from dptdr_jax.training.towers import SIDES, TowerModel
 
+_WHOLE = PartitionSpec()
+
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
@@ -101,19 +103,18 @@ def loss_and_gradient(
   """The loss of a batch, metrics of it, and the gradient with respect to `state.trainable` (a tree like it)."""
   key = jax.random.fold_in(jax.random.key(config.seed), state.step)
   vectors, pullbacks = [], []
-  for number, side in enumerate(SIDES):
-    encode = _encoder(model, side, backbone, jax.random.fold_in(key, number))
-    tokens = batch[f"{side}_tokens"]
-    inputs = (tokens, batch[f"{side}_lengths"], jnp.arange(tokens.shape[0]))
-    encoded, pullback = _encode(encode, state.trainable, inputs, _Layout(mesh, side, config.chunk(side)))
+  for number, name in enumerate(SIDES):
+    side = _Side(model, name, config.chunk(name), mesh, jax.random.fold_in(key, number))
+    encoded, pullback = side.encode(state.trainable, backbone, batch[f"{name}_tokens"], batch[f"{name}_lengths"])
     vectors.append(encoded)
     pullbacks.append(pullback)
 
-  def loss_of(queries, passages):
-    options = {"temperature": config.temperature, "both_directions": config.both_directions}
-    return contrastive_loss(queries, passages, batch["targets"], batch["blocked"], **options)
+  def loss_of(*arguments):
+    return contrastive_loss(*arguments, temperature=config.temperature, both_directions=config.both_directions)
 
-  (loss, metrics), cotangents = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(*vectors)
+  # All of it on every device: small, the same bits everywhere, and the compiler would share it out by an all-to-all.
+  on_all = _on_devices(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True), mesh, (_WHOLE,) * 4, _WHOLE)
+  (loss, metrics), cotangents = on_all(*vectors, batch["targets"], batch["blocked"])
   gradients = [pullback(cotangent) for pullback, cotangent in zip(pullbacks, cotangents, strict=True)]
   return loss, metrics, jax.tree.map(jnp.add, *gradients)
 
@@ -136,74 +137,63 @@ def chunk_count(rows: int, devices: int, chunk: int, side: str) -> int:
   return max(share // chunk, 1) if chunk else 1
 
 
-def _encoder(model: TowerModel, side: str, backbone: Any, key: jax.Array) -> Callable[..., jax.Array]:
-  """(trainable, tokens, lengths, rows) → vectors, with a key for each row of the global batch."""
-  row_key, batch_key = jax.random.split(key)
+class _Side:
+  """Queries or passages of one step: their vectors, and the gradient that a cotangent of these gives.
 
-  def encode(trainable, tokens, lengths, rows):
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, rows)
-    return model.encode(side, trainable, backbone, tokens, lengths, keys=keys, batch_key=batch_key)
-
-  return encode
-
-
-def _encode(
-  encode: Callable[..., jax.Array], trainable: Any, inputs: tuple[jax.Array, ...], layout: _Layout
-) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
-  """Vectors [B, H] on every device, and the function that turns their cotangent into the gradient."""
-  inputs = jax.tree.map(layout.rows, inputs)
-  if layout.count(inputs[0]) == 1:
-    vectors, pullback = jax.vjp(lambda trained: encode(trained, *inputs), trainable)
-    return layout.gather(vectors), lambda cotangent: pullback(layout.rows(cotangent))[0]
-
-  chunks = jax.tree.map(layout.split, inputs)
-  vectors = jax.lax.map(lambda chunk: encode(trainable, *chunk), chunks)
-
-  def pullback(cotangent):
-    def add(total, chunk_and_cotangent):
-      chunk, cotangent = chunk_and_cotangent
-      gradient = jax.vjp(lambda trained: encode(trained, *chunk), trainable)[1](cotangent)[0]
-      return jax.tree.map(jnp.add, total, gradient), None
-
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable)
-    return jax.lax.scan(add, zero, (chunks, layout.split(layout.rows(cotangent))))[0]
-
-  return layout.gather(layout.join(vectors)), pullback
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  """How the rows of one side lie on the devices, whole and in chunks.
-
-  A device keeps its rows: chunk i holds the i-th `chunk` rows of every device, so that cutting a batch into chunks
-  moves nothing between devices.
+  Encoding runs under shard_map: a device cuts its own rows into chunks and adds up its own gradient, so that nothing
+  moves between devices but the vectors, once, and the gradient, once. (Left to the compiler, the gradient costs an
+  all-reduce for each layer of each chunk.)
   """
 
-  mesh: Mesh
-  side: str
-  chunk: int
+  def __init__(self, model: TowerModel, name: str, chunk: int, mesh: Mesh, key: jax.Array):
+    self.model, self.name, self.chunk, self.mesh = model, name, chunk, mesh
+    self.row_key, self.batch_key = jax.random.split(key)
 
-  def rows(self, x: jax.Array) -> jax.Array:
-    """[B, …], rows shared out over the devices."""
-    return self._constrain(x, PartitionSpec(self.mesh.axis_names))
+  def encode(self, trainable: Any, backbone: Any, tokens: jax.Array, lengths: jax.Array):
+    """Token ids [B, T] and lengths [B] → vectors [B, H], and the function from their cotangent to the gradient."""
+    inputs = (tokens, lengths, jnp.arange(tokens.shape[0]))
+    chunks = chunk_count(tokens.shape[0], self.mesh.size, self.chunk, self.name)
+    frozen = (backbone, self.row_key, self.batch_key)
+    if chunks == 1:
+      # A replicated argument's cotangent is summed over the devices where shard_map is entered.
+      run = _on_devices(self._vectors, self.mesh, (_WHOLE, _WHOLE, self._rows), self._rows)
+      vectors, pullback = jax.vjp(lambda trained: run(trained, frozen, inputs), trainable)
+      return vectors, lambda cotangent: pullback(cotangent)[0]
 
-  def gather(self, x: jax.Array) -> jax.Array:
-    """[B, …] shared out → all of it on every device."""
-    return self._constrain(self.rows(x), PartitionSpec())
+    def forward(trained, frozen, inputs):
+      vectors = jax.lax.map(lambda chunk: self._vectors(trained, frozen, chunk), _split(inputs, chunks))
+      return vectors.reshape(-1, vectors.shape[-1])
 
-  def count(self, x: jax.Array) -> int:
-    """Number of chunks of [B, …]."""
-    return chunk_count(x.shape[0], self.mesh.size, self.chunk, self.side)
+    def backward(trained, frozen, inputs, cotangent):
+      def add(total, chunk_and_cotangent):
+        chunk, cotangent = chunk_and_cotangent
+        gradient = jax.vjp(lambda trained: self._vectors(trained, frozen, chunk), trained)[1](cotangent)[0]
+        return jax.tree.map(jnp.add, total, gradient), None
 
-  def split(self, x: jax.Array) -> jax.Array:
-    """[B, …] → [chunks, devices · chunk, …]."""
-    x = x.reshape(self.mesh.size, self.count(x), self.chunk, *x.shape[1:]).swapaxes(0, 1)
-    return self._constrain(x.reshape(x.shape[0], -1, *x.shape[3:]), PartitionSpec(None, self.mesh.axis_names))
+      total = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), _split((inputs, cotangent), chunks))[0]
+      return jax.lax.psum(total, self.mesh.axis_names)
 
-  def join(self, x: jax.Array) -> jax.Array:
-    """[chunks, devices · chunk, …] → [B, …], the inverse of `split`."""
-    x = x.reshape(x.shape[0], self.mesh.size, self.chunk, *x.shape[2:]).swapaxes(0, 1)
-    return self.rows(x.reshape(-1, *x.shape[3:]))
+    vectors = _on_devices(forward, self.mesh, (_WHOLE, _WHOLE, self._rows), self._rows)(trainable, frozen, inputs)
+    pull = _on_devices(backward, self.mesh, (_WHOLE, _WHOLE, self._rows, self._rows), _WHOLE)
+    return vectors, lambda cotangent: pull(trainable, frozen, inputs, cotangent)
 
-  def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+  def _vectors(self, trainable: Any, frozen: tuple, inputs: tuple[jax.Array, ...]) -> jax.Array:
+    """Vectors of some rows, each with a key of its row in the global batch."""
+    (backbone, row_key, batch_key), (tokens, lengths, rows) = frozen, inputs
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, rows)
+    return self.model.encode(self.name, trainable, backbone, tokens, lengths, keys=keys, batch_key=batch_key)
+
+  @property
+  def _rows(self) -> PartitionSpec:
+    return PartitionSpec(self.mesh.axis_names)
+
+
+def _on_devices(function: Callable, mesh: Mesh, inputs: tuple, outputs: PartitionSpec) -> Callable:
+  """`function` of a device's own rows, or of all where a spec says so."""
+  # Without the check of what varies: it would want models to say so in every loop that starts from a constant.
+  return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def _split(tree: Any, chunks: int) -> Any:
+  """[rows, …] → [chunks, rows / chunks, …] of every leaf."""
+  return jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), tree)

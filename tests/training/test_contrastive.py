@@ -149,11 +149,19 @@ def train(name, devices, *chunks):
   return jax.device_get(state), metrics
 
 
+def without_key_biases(tree):
+  """A key's bias changes no softmax: its gradient is 0 but for rounding, which Adam blows up to whole steps."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [
+    leaf for path, leaf in leaves if not jax.tree_util.keystr(path, simple=True, separator="/").endswith("key/bias")
+  ]
+
+
 @pytest.mark.parametrize("name", ["tied", "untied", "fine-tuning"])
 def test_five_steps_on_eight_devices_in_chunks(name):
   one, metrics = train(name, 1)
   eight, _ = train(name, 8, 1, 2)
-  assert distance(eight.trainable, one.trainable) < 1e-4
+  assert distance(*(without_key_biases(state.trainable) for state in (eight, one))) < 1e-4
   assert one.step == eight.step == 5
   assert set(metrics[0]) == {"loss", "accuracy", "positive_score", "gradient_norm", "learning_rate"}
   np.testing.assert_allclose([m["learning_rate"] for m in metrics[:3]], [3.5e-3, 7e-3, 7e-3], rtol=1e-6)
@@ -182,10 +190,10 @@ def test_masks_change_with_the_step_and_nothing_else():
 def test_non_finite_step_leaves_the_state_as_it_was():
   step, before = make_step("tied", 8, 1, 2), jax.device_get(make_state("tied"))
   broken = jax.tree.map(lambda leaf: leaf * jnp.nan, backbone())
-  after, metrics = step(make_state("tied"), broken, make_batch())
+  after, metrics = step(make_state("tied", 8), put(broken, 8), make_batch())
   assert np.isnan(metrics["loss"])
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
-  after, metrics = step(after, backbone(), make_batch())
+  after, metrics = step(after, put(backbone(), 8), make_batch())
   assert np.isfinite(metrics["loss"]) and after.step == 1
 
 
@@ -209,8 +217,8 @@ def test_only_vectors_and_the_prompt_gradient_move_between_devices():
   moved = collectives(make_step("tied", 8, 1, 2).lower(*abstract, make_batch()).compile().as_text())
   vectors = sorted(shape for kind, shapes in moved if kind == "all-gather" for shape in shapes)
   assert vectors == sorted(f"{rows},{ENCODER.hidden_size}" for rows in (QUERIES, QUERIES * GROUP))
-  others = {(kind, shape) for kind, shapes in moved if kind != "all-gather" for shape in shapes}
-  assert others == {("all-reduce", "4,96")}
+  others = [(kind, shape) for kind, shapes in moved if kind != "all-gather" for shape in shapes]
+  assert others == [("all-reduce", "4,96")] * 2, "once a side, in no loop"
 
 
 @pytest.mark.parametrize(
@@ -224,4 +232,4 @@ def test_only_vectors_and_the_prompt_gradient_move_between_devices():
 def test_batches_that_do_not_divide(queries, chunks, words):
   config = ContrastiveConfig(5, 0.5, False, *chunks)
   with pytest.raises(InputError, match=words):
-    loss_and_gradient(DEEP, config, mesh_of(8), make_state("tied"), backbone(), make_batch(queries=queries))
+    loss_and_gradient(DEEP, config, mesh_of(8), make_state("tied", 8), backbone(), make_batch(queries=queries))
