@@ -116,27 +116,34 @@ class TrainBatches:
     }
 
   def load(self, start_step: int, stop_step: int, workers: int = 2, ahead: int = 4) -> Iterator[Batch]:
-    """Yields the batches of start_step … stop_step − 1, some of them made ahead in threads.
-
-    Threads, not processes: at the paper's shape (64 × 30 passages of 128 tokens, 2 busy cores) they take 13–15 ms a
-    batch from the first on, grain's worker processes 15–24 ms after 3–5 s of start, and a step takes far more.
-    What comes out depends on neither `workers` nor `ahead`. Closing the iterator ends the threads.
-    """
-    with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
-      waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
-      try:
-        for step in range(start_step, stop_step):
-          waiting.append(pool.submit(self.__getitem__, step))
-          if len(waiting) > ahead:
-            yield waiting.popleft().result()
-        while waiting:
-          yield waiting.popleft().result()
-      finally:
-        for future in waiting:
-          future.cancel()
+    """Yields the batches of start_step … stop_step − 1, some of them made ahead; see `load_ahead`."""
+    return load_ahead(self.__getitem__, start_step, stop_step, workers, ahead)
 
   def _permutation(self, epoch: int) -> np.ndarray:
     return generator(self._seed, self._stage, "order", epoch, 0).permutation(len(self._query_rows))
+
+
+def load_ahead(
+  make: Callable[[int], Batch], start_step: int, stop_step: int, workers: int = 2, ahead: int = 4
+) -> Iterator[Batch]:
+  """Yields make(step) for start_step … stop_step − 1, `ahead` of them made before they are asked for, in threads.
+
+  Threads, not processes: at the paper's shape (64 × 30 passages of 128 tokens, 2 busy cores) they take 13–15 ms a
+  batch from the first on, grain's worker processes 15–24 ms after 3–5 s of start, and a step takes far more. What comes
+  out depends on neither `workers` nor `ahead`. Closing the iterator ends the threads.
+  """
+  with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
+    waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+    try:
+      for step in range(start_step, stop_step):
+        waiting.append(pool.submit(make, step))
+        if len(waiting) > ahead:
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+    finally:
+      for future in waiting:
+        future.cancel()
 
 
 def blocked(passages: np.ndarray, positives: list[np.ndarray], targets: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-_PURPOSES = {"order": 0, "positive": 1, "negatives": 2, "fill": 3}
+_PURPOSES = {"order": 0, "positive": 1, "negatives": 2, "fill": 3, "spans": 4}
 
 
 class Negatives(Protocol):

@@ -1,0 +1,51 @@
+"""Text without queries, for pretraining: one passage a line, or JSONL with 'text' and, if there is one, 'title'."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Iterator
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.records import Passage
+from dptdr_jax.data.sources.lines import read_json_lines, read_lines, text_of, unicode_of
+
+_JSON = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+
+
+class PlainText:
+  """The passages of one file, gzip or not; a passage's id is its line. Blank lines are passed over.
+
+  Args:
+    path: its name decides: .jsonl or .ndjson (with or without .gz) is JSON lines, anything else is plain text.
+  """
+
+  def __init__(self, path: str | pathlib.Path):
+    self.path = pathlib.Path(path)
+    if not self.path.is_file():
+      raise InputError("no such file", path=path)
+
+  def read(self, start: int = 0) -> Iterator[Passage]:
+    """Yields passages in file order from passage `start` on."""
+    passages = self._json() if self.path.name.endswith(_JSON) else self._lines()
+    return itertools.islice(passages, start, None)
+
+  def count(self) -> int:
+    """Reads everything once: the number of passages, or an InputError that names the first bad line."""
+    found = sum(1 for _ in self.read())
+    if not found:
+      raise InputError("empty corpus", path=self.path)
+    return found
+
+  def _lines(self) -> Iterator[Passage]:
+    for line, text in read_lines(self.path):
+      if text.strip():
+        yield Passage(str(line), "", text.strip())
+
+  def _json(self) -> Iterator[Passage]:
+    for line, value in read_json_lines(self.path):
+      title = value.get("title") or ""
+      if not isinstance(title, str):
+        raise InputError("a title must be a string", path=self.path, line=line, value=title)
+      title = unicode_of(title.strip(), "title", self.path, line)
+      yield Passage(str(line), title, text_of(value.get("text"), "text", self.path, line))

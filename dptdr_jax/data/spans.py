@@ -1,0 +1,277 @@
+"""Pairs of spans for retrieval-oriented pretraining, as a function of (seed, 'pretrain', step).
+
+A pair is two random spans of one passage that do not overlap. What a passage of n tokens gives, with spans of at most S
+tokens of text and at least s:
+
+  n ≥ both   Each span aims at S tokens, or with probability `short_share` at a random length from s on. Both lie
+             anywhere in the passage.
+  n < both   ('cut') The passage is cut in two at a random place within a quarter of its length around the ratio of
+             the two lengths aimed at, so that nothing is lost and a short span stays short. On MS MARCO (about 70
+             tokens a passage against spans of 126) this is the usual case.
+  n < 2 · s  ('twins') Halves would say nothing about each other ('The' | 'Beatles'): both spans are the whole
+             passage, told apart by masks and dropout alone, as in SimCSE (Gao et al. 2021).
+  n = 0      ('empty') A text of which the tokenizer makes nothing: never drawn.
+
+`SpanBatches.counts` says how many passages are which. Spans begin and end with whole words: an end that falls within a
+word moves inwards (unless the span would be one part of a word).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data import ragged
+from dptdr_jax.data.batches import Batch, load_ahead
+from dptdr_jax.data.groups import generator
+from dptdr_jax.data.masking import Masking
+from dptdr_jax.data.store import TokenStore
+
+STAGE = "pretrain"
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanLengths:
+  """How long spans are.
+
+  Attributes:
+    tokens: limit of a span, special tokens included.
+    shortest: s, fewest tokens of text in a span.
+    short_share: probability that a span aims at a random length instead of the limit.
+  """
+
+  tokens: int = 128
+  shortest: int = 8
+  short_share: float = 0.1
+
+
+class Drawn(NamedTuple):
+  """The passages of a step: corpora, rows and epochs, int64 [n] each."""
+
+  corpora: np.ndarray
+  rows: np.ndarray
+  epochs: np.ndarray
+
+
+class SpanBatches:
+  """`batches[step]` → this host's slice of the global batch of a step.
+
+  Every corpus is a stream of its own: one permutation per epoch drawn from (seed, corpus, epoch), one epoch behind the
+  other. Of the n passages of a step, corpus k gives its weight's share: with cumulative weights W, the streams have
+  advanced by ⌊step·n·W_k⌋ − ⌊step·n·W_(k−1)⌋, so that the step alone says where each stands.
+
+  A batch of S = 2n global spans on host p of h (s = S / h; K masked tokens at most):
+    tokens int32 [s, T] (masked where there is masking), lengths int32 [s]: spans 2i and 2i + 1 are of one passage,
+    positions int32 [s, K], labels int32 [s, K]: masked tokens, what stood there, −1 fills; only with masking,
+    groups int32 [S]: equal where spans are of the same passage (a small corpus may come round within a batch).
+
+  Args:
+    stores: token stores that know words.
+    weights: share of each corpus, any scale; empty: by their numbers of passages.
+    lengths: see SpanLengths.
+    masking: None: spans are not masked.
+    batch_size: S, even.
+    bucket: T is a multiple of it, or the limit.
+    host, num_hosts: which slice.
+  """
+
+  def __init__(
+    self,
+    stores: Sequence[TokenStore],
+    weights: Sequence[float],
+    lengths: SpanLengths,
+    masking: Masking | None,
+    *,
+    batch_size: int,
+    seed: int,
+    bucket: int = 16,
+    host: int = 0,
+    num_hosts: int = 1,
+  ):
+    self._stores, self._lengths, self._masking, self._bucket = list(stores), lengths, masking, bucket
+    self._full = lengths.tokens - stores[0].num_special
+    if not 1 <= 2 * lengths.shortest <= self._full or not 0 <= lengths.short_share <= 1:
+      raise InputError(
+        f"spans of {lengths.tokens} tokens don't go with a shortest of {lengths.shortest} and a share of short ones of "
+        f"{lengths.short_share}", fix="Twice the shortest must fit a span beside its special tokens",
+      )  # fmt: skip
+    if batch_size % (2 * num_hosts) or batch_size < 4:
+      raise InputError(f"a batch of {batch_size} spans is not pairs for each of {num_hosts} hosts, or fewer than two")
+    self._passages, self._seed = batch_size // 2, seed
+    share = batch_size // num_hosts
+    self._mine = slice(host * share, (host + 1) * share)
+    self._kept = [_with_text(store) for store in stores]
+    self._shares = _shares(weights, [len(kept) for kept in self._kept], self._passages)
+    self._order = functools.lru_cache(maxsize=2 * len(stores))(self._permutation)
+
+  @property
+  def steps_per_epoch(self) -> float:
+    """Steps until as many passages were drawn as all corpora have."""
+    return sum(len(kept) for kept in self._kept) / self._passages
+
+  def counts(self) -> list[dict[str, int]]:
+    """For each corpus the number of passages by what they give: 'whole' (two full spans), 'cut', 'twins', 'empty'."""
+    found = []
+    for store in self._stores:
+      lengths = store.lengths
+      kinds = np.searchsorted([1, 2 * self._lengths.shortest, 2 * self._full], lengths, side="right")
+      numbers = np.bincount(kinds, minlength=4).tolist()
+      found.append(dict(zip(("empty", "twins", "cut", "whole"), numbers, strict=True)))
+    return found
+
+  def position(self, step: int) -> list[dict[str, int]]:
+    """Where each corpus' stream stands before a step: epoch and passage within it."""
+    done = self._advanced(step)
+    places = [divmod(int(count), len(kept)) for count, kept in zip(done, self._kept, strict=True)]
+    return [{"epoch": epoch, "passage": place} for epoch, place in places]
+
+  def draw(self, step: int) -> Drawn:
+    """Returns the passages of the global batch of a step."""
+    before, after = self._advanced(step), self._advanced(step + 1)
+    corpora, rows, epochs = [], [], []
+    for corpus, (first, last) in enumerate(zip(before, after, strict=True)):
+      kept = self._kept[corpus]
+      epoch, within = np.divmod(np.arange(first, last), len(kept))
+      drawn = np.empty(len(within), np.int64)
+      for number in np.unique(epoch):
+        here = epoch == number
+        drawn[here] = kept[self._order(corpus, int(number))[within[here]]]
+      corpora.append(np.full(len(drawn), corpus))
+      rows.append(drawn)
+      epochs.append(epoch)
+    return Drawn(*(np.concatenate(part) for part in (corpora, rows, epochs)))
+
+  def __getitem__(self, step: int) -> Batch:
+    drawn = self.draw(step)
+    source = generator(self._seed, STAGE, "spans", 0, step)
+    totals, word_starts = self._whole(drawn)
+    first, count = cut(totals, self._lengths, self._full, source)
+    first, count = _to_words(first, count, totals, word_starts)
+    owner = np.repeat(np.arange(len(drawn.rows)), 2)
+    first, count = first.ravel(), count.ravel()
+    width = self._width(int(count.max()))
+    tokens, lengths, starts = self._gather(drawn, owner, first, count, totals, word_starts, width)
+    batch = {"tokens": tokens, "lengths": lengths}
+    if self._masking is not None:
+      content = starts >= 0
+      masked = self._masking.apply(tokens, starts > 0, content, source)
+      batch["tokens"], batch["positions"], batch["labels"] = masked
+    batch = {name: value[self._mine] for name, value in batch.items()}
+    passage = np.stack([drawn.corpora, drawn.rows], 1)
+    batch["groups"] = np.unique(passage, axis=0, return_inverse=True)[1].reshape(-1)[owner].astype(np.int32)
+    return batch
+
+  def load(self, start_step: int, stop_step: int, workers: int = 2) -> Iterator[Batch]:
+    """Yields the batches of start_step … stop_step − 1, some of them made ahead; see `batches.load_ahead`."""
+    return load_ahead(self.__getitem__, start_step, stop_step, workers)
+
+  def _advanced(self, step: int) -> np.ndarray:
+    """How many passages each corpus has given before a step."""
+    return np.diff([int(step * self._passages * share) for share in self._shares])
+
+  def _permutation(self, corpus: int, epoch: int) -> np.ndarray:
+    return generator(self._seed, f"{STAGE}/{corpus}", "order", epoch, 0).permutation(len(self._kept[corpus]))
+
+  def _width(self, longest: int) -> int:
+    needed = longest + self._stores[0].num_special
+    return min(-(-needed // self._bucket) * self._bucket, self._lengths.tokens)
+
+  def _whole(self, drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each passage int64 [n], and where words start in them, one behind the other."""
+    totals, parts = [], []
+    for corpus, store in enumerate(self._stores):
+      rows = drawn.rows[drawn.corpora == corpus]
+      totals.append(store.lengths_at(rows))
+      parts.append(store.words(rows))
+    return np.concatenate(totals), np.concatenate(parts)
+
+  def _gather(self, drawn, owner, first, count, totals, word_starts, width):
+    """Tokens [S, T], lengths [S], and int8 [S, T]: 1 where a word starts, 0 within one, −1 beyond the text."""
+    tokens, lengths = [], []
+    for corpus, store in enumerate(self._stores):
+      here = drawn.corpora[owner] == corpus
+      part = store.spans(drawn.rows[owner[here]], first[here], count[here], width)
+      tokens.append(part[0])
+      lengths.append(part[1])
+    flat = ragged.gather(word_starts, ragged.offsets_of(totals)[owner] + first, count)
+    starts = np.full((len(owner), width), -1, np.int8)
+    place = np.arange(width) - self._stores[0].num_before
+    starts[(place >= 0) & (place < count[:, None])] = flat
+    return np.concatenate(tokens), np.concatenate(lengths), starts
+
+
+def cut(
+  totals: np.ndarray, lengths: SpanLengths, full: int, source: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draws two spans in each passage; the module's docstring says how.
+
+  Args:
+    totals: int64 [n], tokens of each passage, at least 1.
+    full: tokens of text in the longest span.
+
+  Returns:
+    First token and number of tokens, int64 [n, 2] each.
+  """
+  count = len(totals)
+  short, length, place = source.random((count, 2)), source.random((count, 2)), source.random((count, 2))
+  jitter, swap = source.random(count), source.random(count) < 0.5
+  shortest = lengths.shortest
+  drawn = shortest + np.floor(length * (full - shortest)).astype(np.int64)
+  aims = np.where(short < lengths.short_share, drawn, full)
+  ratio = aims[:, 0] / aims.sum(1) + (jitter - 0.5) / 2
+  left = np.clip(np.rint(totals * ratio).astype(np.int64), shortest, np.maximum(totals - shortest, shortest))
+  halves = np.minimum(np.stack([left, totals - left], 1), full)
+  sizes = np.where((aims.sum(1) <= totals)[:, None], aims, halves)
+  slack = totals - sizes.sum(1)
+  gaps = np.sort(np.floor(place * (slack + 1)[:, None]).astype(np.int64), axis=1)
+  leading = np.where(swap, sizes[:, 1], sizes[:, 0])
+  starts = np.stack([gaps[:, 0], gaps[:, 1] + leading], 1)
+  starts = np.where(swap[:, None], starts[:, ::-1], starts)
+  twins = (totals < 2 * shortest)[:, None]
+  return np.where(twins, 0, starts), np.where(twins, totals[:, None], sizes)
+
+
+def _to_words(
+  first: np.ndarray, count: np.ndarray, totals: np.ndarray, word_starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Moves the ends of spans inwards to where words start; `first` and `count` [n, 2] as from `cut`."""
+  offsets = ragged.offsets_of(totals)
+  places = np.arange(len(word_starts))
+  beyond = len(word_starts)
+  ahead = np.minimum.accumulate(np.where(word_starts, places, beyond)[::-1])[::-1]  # next word at or after
+  behind = np.maximum.accumulate(np.where(word_starts, places, -1))  # last word at or before
+  begin, end = offsets[:-1, None] + first, offsets[:-1, None] + first + count
+  moved = ahead[begin]
+  begin = np.where(moved < end, moved, begin)
+  last = behind[np.minimum(end, beyond - 1)]
+  inside = (end < offsets[1:, None]) & (last > begin)
+  end = np.where(inside, last, end)
+  return begin - offsets[:-1, None], end - begin
+
+
+def _with_text(store: TokenStore) -> np.ndarray:
+  kept = np.flatnonzero(store.lengths > 0)
+  if not len(kept):
+    raise InputError("no passage has a token", path=store.path)
+  return kept
+
+
+def _shares(weights: Sequence[float], sizes: Sequence[int], passages: int) -> np.ndarray:
+  """Cumulative shares of the corpora, from 0 to exactly 1."""
+  weights = list(weights) or list(sizes)
+  if len(weights) != len(sizes) or min(weights) <= 0:
+    raise InputError(f"{len(sizes)} corpora need as many weights above 0", value=weights)
+  cumulative = np.concatenate([[0.0], np.cumsum(weights) / np.sum(weights)])
+  cumulative[-1] = 1.0
+  least = int(np.argmin(weights))
+  if len(sizes) > 1 and passages * weights[least] / np.sum(weights) < 1:
+    raise InputError(
+      f"corpus {least} would give less than one of the {passages} passages of a step",
+      value=weights[least], fix="Raise its weight, or pretrain.spans",
+    )  # fmt: skip
+  return cumulative

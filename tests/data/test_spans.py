@@ -1,0 +1,247 @@
+"""Spans and masks: what they are cut from, whole words, shares, and that a step alone decides them."""
+
+import json
+
+import numpy as np
+import pytest
+from support import tiny
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.masking import Masking
+from dptdr_jax.data.sources.plain import PlainText
+from dptdr_jax.data.spans import SpanBatches, SpanLengths, cut
+from dptdr_jax.data.store import write_token_store
+from dptdr_jax.data.tokenizer import Tokenizer
+
+TEXT = "unbelievably the tokenizers' re-reading isn't über-quick, of 3.14159 internationalisation (cat) sat!"
+
+
+def texts(count, length, seed=0):
+  """Texts of words that a small vocabulary must cut into pieces."""
+  generator = np.random.default_rng(seed)
+  return [" ".join(generator.choice(TEXT.split(), size)) for size in generator.integers(*length, count)]
+
+
+def store_of(tokenizer, written, path, **options):
+  return write_token_store(lambda start: iter(written[start:]), len(written), tokenizer, path, max_tokens=400,
+                           words=True, **options)  # fmt: skip
+
+
+@pytest.fixture(params=["minilm", "roberta"])
+def tokenizer(request):
+  """WordPiece and byte-level BPE."""
+  return Tokenizer(request.getfixturevalue(request.param))
+
+
+def batches_of(stores, masking=None, weights=(), lengths=None, **options):
+  lengths = lengths or SpanLengths(32, 4, 0.2)
+  return SpanBatches(stores, weights, lengths, masking, **{"batch_size": 32, "seed": 3} | options)
+
+
+def test_words_start_where_the_tokenizer_says(tokenizer, tmp_path):
+  written = [*texts(50, (1, 30)), "", "one </s> two [SEP] three"]
+  store = store_of(tokenizer, written, tmp_path / "store")
+  for row, text in enumerate(written):
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    wanted = [i == 0 or w != encoding.word_ids[i - 1] for i, w in enumerate(encoding.word_ids)]
+    assert store.words(np.array([row])).tolist() == wanted
+    assert store[row].tolist() == encoding.ids
+  if "##s" in tokenizer.backend.get_vocab():
+    pieces = [tokenizer.backend.id_to_token(i) for row in range(50) for i in store[row]]
+    assert [not piece.startswith("##") for piece in pieces] == store.words(np.arange(50)).tolist()
+  plain = write_token_store(lambda start: iter(written[start:]), len(written), tokenizer, tmp_path / "p", max_tokens=9)
+  with pytest.raises(InputError, match="does not say where words start"):
+    plain.words(np.array([0]))
+
+
+def test_a_store_with_words_goes_on_where_it_was_killed(roberta, tmp_path, monkeypatch):
+  from dptdr_jax.data import store as module
+
+  monkeypatch.setattr(module, "_BATCH", 8)
+  monkeypatch.setattr(module, "_SHARD", 8)
+  tokenizer, written = Tokenizer(roberta), texts(40, (0, 12))
+
+  def dies(start):
+    yield from written[start:20]
+    raise KeyboardInterrupt
+
+  options = {"max_tokens": 400, "words": True}
+  with pytest.raises(KeyboardInterrupt):
+    write_token_store(dies, 40, tokenizer, tmp_path / "a", **options)
+  resumed, whole = store_of(tokenizer, written, tmp_path / "a"), store_of(tokenizer, written, tmp_path / "b")
+  for name in ("tokens.bin", "words.bin", "offsets.npy"):
+    assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_masking_10_000_words(tokenizer, tmp_path):
+  special = "</s>" if tokenizer.separator == "</s>" else "[SEP]"
+  written = [f"{text} {special} {text}" for text in texts(1100, (5, 10))]  # a separator within the text, as with titles
+  store = store_of(tokenizer, written, tmp_path / "store")
+  masking = Masking.of(tokenizer, 0.15)
+  tokens, lengths = store.batch(np.arange(len(store)), 400)
+  content = np.arange(tokens.shape[1]) < lengths[:, None] - 1
+  content[:, 0] = False
+  starts = np.zeros(tokens.shape, bool)
+  starts[content] = store.words(np.arange(len(store)))
+  masked, positions, labels = masking.apply(tokens, starts, content, np.random.default_rng(0))
+
+  real = labels >= 0
+  assert (np.take_along_axis(tokens, positions, 1)[real] == labels[real]).all()
+  chosen = np.zeros(tokens.shape, bool)
+  np.put_along_axis(chosen, np.where(real, positions, 0), real, 1)
+  assert (chosen.sum(1) == real.sum(1)).all()
+  assert (masked[~chosen] == tokens[~chosen]).all()
+  assert not chosen[masking.is_special[tokens]].any() and not chosen[~content].any()
+
+  ordinary = content & ~masking.is_special[tokens]
+  words = np.cumsum(starts.ravel()) * ordinary.ravel()  # no text ends within a word of the next
+  sizes, taken = np.bincount(words)[1:], np.bincount(words, chosen.ravel())[1:]
+  sizes, taken = sizes[sizes > 0], taken[sizes > 0]
+  assert len(sizes) > 10_000 and sizes.max() > 1
+  assert ((taken == 0) | (taken == sizes)).all()  # whole words
+  assert chosen.sum() / ordinary.sum() == pytest.approx(0.15, abs=0.004)
+  for size in np.unique(sizes):  # whatever their length
+    here = sizes == size
+    assert (taken[here] > 0).mean() == pytest.approx(0.15, abs=5 * (0.1275 / here.sum()) ** 0.5)
+
+  became = masked[chosen]
+  share = 3 * (0.16 / len(became)) ** 0.5
+  assert (became == masking.mask_id).mean() == pytest.approx(0.8, abs=share)
+  kept = (became == tokens[chosen]).mean()
+  assert kept == pytest.approx(0.1, abs=share)
+  assert not masking.is_special[became[became != masking.mask_id]].any()
+
+
+def test_no_span_has_more_masks_than_there_is_room(roberta):
+  masking = Masking(0.5, 4, np.arange(40) < 5)
+  tokens = np.full((200, 32), 7, np.int32)
+  starts = np.zeros(tokens.shape, bool)
+  starts[:, ::8] = True
+  _, _, labels = masking.apply(tokens, starts, np.ones(tokens.shape, bool), np.random.default_rng(0))
+  assert labels.shape[1] == 32 and (labels >= 0).sum() == pytest.approx(3200, rel=0.1)
+  with pytest.raises(InputError, match="mask_rate"):
+    Masking.of(Tokenizer(roberta), 1.5)
+
+
+def test_cuts_do_not_overlap_and_follow_the_rule():
+  lengths = SpanLengths(34, 4, 0.2)
+  totals = np.repeat([1, 7, 8, 20, 63, 64, 300], 400)
+  first, count = cut(totals, lengths, 32, np.random.default_rng(0))
+  assert (first >= 0).all() and (first + count <= totals[:, None]).all()
+  twins = totals < 8
+  assert (count[twins] == totals[twins, None]).all()
+  low = np.where(first[:, :1] <= first[:, 1:], [[0, 1]], [[1, 0]])
+  begin, size = np.take_along_axis(first, low, 1), np.take_along_axis(count, low, 1)
+  assert (begin[~twins, 0] + size[~twins, 0] <= begin[~twins, 1]).all()
+  assert (count[~twins] >= 4).all() and (count[~twins] <= 32).all()
+  # Nothing of a passage that is cut is lost, unless both spans were to be short.
+  assert (count[totals == 20].sum(1) == 20).mean() > 0.95
+  long = totals == 300
+  assert (count[long] < 32).mean() == pytest.approx(0.2, abs=0.05)
+  assert first[long].min() < 30 and (first + count)[long].max() > 270
+  assert (first[long, 0] < first[long, 1]).mean() == pytest.approx(0.5, abs=0.08)
+
+
+def test_spans_are_parts_of_their_passage_and_whole_words(tokenizer, tmp_path):
+  store = store_of(tokenizer, texts(40, (1, 120)), tmp_path / "store")
+  batches = batches_of([store])
+  for step in range(4):
+    batch, rows = batches[step], np.repeat(batches.draw(step).rows, 2)
+    assert (batch["groups"][::2] == batch["groups"][1::2]).all()
+    for row, tokens, length in zip(rows, batch["tokens"], batch["lengths"], strict=True):
+      assert tokens[0] == tokenizer.cls_id and tokens[length - 1] == tokenizer.sep_id
+      assert (tokens[length:] == tokenizer.pad_id).all()
+      whole, part = store[row], tokens[1 : length - 1]
+      starts = store.words(np.array([row]))
+      places = [p for p in range(len(whole) - len(part) + 1) if (whole[p : p + len(part)] == part).all()]
+      ends = [*starts, True]
+      assert any(
+        (starts[p] and ends[p + len(part)]) or not starts[p + 1 : p + len(part)].any()  # or a part of one long word
+        for p in places
+      )
+
+
+def test_a_batch_is_a_function_of_the_step_and_hosts_share_it(roberta, tmp_path):
+  tokenizer = Tokenizer(roberta)
+  store = store_of(tokenizer, texts(30, (1, 60)), tmp_path / "store")
+  masking = Masking.of(tokenizer, 0.15)
+  batches = batches_of([store], masking)
+  forward, again = list(batches.load(0, 6, workers=3)), batches_of([store], masking)
+  for step in (5, 2):
+    for name, value in again[step].items():
+      np.testing.assert_array_equal(value, forward[step][name])
+  assert (forward[0]["tokens"] != batches_of([store], masking, seed=4)[0]["tokens"]).any()
+  hosts = [batches_of([store], masking, host=host, num_hosts=2)[1] for host in range(2)]
+  for name, value in forward[1].items():
+    parts = [host[name] for host in hosts]
+    np.testing.assert_array_equal(parts[0] if name == "groups" else np.concatenate(parts), value)
+
+
+def test_every_corpus_is_a_stream_of_its_own_and_weights_hold(roberta, tmp_path):
+  tokenizer = Tokenizer(roberta)
+  stores = [store_of(tokenizer, [*texts(n, (3, 20), n), ""], tmp_path / str(n)) for n in (10, 23)]
+  batches = batches_of(stores, weights=(3.0, 1.0), batch_size=20)
+  drawn = [batches.draw(step) for step in range(50)]
+  corpora, rows, epochs = (np.concatenate([part[i] for part in drawn]) for i in range(3))
+  assert np.bincount(corpora).tolist() == [375, 125]
+  for corpus, size in enumerate((10, 23)):
+    here = rows[corpora == corpus]
+    for epoch in range(3):
+      assert sorted(here[epoch * size : (epoch + 1) * size]) == list(range(size))  # the empty text never comes
+    assert epochs[corpora == corpus].tolist() == [i // size for i in range(len(here))]
+  assert batches.position(50) == [{"epoch": 37, "passage": 5}, {"epoch": 5, "passage": 10}]
+  assert batches.steps_per_epoch == 3.3
+  assert [sum(counts.values()) for counts in batches.counts()] == [11, 24]
+  assert all(counts["empty"] == 1 for counts in batches.counts())
+  with pytest.raises(InputError, match="less than one of the 10 passages"):
+    batches_of(stores, weights=(1000.0, 1.0), batch_size=20)
+  with pytest.raises(InputError, match="as many weights"):
+    batches_of(stores, weights=(1.0,))
+
+
+def test_lengths_and_batches_that_cannot_be(roberta, tmp_path):
+  store = store_of(Tokenizer(roberta), ["the cat sat"], tmp_path / "store")
+  with pytest.raises(InputError, match="don't go with a shortest"):
+    batches_of([store], lengths=SpanLengths(10, 8, 0.1))
+  with pytest.raises(InputError, match="is not pairs"):
+    batches_of([store], batch_size=7)
+  empty = store_of(Tokenizer(roberta), [""], tmp_path / "empty")
+  with pytest.raises(InputError, match="no passage has a token"):
+    batches_of([empty])
+
+
+def test_no_mask_token_is_said(tmp_path):
+  tiny.backbone(tmp_path)
+  content = json.loads((tmp_path / "tokenizer.json").read_text())
+  content["model"]["vocab"] = {k: v for k, v in content["model"]["vocab"].items() if k != "[MASK]"}
+  content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[MASK]"]
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  (tmp_path / "tokenizer_config.json").unlink()
+  with pytest.raises(InputError, match="no mask token"):
+    Masking.of(Tokenizer(tmp_path), 0.15)
+
+
+def test_plain_text_and_json_lines(write):
+  path = write("a.txt.gz", ["first passage", "", " second "])
+  assert [(p.id, p.title, p.text) for p in PlainText(path).read()] == [
+    ("1", "", "first passage"), ("3", "", "second")
+  ]  # fmt: skip
+  path = write("a.jsonl", [{"text": "x", "title": "T"}, {"text": "y", "more": 1}])
+  assert [(p.title, p.text) for p in PlainText(path).read(1)] == [("", "y")]
+  assert PlainText(path).count() == 2
+
+
+@pytest.mark.parametrize(
+  ("name", "lines", "where"),
+  [
+    ("b.jsonl", [{"text": "x"}, "{"], "b.jsonl:2: broken JSON"),
+    ("b.jsonl", [{"text": "x"}, {"title": "y"}], "b.jsonl:2: text must be a string"),
+    ("b.jsonl", [{"text": " "}], "b.jsonl:1: empty text"),
+    ("b.jsonl", [{"text": "x", "title": 3}], "b.jsonl:1: a title must be a string"),
+    ("b.txt", b"fine\n\xff\xfe\n", "b.txt:2: not UTF-8"),
+    ("b.txt", [""], "b.txt: empty corpus"),
+  ],
+)
+def test_bad_lines_are_named(write, name, lines, where):
+  with pytest.raises(InputError, match=where):
+    PlainText(write(name, lines)).count()
