@@ -24,7 +24,7 @@ def _gelu(x: Array) -> Array:
   return 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))
 
 
-_ACTIVATION = {"gelu": _gelu, "gelu_new": lambda x: jax.nn.gelu(x, approximate=True), "relu": jax.nn.relu}
+ACTIVATION = {"gelu": _gelu, "gelu_new": lambda x: jax.nn.gelu(x, approximate=True), "relu": jax.nn.relu}
 
 
 class LayerNorm(nn.Module):
@@ -107,7 +107,7 @@ class Layer(nn.Module):
     x = rows + self._dropout(self._dense("attention_output")(mixed), noise, layer, drop.ATTENTION_OUTPUT)
     x = LayerNorm(self.config.layer_norm_eps, name="attention_norm")(x)
     # Under jax.checkpoint the activation keeps its input alone.
-    activation = jax.checkpoint(_ACTIVATION[self.config.activation], prevent_cse=False)
+    activation = jax.checkpoint(ACTIVATION[self.config.activation], prevent_cse=False)
     wide = activation(self._dense("intermediate", self.config.intermediate_size)(x))
     x = x + self._dropout(self._dense("output")(wide), noise, layer, drop.FEED_FORWARD)
     return LayerNorm(self.config.layer_norm_eps, name="output_norm")(x), None
@@ -165,6 +165,8 @@ class Encoder(nn.Module):
     method: of attention, see `attention.choose_method`.
     row: the only row of the result that is wanted, or None for all.
     position_shift: how much later than usual the positions start (deep prompts of the original: P).
+    remat: keep only the layers' inputs for the backward pass and compute the rest again: far less memory where all
+      weights are trained, for a forward pass more.
   """
 
   config: EncoderConfig
@@ -172,6 +174,7 @@ class Encoder(nn.Module):
   method: str = "auto"
   row: int | None = None
   position_shift: int = 0
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -208,7 +211,7 @@ class Encoder(nn.Module):
     last = config.num_layers - 1
     if last:
       scanned = nn.scan(
-        Layer,
+        nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),

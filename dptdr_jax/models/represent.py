@@ -34,6 +34,7 @@ def represent(
   dropout: Dropout | None = None,
   compute_dtype: Any = jnp.float32,
   attention: str = "auto",
+  remat: bool = False,
 ) -> jax.Array:
   """One vector for each sequence.
 
@@ -50,6 +51,7 @@ def represent(
     dropout: rates in place of the configuration's.
     compute_dtype: of matrix products. Prompts, softmax statistics, norms and the result are float32 regardless.
     attention: 'auto', 'split' or 'concat', see attention.choose_method.
+    remat: see `Encoder`.
 
   Returns:
     [B, H] float32.
@@ -57,20 +59,28 @@ def represent(
   Raises:
     InputError: prompt and T don't fit the position table; an unknown pooling or attention.
   """
-  if pooling not in ("first", "mean"):
-    raise InputError("unknown pooling", value=pooling, fix="Known: first, mean")
   row = None
   if pooling == "first":
     row = spec.length if spec.kind == "shallow" else 0
   hidden = _encode(
     config, spec, params, prompt, tokens, lengths, row=row, keys=keys, batch_key=batch_key,
-    dropout=dropout, compute_dtype=compute_dtype, attention=attention,
-  ).astype(jnp.float32)  # fmt: skip
+    dropout=dropout, compute_dtype=compute_dtype, attention=attention, remat=remat,
+  )  # fmt: skip
+  if pooling == "mean":
+    hidden = hidden[:, -tokens.shape[1] :]
+  return pool(hidden, lengths, pooling=pooling, normalize=normalize)
+
+
+def pool(hidden: jax.Array, lengths: jax.Array, *, pooling: str, normalize: bool) -> jax.Array:
+  """Last hidden states [B, T, H] of tokens, or [B, 1, H] of token 0 alone, to [B, H] float32; see `represent`."""
+  if pooling not in ("first", "mean"):
+    raise InputError("unknown pooling", value=pooling, fix="Known: first, mean")
+  hidden = hidden.astype(jnp.float32)
   if pooling == "first":
     vectors = hidden[:, 0]
   else:
-    visible = (jnp.arange(tokens.shape[1]) < lengths[:, None])[..., None]
-    total = jnp.sum(jnp.where(visible, hidden[:, -tokens.shape[1] :], 0), axis=1)
+    visible = (jnp.arange(hidden.shape[1]) < lengths[:, None])[..., None]
+    total = jnp.sum(jnp.where(visible, hidden, 0), axis=1)
     vectors = total / jnp.maximum(lengths, 1)[:, None]
   if normalize:
     square = jnp.sum(vectors * vectors, axis=-1, keepdims=True)
@@ -91,17 +101,18 @@ def hidden_states(
   dropout: Dropout | None = None,
   compute_dtype: Any = jnp.float32,
   attention: str = "auto",
+  remat: bool = False,
 ) -> jax.Array:
   """The last layer's vectors of the tokens, [B, T, H] in `compute_dtype`; arguments as in `represent`."""
   hidden = _encode(
     config, spec, params, prompt, tokens, lengths, row=None, keys=keys, batch_key=batch_key,
-    dropout=dropout, compute_dtype=compute_dtype, attention=attention,
+    dropout=dropout, compute_dtype=compute_dtype, attention=attention, remat=remat,
   )  # fmt: skip
   return hidden[:, -tokens.shape[1] :]
 
 
 def _encode(
-  config, spec, params, prompt, tokens, lengths, *, row, keys, batch_key, dropout, compute_dtype, attention
+  config, spec, params, prompt, tokens, lengths, *, row, keys, batch_key, dropout, compute_dtype, attention, remat
 ) -> jax.Array:
   prompts.check_lengths(config, spec, tokens.shape[1])
   if spec.kind == "shallow" and config.family == "deberta":
@@ -114,7 +125,7 @@ def _encode(
     noise = drop.Noise.from_keys(keys, rates, spec.dropout if by_example else 0.0)
     if spec.kind == "deep" and not by_example:
       expanded = _drop_for_batch(expanded, batch_key, spec.dropout)
-  encoder = Encoder(config, compute_dtype, attention, row, spec.position_shift)
+  encoder = Encoder(config, compute_dtype, attention, row, spec.position_shift, remat)
   deep = expanded if spec.kind == "deep" else None
   shallow = expanded if spec.kind == "shallow" else None
   return encoder.apply({"params": params}, tokens, lengths, deep, shallow, noise)

@@ -1,0 +1,165 @@
+"""Masked language modelling: BERT's and RoBERTa's head, taken from a checkpoint or made, and its loss.
+
+The head's parameters: {'transform': {'kernel' [H, H], 'bias' [H]}, 'norm': {'scale', 'bias'} [H], 'bias' [V]}; the
+decoder is the table of word embeddings, as in both families' checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dptdr_jax.core import files
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.convert import Tensors
+from dptdr_jax.models.encoder import ACTIVATION, LayerNorm
+from dptdr_jax.models.prompts import Params, unflatten
+
+# Our names in Hugging Face's layout; a family's bias and decoder stand beside them.
+_HEAD = {
+  "bert": {"transform": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm"},
+  "roberta": {"transform": "lm_head.dense", "norm": "lm_head.layer_norm"},
+}
+_STEM = {"bert": "cls.predictions", "roberta": "lm_head"}
+_CLASS = {"bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM"}
+_WORDS = "embeddings.word_embeddings.weight"
+
+
+def check_family(config: EncoderConfig) -> None:
+  """Raises InputError where this architecture's language-model head is not covered."""
+  if config.family not in _HEAD:
+    raise InputError(
+      "masked language modelling covers BERT and RoBERTa", value=config.family, fix="Set pretrain.mlm_weight to 0"
+    )
+
+
+def init_head(key: jax.Array, config: EncoderConfig) -> Params:
+  """A fresh head, float32: kernel N(0, initializer_range), norm 1 and 0, biases 0, as transformers starts one."""
+  check_family(config)
+  width = config.hidden_size
+  kernel = config.initializer_range * jax.random.normal(key, (width, width), jnp.float32)
+  return {
+    "transform": {"kernel": kernel, "bias": jnp.zeros((width,))},
+    "norm": {"scale": jnp.ones((width,)), "bias": jnp.zeros((width,))},
+    "bias": jnp.zeros((config.vocab_size,)),
+  }
+
+
+def head_from_huggingface(
+  tensors: Mapping[str, np.ndarray], config: EncoderConfig, source: files.Path | None = None
+) -> Params | None:
+  """A checkpoint's own head, float32, or None where it has none.
+
+  Raises:
+    InputError: only a part of a head, a tensor of another shape, or a decoder that is not the word embeddings.
+  """
+  check_family(config)
+  stem = _STEM[config.family]
+  old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+  named = {}
+  for name, tensor in tensors.items():
+    if name.startswith(f"{stem}."):
+      ending = ".".join(name.split(".")[-2:])
+      named[name.removesuffix(ending) + old.get(ending, ending)] = tensor
+  if not named:
+    return None
+  if "decoder.bias" in {name.removeprefix(f"{stem}.") for name in named}:
+    named.setdefault(f"{stem}.bias", named.pop(f"{stem}.decoder.bias"))  # one bias under two names
+  _check_tied(named.pop(f"{stem}.decoder.weight", None), tensors, config, source)
+  flat = {}
+  for path, (name, shape) in _tensors(config).items():
+    tensor = named.pop(name, None)
+    if tensor is None or tensor.shape != shape:
+      found = "missing" if tensor is None else f"of shape {tensor.shape}"
+      raise InputError(f"tensor {name} is {found}, expected {shape}", path=source)
+    flat[path] = np.asarray(tensor.T if path.endswith("kernel") else tensor, np.float32)
+  if named:
+    raise InputError("tensors that no language-model head has", path=source, value=sorted(named))
+  return unflatten(flat)
+
+
+def _check_tied(decoder: np.ndarray | None, tensors: Mapping[str, np.ndarray], config, source) -> None:
+  if decoder is None:
+    return
+  words = tensors.get(f"{config.family}.{_WORDS}", tensors.get(_WORDS))
+  if words is None or decoder.shape != words.shape or not np.array_equal(decoder, words):
+    raise InputError("the language-model head's decoder is not tied to the word embeddings", path=source)
+
+
+def add_head(tensors: Tensors, head: Params, config: EncoderConfig) -> Tensors:
+  """A bare model's tensors (`convert.to_huggingface`) and a head, under the names of transformers' …ForMaskedLM."""
+  named = {f"{config.family}.{name}": tensor for name, tensor in tensors.items()}
+  for path, (name, _) in _tensors(config).items():
+    leaf: Any = head
+    for part in path.split("/"):
+      leaf = leaf[part]
+    leaf = np.asarray(leaf, np.float32)
+    named[name] = np.ascontiguousarray(leaf.T if path.endswith("kernel") else leaf)
+  return named
+
+
+def masked_lm_config(config: EncoderConfig) -> dict[str, Any]:
+  """The fields of a config.json that go with `add_head`."""
+  return config.to_dict() | {"architectures": [_CLASS[config.family]], "tie_word_embeddings": True}
+
+
+def logits(head: Params, words: jax.Array, hidden: jax.Array, config: EncoderConfig, compute_dtype: Any) -> jax.Array:
+  """Scores of all words.
+
+  Args:
+    words: [V, H], the encoder's table of word embeddings.
+    hidden: […, H], last hidden states.
+    compute_dtype: of the two matrix products.
+
+  Returns:
+    […, V] float32.
+  """
+  x = hidden.astype(compute_dtype) @ head["transform"]["kernel"].astype(compute_dtype)
+  x = x + head["transform"]["bias"].astype(compute_dtype)
+  # RoBERTa's head has gelu whatever its hidden_act says.
+  x = ACTIVATION[config.activation if config.family == "bert" else "gelu"](x)
+  x = LayerNorm(config.layer_norm_eps).apply({"params": head["norm"]}, x)
+  scores = jnp.einsum("...h,vh->...v", x, words.astype(compute_dtype), preferred_element_type=jnp.float32)
+  return scores + head["bias"]
+
+
+def masked_loss(
+  head: Params,
+  words: jax.Array,
+  hidden: jax.Array,
+  positions: jax.Array,
+  labels: jax.Array,
+  config: EncoderConfig,
+  compute_dtype: Any = jnp.float32,
+) -> tuple[jax.Array, jax.Array]:
+  """Sums over each row's masked tokens, [B] each: −log probability of what stood there, how often it scores highest.
+
+  Args:
+    hidden: [B, T, H].
+    positions: [B, K] int32, masked positions of each row; labels: [B, K] int32 what stood there, −1 for fillings.
+      Only these K rows meet the vocabulary.
+  """
+  chosen = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+  scores = logits(head, words, chosen, config, compute_dtype)
+  real = labels >= 0
+  wanted = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+  loss = jax.nn.logsumexp(scores, axis=-1) - wanted
+  hit = wanted >= jnp.max(scores, axis=-1)
+  return jnp.sum(jnp.where(real, loss, 0.0), axis=1), jnp.sum(real & hit, axis=1, dtype=jnp.float32)
+
+
+def _tensors(config: EncoderConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+  """Hugging Face's name and shape of each parameter of the head."""
+  names, width = _HEAD[config.family], config.hidden_size
+  return {
+    "transform/kernel": (f"{names['transform']}.weight", (width, width)),
+    "transform/bias": (f"{names['transform']}.bias", (width,)),
+    "norm/scale": (f"{names['norm']}.weight", (width,)),
+    "norm/bias": (f"{names['norm']}.bias", (width,)),
+    "bias": (f"{_STEM[config.family]}.bias", (config.vocab_size,)),
+  }
