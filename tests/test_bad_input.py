@@ -5,6 +5,7 @@ What a config alone can get wrong stands in test_pipeline.
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import pathlib
@@ -13,7 +14,7 @@ import types
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import tiny
+from support import compiled, tiny
 
 from dptdr_jax import main as job
 from dptdr_jax import pipeline
@@ -55,8 +56,6 @@ def end(monkeypatch, capsys):
 
 def damage(path: pathlib.Path, number: int, line: str) -> None:
   """Puts `line` in the place of line `number` (from 1) of a text file, which may be gzipped."""
-  import gzip
-
   packed = path.suffix == ".gz"
   lines = (gzip.decompress(path.read_bytes()) if packed else path.read_bytes()).decode().splitlines()
   lines[number - 1] = line
@@ -153,13 +152,14 @@ def test_truncated_backbone(ready, end):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-  """(config, directory) of a run that has trained and encoded."""
+  """(config, directory) of a run that has ended."""
   directory = tmp_path_factory.mktemp("trained")
   tiny.beir(directory / "data")
   tiny.backbone(directory / "backbone")
   config = make_config(directory)
-  pipeline.run(config, directory / "work")
-  return config, directory
+  with compiled.once(directory / "compiled"):
+    pipeline.run(config, directory / "work")
+    yield config, directory
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_goes_on(trained, end):

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TOPICS = {
   "sorting": "merge quick heap stable order compare swap pivot list array sorted ascending",
@@ -73,18 +73,40 @@ def tokenizer() -> tokenizers.Tokenizer:
   return made
 
 
+def bpe() -> tokenizers.Tokenizer:
+  """A byte-level BPE tokenizer in which the topics' words are whole, with RoBERTa's special tokens."""
+  made = tokenizers.Tokenizer(models.BPE())
+  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=1000,
+    special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  made.train_from_iterator([f"{topic} {words}" for topic, words in sorted(TOPICS.items())], trainer)
+  made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+  return made
+
+
 def backbone(
-  directory: pathlib.Path, *, hidden: int = 32, layers: int = 2, heads: int = 4, seed: int = 0
+  directory: pathlib.Path, *, family: str = "bert", hidden: int = 32, layers: int = 2, heads: int = 4, seed: int = 0
 ) -> pathlib.Path:
-  """Writes a random BERT in Hugging Face layout: config.json, model.safetensors, tokenizer files."""
+  """Writes a random BERT or RoBERTa in Hugging Face layout: config.json, model.safetensors, tokenizer files."""
   directory.mkdir(parents=True, exist_ok=True)
-  vocabulary = tokenizer()
+  vocabulary, special, of_family = {
+    "bert": (tokenizer, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+             {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0}),
+    "roberta": (bpe, ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
+                {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}),
+  }[family]  # fmt: skip
+  vocabulary = vocabulary()
   size, inner, positions = vocabulary.get_vocab_size(), 2 * hidden, 96
   config = {
-    "model_type": "bert", "vocab_size": size, "hidden_size": hidden, "num_hidden_layers": layers,
+    "model_type": family, "vocab_size": size, "hidden_size": hidden, "num_hidden_layers": layers,
     "num_attention_heads": heads, "intermediate_size": inner, "max_position_embeddings": positions,
-    "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1, "initializer_range": 0.02, "pad_token_id": 0,
+    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "initializer_range": 0.02,
+    **of_family,
   }  # fmt: skip
   generator = np.random.default_rng(seed)
 
@@ -94,7 +116,7 @@ def backbone(
   tensors = {
     "embeddings.word_embeddings.weight": normal(size, hidden),
     "embeddings.position_embeddings.weight": 0.1 * normal(positions, hidden),
-    "embeddings.token_type_embeddings.weight": normal(2, hidden),
+    "embeddings.token_type_embeddings.weight": normal(config["type_vocab_size"], hidden),
   }
   norms = ["embeddings.LayerNorm"]
   for layer in range(layers):
@@ -113,10 +135,7 @@ def backbone(
   (directory / "config.json").write_text(json.dumps(config))
   save_file(tensors, directory / "model.safetensors")
   vocabulary.save(str(directory / "tokenizer.json"))
-  (directory / "tokenizer_config.json").write_text(
-    json.dumps(
-      {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]",
-       "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    )
-  )  # fmt: skip
+  names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+  tokens = {"tokenizer_class": f"{family.capitalize()}Tokenizer", **dict(zip(names, special, strict=True))}
+  (directory / "tokenizer_config.json").write_text(json.dumps(tokens))
   return directory
