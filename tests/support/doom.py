@@ -1,9 +1,9 @@
 """Runs the main job and kills its process at a counted point: `python doom.py LOG POINT FLAGS...`.
 
 POINT is `STAGE:KIND:N`: SIGKILL just before the Nth event of that kind in that stage (from 0), or `none`. Kinds:
-`progress` (a progress bar is about to advance) and `rename` (a file is whole under its temporary name and about to take its own;
-orbax's renames count too). LOG receives one line `STAGE KIND` for each event, so that an undisturbed run tells which
-points there are.
+`progress` (a progress bar is about to advance), `rename` (something is whole under its temporary name and about to take
+its own) and `checkpoint` (a rename by orbax). LOG receives one line `STAGE KIND` for each event, so that an undisturbed
+run tells which points there are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _stage = "start"
 
 def main(log: str, point: str, flags: list[str]) -> None:
   """Patches what an event passes through, then runs the main job with `flags`."""
+  sys.path.insert(0, os.getcwd())  # as `python -m` has it; the configs import each other from there
   from dptdr_jax import main as job
   from dptdr_jax import pipeline
   from dptdr_jax.core import progress
@@ -35,25 +36,25 @@ def main(log: str, point: str, flags: list[str]) -> None:
       stream.write(f"{_stage} {kind}\n")
       stream.flush()
 
-  def before(function, kind):
-    def watched(*arguments, **options):
-      event(kind)
-      return function(*arguments, **options)
+  def renaming(function):
+    def watched(source, target, *arguments, **options):
+      event("checkpoint" if f"{os.sep}checkpoints{os.sep}" in os.fspath(target) else "rename")
+      return function(source, target, *arguments, **options)
 
     return watched
 
-  def entering(function):
-    def watched(stage, *arguments, **options):
-      global _stage
-      _stage = stage.name
-      return function(stage, *arguments, **options)
+  def advancing(bar, n=1):
+    event("progress")
+    advance(bar, n)
 
-    return watched
+  def entering(stage, *arguments, **options):
+    global _stage
+    _stage = stage.name
+    return execute(stage, *arguments, **options)
 
-  progress.Bar.advance = before(progress.Bar.advance, "progress")
-  os.replace = before(os.replace, "rename")
-  os.rename = before(os.rename, "rename")
-  pipeline._execute = entering(pipeline._execute)
+  advance, execute = progress.Bar.advance, pipeline._execute
+  progress.Bar.advance, pipeline._execute = advancing, entering
+  os.replace, os.rename = renaming(os.replace), renaming(os.rename)
   sys.argv = ["main", *flags]
   job.run()
 
