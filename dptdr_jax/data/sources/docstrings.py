@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import logging
 import os
 import pathlib
 import re
@@ -20,12 +21,12 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from absl import logging
-
 from dptdr_jax.core import progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.records import Judgement, Negatives, Passage, Query
 from dptdr_jax.data.sources.twins import TwinFinder, body_words, summary_words
+
+_log = logging.getLogger(__name__)
 
 STDLIB = "stdlib"  # not a package: the standard library, whose modules keep their own names
 SPLITS = ("train", "dev", "test")
@@ -138,7 +139,7 @@ class DocstringSource:
         finder.add((pair.name, pair.summary, pair.body) for pair in kept[split])
     counts.update({f"kept in {split}": len(kept[split]) for split in SPLITS})
     for reason, n in counts.items():
-      logging.info("docstrings: %s: %d", reason, n)
+      _log.info("docstrings: %s: %d", reason, n)
     return kept, dict(counts)
 
   def _read(self, counts: collections.Counter[str]) -> Iterator[Pair]:
