@@ -37,7 +37,7 @@ SHAPES = {
 def parse_arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-  parser.add_argument("--queries", type=int, default=8)
+  parser.add_argument("--queries", type=int, default=4)
   parser.add_argument("--group", type=int, default=2, help="passages a query")
   parser.add_argument("--query-tokens", type=int, default=32)
   parser.add_argument("--passage-tokens", type=int, default=128)
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--passage-chunk", type=int, default=0)
   parser.add_argument("--pooling", choices=["first", "mean"], default="first")
   parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--rounds", type=int, default=3)
   return parser.parse_args()
 
 

@@ -231,5 +231,6 @@ def test_only_vectors_and_the_prompt_gradient_move_between_devices():
 )
 def test_batches_that_do_not_divide(queries, chunks, words):
   config = ContrastiveConfig(5, 0.5, False, *chunks)
+  trace = functools.partial(loss_and_gradient, DEEP, config, mesh_of(8))
   with pytest.raises(InputError, match=words):
-    loss_and_gradient(DEEP, config, mesh_of(8), make_state("tied", 8), backbone(), make_batch(queries=queries))
+    jax.eval_shape(trace, make_state("tied", 8), backbone(), make_batch(queries=queries))
