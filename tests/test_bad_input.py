@@ -9,9 +9,11 @@ import gzip
 import importlib
 import json
 import pathlib
+import resource
 import sys
 import types
 
+import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 from support import compiled, tiny
@@ -22,6 +24,7 @@ from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.runtime.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -199,6 +202,24 @@ def test_a_full_disk_loses_no_shard(trained, end):
   assert status == 0 and len(made) == 3
   assert made.items() <= {path.name: path.stat().st_mtime_ns for path in corpus.glob("vectors-*.npy")}.items()
   assert (work / "results.json").read_bytes() == results
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(tmp_path, capfd):
+  """Writes to a file that may not grow, which is how a quota shows; the error comes when the save is waited for."""
+  checkpoints = Checkpoints(tmp_path / "checkpoints")
+  state = {"table": jax.random.normal(jax.random.key(0), (64, 256))}
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  checkpoints.save(1, state)
+  checkpoints.wait()
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+  try:
+    with pytest.raises(InputError, match=rf"{tmp_path}/checkpoints: no space left on the disk"):
+      checkpoints.save(2, state)
+      checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
+  assert "Traceback" not in capfd.readouterr().err
 
 
 def test_truncated_prompts(trained, end):

@@ -19,8 +19,8 @@ from dptdr_jax.core.errors import DptdrError, InputError
 Path = str | os.PathLike
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The last is how numpy says it.
-_FULL_WORDS = re.compile(r"No space left on device|Disk quota exceeded|requested and \d+ written")
+# The same as libraries put it that lose the number; the last is numpy's way.
+_FULL_WORDS = re.compile(r"No space left on device|Disk quota exceeded|File too large|requested and \d+ written")
 
 
 def open_text(path: Path) -> TextIO:

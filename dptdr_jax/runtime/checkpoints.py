@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 
 State = TypeVar("State")
@@ -31,6 +32,7 @@ class Checkpoints:
     """Opens the directory, making it if needed; `keep` is how many of the newest steps stay."""
     self.directory = pathlib.Path(directory).absolute()
     self.directory.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("absl").addFilter(_is_news)
     self._orbax = ocp.training.Checkpointer(
       self.directory,
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -54,13 +56,14 @@ class Checkpoints:
       metadata: what JSON can hold; comes back from `restore`.
     """
     self.wait()
-    self._orbax.save_async(
-      step,
-      {"state": state, "checksums": _checksums(state)},
-      force=True,
-      overwrite=step in self.steps(),
-      custom_metadata={"metadata": dict(metadata or {}), "layout": _layout(state)},
-    )
+    with self._saving():
+      self._orbax.save_async(
+        step,
+        {"state": state, "checksums": _checksums(state)},
+        force=True,
+        overwrite=step in self.steps(),
+        custom_metadata={"metadata": dict(metadata or {}), "layout": _layout(state)},
+      )
 
   def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
     """Reads a checkpoint and checks it against the checksums in it.
@@ -92,11 +95,21 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when the save that is going on, if any, is finished; raises what went wrong in it."""
-    self._orbax.wait()
+    with self._saving():
+      self._orbax.wait()
 
   def close(self) -> None:
     """Waits, then lets go of the directory."""
-    self._orbax.close()
+    with self._saving():
+      self._orbax.close()
+
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # the storage library has its own kind of error for a full disk
+      files.raise_if_full(error, self.directory)
+      raise
 
   def _is_whole(self, step: int, like: Any) -> bool:
     try:
@@ -127,6 +140,11 @@ class Checkpoints:
     if differs.any():
       raise _DamagedError(f"the bytes of {[name for name, bad in zip(wanted, differs, strict=True) if bad]} changed")
     return read["state"], notes["metadata"]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """False for the stacks that orbax logs in each of its threads when a save fails: `wait` raises the error."""
+  return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _DamagedError(Exception):
