@@ -1,0 +1,57 @@
+"""How the parameters of full training lie on the mesh: one table of rules over their names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dptdr_jax.core.errors import InputError
+
+# What the last dimensions of a parameter are shared out over; those before (the stacked layers) and all of a parameter
+# with no axes stay whole. Tables by their width, not by their rows: a vocabulary divides by nothing.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"/(word|position|token_type|relative_positions)$", (None, "fsdp")),  # [rows, H]
+  (r"/kernel$", ("fsdp", None)),  # [in, out]
+  (r"/(bias|scale)$", ()),
+)
+
+
+def state_shardings(state: Any, mesh: Mesh, rules: tuple[tuple[str, tuple[str | None, ...]], ...] = RULES) -> Any:
+  """Shardings of a training state, a tree like it: each leaf by the one rule that its name matches, scalars whole.
+
+  The optimiser's moments carry their parameters' names, so the same rules hold for them.
+
+  Args:
+    state: a tree of arrays or of jax.ShapeDtypeStruct.
+
+  Raises:
+    InputError: a rule that matches nothing, a leaf that no rule covers, a dimension that does not divide.
+  """
+  used = set()
+
+  def place(path: tuple, leaf: Any) -> NamedSharding:
+    name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+    if leaf.ndim == 0:
+      return NamedSharding(mesh, PartitionSpec())
+    matching = [number for number, (pattern, _) in enumerate(rules) if re.search(pattern, name)]
+    if len(matching) != 1:
+      raise InputError(f"{len(matching)} sharding rules cover a parameter, one must", value=name)
+    used.update(matching)
+    axes = rules[matching[0]][1]
+    spec = PartitionSpec(*[None] * (leaf.ndim - len(axes)), *axes) if axes else PartitionSpec()
+    for size, axis in zip(leaf.shape, spec, strict=False):
+      if axis is not None and size % mesh.shape[axis]:
+        raise InputError(
+          f"{name} {leaf.shape} does not divide over {mesh.shape[axis]} devices along '{axis}'",
+          fix="Choose an fsdp that divides the backbone's width",
+        )
+    return NamedSharding(mesh, spec)
+
+  placed = jax.tree_util.tree_map_with_path(place, state)
+  idle = [pattern for number, (pattern, _) in enumerate(rules) if number not in used]
+  if idle:
+    raise InputError("a sharding rule matches no parameter", value=idle)
+  return placed

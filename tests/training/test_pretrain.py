@@ -1,0 +1,164 @@
+"""The pretraining step: cached = direct gradients, 8 devices = 4 = 1, dropout on; what is sharded; what it measures.
+
+Compiling is what these tests spend their time on, so they share what they compile and keep the compiler's effort low.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.convert import init_params
+from dptdr_jax.runtime.mesh import put_batch
+from dptdr_jax.runtime.shardings import RULES, state_shardings
+from dptdr_jax.training.optimizer import make_optimizer, make_schedule
+from dptdr_jax.training.pretrain import PretrainModel, loss_and_gradient, make_pretrain_step, span_contrast
+from dptdr_jax.training.state import init_state
+
+ENCODER = EncoderConfig(
+  "bert", vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_positions=40,
+  initializer_range=0.2,
+)  # fmt: skip
+MODELS = {
+  "both": PretrainModel(ENCODER, temperature=0.5),
+  "contrast": PretrainModel(ENCODER, temperature=0.5, mlm_weight=0.0),
+  "words": PretrainModel(ENCODER, temperature=0.5, contrast_weight=0.0),
+  "remat": PretrainModel(ENCODER, temperature=0.5, remat=True),
+}
+OPTIMIZER = make_optimizer(make_schedule(1e-3, 20), weight_decay=0.01)
+SPANS = 32
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@functools.cache
+def mesh_of(devices, fsdp=1):
+  shape = (devices // fsdp, fsdp)
+  return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:devices])
+
+
+def make_batch(seed=0, masked=True):
+  rng = np.random.default_rng(seed)
+  batch = {
+    "tokens": rng.integers(1, 60, (SPANS, 16), dtype=np.int32),
+    "lengths": rng.integers(4, 17, SPANS, dtype=np.int32),
+    "groups": np.repeat(np.arange(SPANS // 2, dtype=np.int32), 2),
+  }
+  if masked:
+    batch["positions"] = rng.integers(0, 4, (SPANS, 8), dtype=np.int32)
+    batch["labels"] = np.where(rng.random((SPANS, 8)) < 0.5, rng.integers(0, 60, (SPANS, 8)), -1).astype(np.int32)
+  return batch
+
+
+def make_state(name, mesh):
+  model = MODELS[name]
+  state = init_state(model.init_trainable(jax.random.key(2), init_params(jax.random.key(1), ENCODER), None), OPTIMIZER)
+  return jax.device_put(state, state_shardings(state, mesh))
+
+
+@functools.cache
+def gradient_of(name, devices=1, fsdp=1, chunk=0):
+  mesh = mesh_of(devices, fsdp)
+  batch = put_batch(make_batch(masked=MODELS[name].mlm_weight > 0), mesh, whole=("groups",))
+
+  @functools.partial(jax.jit, compiler_options=FAST_TO_COMPILE)
+  def run(state, batch):
+    return loss_and_gradient(MODELS[name], state, batch, seed=3, chunk=chunk, mesh=mesh)
+
+  return jax.device_get(run(make_state(name, mesh), batch))
+
+
+def distance(left, right):
+  """Relative L2 over all leaves."""
+  left, right = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right))
+  return np.linalg.norm(left - right) / np.linalg.norm(right)
+
+
+@pytest.mark.parametrize(
+  ("devices", "fsdp", "chunk", "name"), [(8, 2, 0, "both"), (1, 1, 8, "both"), (8, 2, 2, "both"), (1, 1, 0, "remat")]
+)
+def test_cache_devices_and_recomputing_change_nothing(devices, fsdp, chunk, name):
+  loss, metrics, gradient = gradient_of(name, devices, fsdp, chunk)
+  wanted, wanted_metrics, wanted_gradient = gradient_of("both")
+  assert loss == pytest.approx(wanted, rel=1e-6)
+  assert distance(gradient, wanted_gradient) < 1e-6
+  as_floats = [{k: float(v) for k, v in figures.items()} for figures in (metrics, wanted_metrics)]
+  assert as_floats[0] == pytest.approx(as_floats[1], rel=1e-5)
+
+
+def test_the_losses_add_up_and_either_stands_alone():
+  loss, metrics, gradient = gradient_of("both")
+  contrast, words = gradient_of("contrast"), gradient_of("words")
+  assert loss == pytest.approx(metrics["contrastive_loss"] + metrics["mlm_loss"])
+  assert "mlm_loss" not in contrast[1] and set(contrast[2]) == {"backbone"}
+  assert contrast[0] == pytest.approx(metrics["contrastive_loss"], rel=1e-6)
+  assert words[0] == pytest.approx(metrics["mlm_loss"], rel=1e-6)
+  total = jax.tree.map(jnp.add, contrast[2]["backbone"], words[2]["backbone"])
+  assert distance(total, gradient["backbone"]) < 1e-5
+  assert distance(words[2]["mlm_head"], gradient["mlm_head"]) < 1e-6
+
+
+def test_contrast_by_hand():
+  vectors = np.array([[1.0, 0], [1, 0], [0, 2], [0, 1], [1, 1], [3, 3]], np.float32)
+  groups = np.array([0, 0, 1, 1, 0, 0], np.int32)  # the first passage came twice
+  loss, metrics = span_contrast(jnp.array(vectors), jnp.array(groups), 0.5)
+  scores, losses = vectors @ vectors.T / 0.5, []
+  for row, partner in enumerate([1, 0, 3, 2, 5, 4]):
+    seen = [c for c in range(6) if c == partner or groups[c] != groups[row]]
+    losses.append(np.log(np.exp(scores[row, seen]).sum()) - scores[row, partner])
+  assert loss == pytest.approx(np.mean(losses), rel=1e-6)
+  assert metrics["accuracy"] == pytest.approx(3 / 6)  # row 5 is nearer to rows 2 and 3, and as near to 2 as to 4
+  assert metrics["alignment"] == pytest.approx(0, abs=1e-6)
+  unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+  pairs = [np.exp(-2 * ((unit[i] - unit[j]) ** 2).sum()) for i in range(6) for j in range(6) if groups[i] != groups[j]]
+  assert metrics["uniformity"] == pytest.approx(np.log(np.mean(pairs)), rel=1e-5)
+
+
+def test_begun_on_8_devices_and_resumed_on_4():
+  def steps(mesh, state, first, last):
+    step = make_pretrain_step(
+      MODELS["both"], OPTIMIZER, seed=3, chunk=0, mesh=mesh, shardings=state_shardings(state, mesh)
+    )
+    for number in range(first, last):
+      state, metrics = step(state, put_batch(make_batch(number), mesh, whole=("groups",)))
+    return state, metrics
+
+  eight, four = mesh_of(8, 2), mesh_of(4, 1)
+  begun, _ = steps(eight, make_state("both", eight), 0, 1)
+  assert begun.trainable["backbone"]["layers"]["query"]["kernel"].sharding.spec == PartitionSpec(None, "fsdp", None)
+  moment = begun.opt_state[1].mu["backbone"]["embeddings"]["word"]
+  assert moment.addressable_shards[0].data.shape == (60, 8)  # half of the width
+  host = jax.device_get(begun)
+  moved = jax.device_put(host, state_shardings(host, four))
+  stayed, metrics = steps(eight, begun, 1, 6)
+  resumed, others = steps(four, moved, 1, 6)
+  assert distance(jax.device_get(resumed.trainable), jax.device_get(stayed.trainable)) < 1e-4
+  assert float(others["gradient_norm"]) == pytest.approx(float(metrics["gradient_norm"]), rel=1e-3)
+  assert int(resumed.step) == 6
+
+
+def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
+  mesh = mesh_of(8, 2)
+  state = make_state("both", mesh)
+  with pytest.raises(InputError, match="matches no parameter.*adapter"):
+    state_shardings(state, mesh, (*RULES, ("/adapter$", ())))
+  with pytest.raises(InputError, match="0 sharding rules cover a parameter.*bias"):
+    state_shardings(state, mesh, RULES[:2])
+  odd = {"layer": {"kernel": jax.ShapeDtypeStruct((15, 4), np.float32)}}
+  with pytest.raises(InputError, match="does not divide over 2 devices along 'fsdp'"):
+    state_shardings(odd, mesh)
+  assert state_shardings(np.zeros(()), mesh, ()) == NamedSharding(mesh, PartitionSpec())
+
+
+def test_weights_and_chunks_that_cannot_be():
+  with pytest.raises(InputError, match="nor both 0"):
+    PretrainModel(ENCODER, contrast_weight=0.0, mlm_weight=0.0)
+  with pytest.raises(InputError, match="covers BERT and RoBERTa"):
+    PretrainModel(dataclasses.replace(ENCODER, family="deberta"))
+  with pytest.raises(InputError, match="a span chunk of 5 does not divide the 32 rows"):
+    gradient_of("both", 1, 1, 5)
