@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
       data=_data(),
       text=_text(),
       vector=_vector(),
+      pretrain=_pretrain(),
       prompt=_prompt(),
       train=_train(),
       encode=_encode(),
@@ -56,6 +57,44 @@ def _vector() -> dict:
     pooling="first",  # 'first' token (the original) or 'mean' over tokens
     normalize=False,  # vectors of length 1
     temperature=1.0,  # the loss divides scores by it; about .05 with normalize
+  )
+
+
+def _pretrain() -> dict:
+  return dict(
+    enabled=False,  # train the whole backbone on the corpus, without labels, before it is frozen (the paper's RIP)
+    corpora=("data",),  # 'data' (this run's), text or JSONL files, workdirs of other runs whose prepare is done
+    weights=(),  # share of each corpus, any scale; () by numbers of passages
+    tokenizer="backbone",  # 'backbone' (go on from backbone.path), or 'train': one of the corpus and a random RoBERTa
+    vocabulary=30_000,  # tokenizer 'train': ids of the byte-level BPE
+    shape=dict(hidden_size=384, num_layers=6, num_heads=6, intermediate_size=1536, max_positions=514),  # 'train'
+    max_stored_tokens=1024,  # tokens of a passage that spans are cut from
+    epochs=8.0,  # passes over the corpora (coCondenser: 8, little gain after 4); ignored where steps or tokens > 0
+    steps=0,  # optimiser steps
+    tokens=0,  # budget of tokens, padding not counted; ignored where steps > 0
+    spans=2048,  # a step, over all devices; two a passage (coCondenser)
+    span_tokens=128,  # limit of a span, special tokens included (method: 80-128)
+    shortest=8,  # fewest tokens of text in a span
+    short_share=0.1,  # spans that aim at a random shorter length (coCondenser's 10 %)
+    contrast_weight=1.0,  # of the contrast between spans; 0: none
+    mlm_weight=1.0,  # of masked language modelling; 0: none, and spans are not masked
+    mask_rate=0.15,  # share of the tokens that are masked, whole words (BERT)
+    normalize=False,  # contrast vectors of length 1; False: raw dot products (coCondenser)
+    temperature=1.0,  # the contrast divides scores by it; about .05 with normalize
+    dropout=-1.0,  # the backbone's; -1: config.json's own rates; 0: none
+    chunk=0,  # gradient cache, spans a device at a time; 0: all at once
+    remat=False,  # compute layers again in the backward pass: less memory, a third more work
+    fsdp=1,  # devices over which parameters and optimiser are split; the others split the batch alone
+    learning_rate=1e-4,  # peak (coCondenser)
+    schedule="linear",  # decay after the warm-up: 'linear', 'cosine' or 'constant'
+    warmup=0.1,  # share of the steps
+    weight_decay=0.01,  # AdamW; not on biases and norms
+    clip=1.0,  # global norm of the gradient
+    log_every=10,  # steps between two lines of metrics.jsonl
+    checkpoint_every=1000,  # steps
+    keep_checkpoints=2,  # newest ones kept
+    evaluate_every=1000,  # steps between two evaluations on dev (never chooses; sizes as in train). 0: none
+    loader_workers=2,  # threads that build batches ahead
   )
 
 
@@ -127,7 +166,7 @@ def _evaluate() -> dict:
     graded_splits=(),  # splits in which grades from 2 on are relevant (TREC Deep Learning); nDCG takes the grades
     depth=1000,  # passages a query in the run files
     bm25=True,  # baseline: BM25, k1 .9, b .4, stemmed
-    backbone=True,  # baseline: the untuned backbone
+    backbone=True,  # baselines: the untuned backbone, before and (where there was any) after pretraining
     msmarco_format=False,  # write runs in MS MARCO's format besides TREC's
     examples=12,  # queries that the report shows with their top passages
   )

@@ -18,7 +18,7 @@ import safetensors.numpy
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.tokenizer import Tokenizer
-from dptdr_jax.models import convert
+from dptdr_jax.models import convert, mlm
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.runtime import mesh as meshes
 
@@ -145,13 +145,20 @@ def hash_tensors(tensors: Mapping[str, np.ndarray], salt: str = "") -> str:
   return digest.hexdigest()
 
 
-def export(directory: pathlib.Path, params: Any, config: EncoderConfig, tokenizer: Tokenizer | None) -> str:
-  """Writes a backbone in Hugging Face layout, float32, and returns its hash; transformers loads it as it is."""
+def export(
+  directory: pathlib.Path, params: Any, config: EncoderConfig, tokenizer: Tokenizer | None, head: Any = None
+) -> str:
+  """Writes a backbone in Hugging Face layout, float32, and returns its hash; transformers loads it as it is.
+
+  With a language-model head it is a …ForMaskedLM, without one the bare model.
+  """
   directory.mkdir(parents=True, exist_ok=True)
-  tensors = convert.to_huggingface(params, config)
+  tensors, about = convert.to_huggingface(params, config), config.to_dict()
+  if head is not None:
+    tensors, about = mlm.add_head(tensors, head, config), mlm.masked_lm_config(config)
   safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-  files.write_json(directory / "config.json", config.to_dict())
-  for name in _TOKENIZER_FILES if tokenizer else ():
+  files.write_json(directory / "config.json", about)
+  for name in _TOKENIZER_FILES if tokenizer and tokenizer.directory != directory else ():
     if (tokenizer.directory / name).is_file():
       (directory / name).write_bytes((tokenizer.directory / name).read_bytes())
   return hash_tensors(encoder_tensors(tensors))

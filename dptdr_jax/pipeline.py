@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, manifest, progress
 from dptdr_jax.core.errors import DptdrError
-from dptdr_jax.stages import common, encode, evaluate, mine, prepare, report, train
+from dptdr_jax.stages import common, corpora, encode, evaluate, mine, prepare, pretrain, report, scratch, train
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,10 @@ class Stage:
 
 
 # Fields of a stage that cannot change what it makes; they stay out of its key.
-NEUTRAL = ("data.workers", "train.loader_workers", "train.log_every", "train.keep_checkpoints")
+NEUTRAL = (
+  "data.workers", "train.loader_workers", "train.log_every", "train.keep_checkpoints",
+  "pretrain.loader_workers", "pretrain.log_every", "pretrain.keep_checkpoints", "pretrain.evaluate_every",
+)  # fmt: skip
 
 MANY_FILES = 16  # more are told by one hash over all
 
@@ -46,13 +49,20 @@ def stages(config: ConfigDict) -> list[Stage]:
   """Returns the stages of a run, in order."""
   texts = ("text.separator", "text.query_template", "text.passage_template")
   model = ("compute_dtype", "backbone", "text", "vector")
-  prepared = Stage("prepare", prepare.run, ("data", "backbone", *texts), files=prepare.outside_files)
+  wanted = ("pretrain.tokenizer", "pretrain.vocabulary", "pretrain.shape", "pretrain.corpora", "seed")
+  made = wanted if scratch.is_wanted(config) else ()  # then prepare trains the tokenizer
+  prepared = Stage("prepare", prepare.run, ("data", "backbone", *texts, *made), files=prepare.outside_files)
+  pretrained = []
+  if config.pretrain.enabled:
+    fields = ("seed", "pretrain", "compute_dtype", "backbone", "text.separator", "vector.pooling")
+    pretrained = [Stage("pretrain", pretrain.run, fields, ("prepare",), files=corpora.outside_files)]
   mined = []
   if config.train.negatives == "bm25":
     mined = [Stage("mine0", mine.run, ("train.bm25_depth", "data.train_split"), ("prepare",))]
-  before = ("prepare", *(stage.name for stage in mined))
+  before = ("prepare", *(stage.name for stage in [*pretrained, *mined]))
   return [
     prepared,
+    *pretrained,
     *mined,
     Stage("train1", functools.partial(train.run, number=1), ("seed", "train", "prompt", *model), before),
     Stage("encode", encode.run, ("encode", "evaluate.splits", "evaluate.backbone", *model), ("prepare", "train1")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,9 @@ from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retriever import Retriever, VectorSettings
+from dptdr_jax.stages import corpora, scratch
 from dptdr_jax.stages.layout import Layout
+from dptdr_jax.training.pretrain import PretrainModel
 
 NEGATIVES = ("source", "bm25", "random")
 
@@ -32,10 +35,13 @@ NEGATIVES = ("source", "bm25", "random")
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done: lengths, names, measures."""
   spec, settings = prompt_spec(config), vector_settings(config)
-  directory = backbones.locate(config.backbone.path)
-  if config.backbone.sha256:
-    backbones.check_sha256(directory, config.backbone.sha256)
-  encoder = EncoderConfig.from_file(directory / "config.json")
+  if scratch.is_wanted(config):
+    encoder = scratch.shape(config, config.pretrain.vocabulary)
+  else:
+    directory = backbones.locate(config.backbone.path)
+    if config.backbone.sha256:
+      backbones.check_sha256(directory, config.backbone.sha256)
+    encoder = EncoderConfig.from_file(directory / "config.json")
   check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
   if settings.pooling not in ("first", "mean"):
     raise InputError("unknown vector.pooling", value=settings.pooling, fix="Use first or mean")
@@ -43,15 +49,43 @@ def check(config: ConfigDict) -> None:
     raise InputError("unknown train.negatives", value=config.train.negatives, fix=f"Use {', '.join(NEGATIVES)}")
   if config.train.positive not in ("rotate", "first"):
     raise InputError("unknown train.positive", value=config.train.positive, fix="Use rotate or first")
+  if config.pretrain.enabled:
+    pretrain_model(config, encoder)
+    check_lengths(encoder, PromptSpec(kind="none"), config.pretrain.span_tokens)
+    corpora.outside_files(config)
   measures.check((*config.evaluate.measures, config.train.select_by))
   if config.train.evaluate_every and config.data.dev_split and config.data.dev_split == config.data.train_split:
     raise InputError("the dev split is the training split", value=config.data.dev_split, fix="Name another, or ''")
 
 
-def load_backbone(config: ConfigDict) -> Backbone:
-  """The backbone that the config names, in its compute_dtype."""
+def pretrain_model(config: ConfigDict, encoder: EncoderConfig) -> PretrainModel:
+  """How pretraining turns spans into losses."""
+  pretrain = config.pretrain
+  return PretrainModel(
+    encoder, config.vector.pooling, pretrain.normalize, pretrain.temperature, pretrain.contrast_weight,
+    pretrain.mlm_weight, compute_dtype=backbones.resolve_dtype(config.compute_dtype), remat=pretrain.remat,
+    dropout=None if pretrain.dropout < 0 else Dropout(pretrain.dropout, pretrain.dropout),
+  )  # fmt: skip
+
+
+def base_directory(config: ConfigDict, layout: Layout) -> pathlib.Path:
+  """Where the backbone is that the run starts from: the one the config names, or the random one that prepare made."""
+  return layout.scratch if scratch.is_wanted(config) else backbones.locate(config.backbone.path)
+
+
+def base_backbone(config: ConfigDict, layout: Layout) -> Backbone:
+  """The backbone that the run starts from, in the config's compute_dtype."""
+  if scratch.is_wanted(config):
+    return Backbone.load(layout.scratch, compute_dtype=config.compute_dtype)
   named = config.backbone
   return Backbone.load(named.path, compute_dtype=config.compute_dtype, sha256=named.sha256)
+
+
+def load_backbone(config: ConfigDict, layout: Layout) -> Backbone:
+  """The backbone that prompts are trained on: after pretraining, where the config has it."""
+  if config.pretrain.enabled:
+    return Backbone.load(layout.pretrained.resolve(), compute_dtype=config.compute_dtype)
+  return base_backbone(config, layout)
 
 
 def prompt_spec(config: ConfigDict) -> PromptSpec:
@@ -91,16 +125,19 @@ def make_retriever(config: ConfigDict, backbone: Backbone, spec: PromptSpec, tra
 
 def dense_systems(config: ConfigDict) -> list[str]:
   """Names, as in results.json, of the dense systems that are evaluated, in order."""
-  return [*(["backbone"] if config.evaluate.backbone else []), "train1"]
+  untuned = ["backbone", *(["pretrain"] if config.pretrain.enabled else [])]
+  return [*(untuned if config.evaluate.backbone else []), "train1"]
 
 
 def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:
-  """Every dense system that is evaluated; all share one backbone in memory, unless its weights were tuned."""
-  shared = load_backbone(config)
+  """Every dense system that is evaluated; they share backbones in memory, unless the weights were tuned."""
+  shared = load_backbone(config, layout)
   found = {}
   for system in dense_systems(config):
-    if system == "backbone":
-      found[system] = Retriever.untuned(shared, **config.vector, **config.text)
+    if system in ("backbone", "pretrain"):
+      original = system == "backbone" and config.pretrain.enabled
+      untuned = base_backbone(config, layout) if original else shared
+      found[system] = Retriever.untuned(untuned, **config.vector, **config.text)
     else:
       tuned = config.prompt.kind == "none"
       found[system] = Retriever.load(layout.stage(system) / "retriever", None if tuned else shared)

@@ -23,7 +23,12 @@ from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
-LABELS = {"bm25": "BM25", "backbone": "untuned backbone", "train1": "trained retriever"}
+LABELS = {
+  "bm25": "BM25",
+  "backbone": "untuned backbone",
+  "pretrain": "pretrained backbone",
+  "train1": "trained retriever",
+}
 _BINARY = re.compile(r"(RR|R|AP|P|Success)(@\d+)?")  # measures that need to know which grades are relevant
 
 
@@ -114,6 +119,16 @@ def _measure(
     yield from measures.evaluate(found, common.qrels(queries), by_judgement).values.items()
 
 
+def _origin(config: ConfigDict, layout: Layout) -> str:
+  """The backbone, and what pretraining made of it."""
+  named = f"backbone {config.backbone.path or 'from nothing'}"
+  if not config.pretrain.enabled:
+    return named
+  about = files.read_json(layout.pretrained / "manifest.json")
+  kinds = "; ".join(f"{corpus['name']}: {corpus['passages']}" for corpus in about["corpora"])
+  return f"{named} after {about['steps']} steps of {about['spans']} spans (passages by what they gave: {kinds})"
+
+
 def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
   retriever = common.retrievers(config, layout)["train1"]
   whole = retriever.backbone.num_parameters
@@ -128,7 +143,7 @@ def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
     "trained_parameters": trained,
     "backbone_parameters": whole,
     "facts": [
-      f"backbone {config.backbone.path}, {retriever.backbone.compute_dtype} on {jax.default_backend()}",
+      f"{_origin(config, layout)}, {retriever.backbone.compute_dtype} on {jax.default_backend()}",
       f"prompt {retriever.spec.kind}, length {retriever.spec.length}, {'tied' if config.prompt.tied else 'untied'}; "
       f"pooling {config.vector.pooling}",
       f"data {config.data.source} {config.data.dir}".strip(),

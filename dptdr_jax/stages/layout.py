@@ -31,6 +31,20 @@ class Layout:
     return self.root / "prepare" / "tokens" / part
 
   @property
+  def scratch(self) -> pathlib.Path:
+    """The random backbone and its tokenizer, where a run starts from nothing."""
+    return self.root / "prepare" / "backbone"
+
+  @property
+  def pretrain(self) -> pathlib.Path:
+    return self.root / "pretrain"
+
+  @property
+  def pretrained(self) -> pathlib.Path:
+    """The backbone after pretraining, in Hugging Face layout."""
+    return self.pretrain / "backbone"
+
+  @property
   def bm25(self) -> pathlib.Path:
     """The BM25 index of the corpus."""
     return self.root / "prepare" / "bm25"

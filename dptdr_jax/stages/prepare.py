@@ -21,6 +21,7 @@ from dptdr_jax.data.sources.nq import NaturalQuestions
 from dptdr_jax.data.sources.original_jsonl import OriginalJsonl
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.stages import common, corpora, scratch
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
@@ -29,9 +30,11 @@ _log = logging.getLogger(__name__)
 def run(config: ConfigDict, workdir: files.Path) -> None:
   """Writes DIR/prepare: text, ids, judgements, and a token store for the corpus and the queries of each split."""
   layout = Layout.of(workdir)
-  tokenizer = Tokenizer(backbones.locate(config.backbone.path))
   text.check_templates(config.text.query_template, config.text.passage_template)
   data = prepare_source(open_source(config), layout.prepared, training_split=config.data.train_split)
+  if scratch.is_wanted(config):
+    scratch.make(config, layout)
+  tokenizer = Tokenizer(common.base_directory(config, layout))
   options = {"max_tokens": config.data.max_stored_tokens}
 
   def passages(start: int) -> Iterator[str]:
@@ -68,6 +71,8 @@ def open_source(config: ConfigDict) -> Source:
   if data.source == "nq":
     return NaturalQuestions(data.dir)
   if data.source == "original":
+    if scratch.is_wanted(config):
+      raise InputError("the original's token ids need its own tokenizer", fix="Set pretrain.tokenizer to backbone")
     return OriginalJsonl(data.dir, tokenizer=Tokenizer(backbones.locate(config.backbone.path)))
   raise InputError("unknown data.source", value=data.source, fix="Use beir, msmarco, nq, original or docstrings")
 
@@ -76,6 +81,8 @@ def outside_files(config: ConfigDict) -> list[pathlib.Path]:
   """Every file from outside that a run depends on: the data's, and the backbone's."""
   source = open_source(config)
   found = [path for split in (None, *source.splits()) for path in source.files(split)]
+  if scratch.is_wanted(config):
+    return [*dict.fromkeys(found), *corpora.outside_files(config)]
   backbone = backbones.locate(config.backbone.path)
   return [*dict.fromkeys(found), *sorted(path for path in backbone.iterdir() if path.is_file())]
 

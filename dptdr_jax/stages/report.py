@@ -23,6 +23,12 @@ CURVES = {
   "accuracy": "Accuracy in the batch",
   "gradient_norm": "Gradient norm",
   "learning_rate": "Learning rate",
+  "contrastive_loss": "Loss of the contrast",
+  "mlm_loss": "Loss of the language model",
+  "mlm_accuracy": "Accuracy of the language model",
+  "alignment": "Alignment (lower is better)",
+  "uniformity": "Uniformity (lower is better)",
+  "tokens_per_second": "Tokens per second",
 }
 
 
@@ -35,7 +41,8 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
     f"<h1>{html.escape(layout.root.resolve().name)}</h1>",
     _facts(summary),
     _measures(results, summary),
-    *(_curves(layout.train(number), number) for number in range(1, summary["rounds"] + 1)),
+    *([_curves(layout.pretrain, "Pretraining")] if config.pretrain.enabled else []),
+    *(_curves(layout.train(number), f"Training, round {number}") for number in range(1, summary["rounds"] + 1)),
     _examples(files.read_json(layout.examples)),
   ]
   with files.atomic_path(layout.report) as partial:
@@ -109,7 +116,7 @@ def _cell(figures: Mapping, intervals: Mapping, name: str) -> str:
   return f"<td>{figures[name]:.4f}<br><small>[{low:.3f}, {high:.3f}]</small></td>"
 
 
-def _curves(directory: pathlib.Path, number: int) -> str:
+def _curves(directory: pathlib.Path, title: str) -> str:
   with open(directory / "metrics.jsonl", encoding="utf-8") as stream:
     records = [json.loads(line) for line in stream]
   panels = [name for name in CURVES if any(name in record for record in records)]
@@ -131,7 +138,7 @@ def _curves(directory: pathlib.Path, number: int) -> str:
   with matplotlib.rc_context({"svg.hashsalt": "dptdr"}):
     figure.savefig(drawing, format="svg", metadata={"Date": None})
   plt.close(figure)
-  return f"<h2>Training, round {number}</h2>{drawing.getvalue()[drawing.getvalue().index('<svg') :]}"
+  return f"<h2>{title}</h2>{drawing.getvalue()[drawing.getvalue().index('<svg') :]}"
 
 
 def _examples(examples: list[Mapping]) -> str:

@@ -37,12 +37,12 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
   layout = Layout.of(workdir)
   directory = layout.train(number)
   data = PreparedData(layout.prepared)
-  backbone = common.load_backbone(config)
+  backbone = common.load_backbone(config, layout)
   batches = common.train_batches(config, layout, data, number)
   steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
   loop = Loop.build(config, backbone, steps, common.frequent_tokens(config, layout))
   checkpoints = Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints)
-  trial = DevTrial.build(config, layout, data)
+  trial = DevTrial.build(config, layout, data, config.train.evaluate_every)
   try:
     loop.train(batches, checkpoints, trial, directory)
   finally:

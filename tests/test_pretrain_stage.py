@@ -1,0 +1,220 @@
+"""Pretraining as a stage: what it exports, what follows uses it, kills and SIGTERM, several corpora, from nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+from support import tiny
+
+from dptdr_jax import pipeline
+from dptdr_jax.backbone import Backbone
+from dptdr_jax.core import preemption, progress
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.retriever import Retriever
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 6
+
+
+def make_config(directory: pathlib.Path, family: str = "bert", **pretrain):
+  """configs/beir.py at the size of the tiny corpus, with pretraining."""
+  sys.path.insert(0, str(ROOT))  # the configs import configs.base, as they do from the repository's root
+  config = importlib.import_module("configs.beir").get_config()
+  if not (directory / "data").exists():
+    tiny.beir(directory / "data")
+    tiny.backbone(directory / family, family=family)
+  config.backbone.path = str(directory / family)
+  config.data.dir = str(directory / "data")
+  config.prompt.length = 4
+  config.text.passage_length = 32
+  config.train.update({"steps": 2, "queries": 8, "evaluate_every": 2, "log_every": 1})
+  config.evaluate.update({"examples": 2, "measures": ("RR@10", "R@100")})
+  config.pretrain.update({"enabled": True, "steps": STEPS, "spans": 16, "span_tokens": 16, "shortest": 2})
+  config.pretrain.update({"log_every": 1, "checkpoint_every": 2, "evaluate_every": 3, "learning_rate": 1e-3})
+  config.pretrain.update(pretrain)
+  return config
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return tmp_path_factory.mktemp("pretrain")
+
+
+@pytest.fixture(scope="module")
+def finished(directory):
+  """(config, workdir) of a run that has ended."""
+  config = make_config(directory)
+  pipeline.run(config, directory / "work")
+  return config, directory / "work"
+
+
+def weights(workdir: pathlib.Path) -> bytes:
+  return (workdir / "pretrain/backbone/model.safetensors").read_bytes()
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+  """Lines of the stage's metrics.jsonl without what the clock says."""
+  lines = (workdir / "pretrain/metrics.jsonl").read_text().splitlines()
+  return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_the_run_uses_and_reports_the_pretrained_backbone(finished):
+  config, workdir = finished
+  results = json.loads((workdir / "results.json").read_text())
+  assert list(results) == ["bm25", "backbone", "pretrain", "train1"]
+  assert results["backbone"] != results["pretrain"]
+  about = json.loads((workdir / "pretrain/backbone/manifest.json").read_text())
+  before, after = Backbone.load(config.backbone.path), Backbone.load(workdir / "pretrain/backbone")
+  assert about["hash"] == after.hash and about["parent"]["hash"] == before.hash != after.hash
+  assert about["tokenizer"] == after.tokenizer.hash == before.tokenizer.hash
+  assert about["steps"] == STEPS and about["corpora"][0]["name"] == "data"
+  assert sum(about["corpora"][0]["passages"].values()) == 64
+  assert Retriever.load(workdir / "train1/retriever").backbone.hash == after.hash
+  page = (workdir / "report.html").read_text()
+  assert all(words in page for words in ("Pretraining", "Uniformity", "dev/RR@10", "Tokens per second", "whole"))
+
+
+def test_metrics_hold_what_a_reader_wants(finished):
+  lines = metrics(finished[1])
+  assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+  wanted = {"loss", "contrastive_loss", "accuracy", "mlm_loss", "mlm_accuracy", "gradient_norm", "alignment",
+            "uniformity", "learning_rate"}  # fmt: skip
+  assert wanted <= set(lines[0])
+  assert [line["step"] for line in lines if "dev/R@100" in line] == [3, 6]
+  assert lines[0]["loss"] == pytest.approx(lines[0]["contrastive_loss"] + lines[0]["mlm_loss"])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_the_export_is_transformers_own(directory, finished, family, tmp_path):
+  workdir = finished[1]
+  if family == "roberta":
+    workdir = tmp_path / "work"
+    pipeline.run(make_config(tmp_path, family, steps=2, evaluate_every=0), workdir, ["prepare", "pretrain"])
+  exported = workdir / "pretrain/backbone"
+  kind = {"bert": transformers.BertForMaskedLM, "roberta": transformers.RobertaForMaskedLM}[family]
+  model, report = kind.from_pretrained(exported, output_loading_info=True)
+  assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+  own = Backbone.load(exported)
+  ids = np.array([own.tokenizer.wrap(own.tokenizer.encode(["merge heap stable"])[0])])
+  with torch.no_grad():
+    wanted = model.eval()(torch.tensor(ids), output_hidden_states=True).hidden_states[-1][:, 0].numpy()
+  found = Retriever.untuned(own, passage_length=32).encode_tokens(ids, np.ones_like(ids))
+  np.testing.assert_allclose(found, wanted, atol=1e-4)
+  loaded = transformers.AutoTokenizer.from_pretrained(exported)
+  assert loaded("merge heap stable")["input_ids"] == ids[0].tolist()
+
+
+class _Killed(BaseException):
+  """Stands for SIGKILL: nothing may catch it."""
+
+
+def test_killed_at_10_points_and_resumed_it_ends_the_same(directory, finished, monkeypatch, tmp_path):
+  config = make_config(directory, steps=4, checkpoint_every=1, evaluate_every=0)
+  events, point = [0], [0]
+
+  def counted(function):
+    def watched(*arguments, **options):
+      events[0] += 1
+      if events[0] == point[0]:
+        raise _Killed
+      return function(*arguments, **options)
+
+    return watched
+
+  def live(name: str, *points: int) -> tuple[bytes, list[dict]]:
+    """One run's life: killed at each of `points`, counted in events, then left alone."""
+    workdir = tmp_path / name
+    shutil.copytree(finished[1] / "prepare", workdir / "prepare")
+    for at in (*points, 0):
+      events[0], point[0] = 0, at
+      with monkeypatch.context() as patch:
+        patch.setattr(progress.Bar, "advance", counted(progress.Bar.advance))
+        for move in ("replace", "rename"):
+          patch.setattr(os, move, counted(getattr(os, move)))
+        try:
+          pipeline.run(config, workdir, ["pretrain"])
+        except BaseException:
+          if not 0 < at <= events[0]:
+            raise
+      assert events[0] >= at
+    return weights(workdir), metrics(workdir)
+
+  undisturbed = live("undisturbed")
+  points = np.random.default_rng(5).permutation(np.arange(1, events[0] + 1))[:10]
+  for at in points:
+    assert live(f"killed at {at}", int(at)) == undisturbed, at
+
+
+def test_sigterm_saves_and_says_so(finished, monkeypatch, tmp_path):
+  config, undisturbed = finished
+  workdir = tmp_path / "work"
+  shutil.copytree(undisturbed / "prepare", workdir / "prepare")
+  asked = iter([False] * 5 + [True] * 9)
+  monkeypatch.setattr(preemption, "asked", lambda: next(asked, False))
+  with pytest.raises(preemption.Preempted, match="pretraining stands at step"):
+    pipeline.run(config, workdir, ["pretrain"])
+  monkeypatch.undo()
+  pipeline.run(config, workdir, ["pretrain"])
+  assert weights(workdir) == weights(undisturbed)
+
+
+def test_several_corpora_a_token_budget_and_contrast_alone(directory, finished, tmp_path):
+  lines = tmp_path / "more.jsonl"
+  lines.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in tiny.sentences(20, 12, 7)))
+  config = make_config(
+    directory, corpora=(str(finished[1]), str(lines)), weights=(1.0, 1.0), steps=0, tokens=400, mlm_weight=0.0,
+    evaluate_every=0, chunk=1, remat=True, fsdp=2, normalize=True, temperature=0.1,
+  )  # fmt: skip
+  pipeline.run(config, tmp_path / "work", ["prepare", "pretrain"])
+  about = json.loads((tmp_path / "work/pretrain/backbone/manifest.json").read_text())
+  assert [corpus["passage"] for corpus in about["corpora"]] == [4 * about["steps"] % 64, 4 * about["steps"] % 20]
+  assert 2 <= about["steps"] <= 4  # about 9 tokens a span
+  made = load_file(tmp_path / "work/pretrain/backbone/model.safetensors")
+  assert not [name for name in made if name.startswith("cls.")]
+  assert "mlm_loss" not in metrics(tmp_path / "work")[0]
+
+
+def test_from_nothing(directory, tmp_path):
+  shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 64}
+  config = make_config(directory, tokenizer="train", vocabulary=400, shape=shape, steps=2, evaluate_every=2)
+  config.backbone.path = ""
+  pipeline.run(config, tmp_path / "work")
+  base = Backbone.load(tmp_path / "work/prepare/backbone")
+  assert base.config.family == "roberta" and base.tokenizer.vocab_size == base.config.vocab_size <= 400
+  results = json.loads((tmp_path / "work/results.json").read_text())
+  assert list(results) == ["bm25", "backbone", "pretrain", "train1"]
+  again = make_config(directory, tokenizer="train", vocabulary=400, shape=shape)
+  again.backbone.path = ""
+  pipeline.run(again, tmp_path / "again", ["prepare"])
+  for name in ("model.safetensors", "tokenizer.json"):
+    assert (tmp_path / "again/prepare/backbone" / name).read_bytes() == (base.tokenizer.directory / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"mlm_weight": 0.0, "contrast_weight": 0.0}, "nor both 0"),
+    ({"span_tokens": 500}, "500 tokens don't fit"),
+    ({"corpora": ("nowhere.txt",)}, "nowhere.txt: no such corpus"),
+    ({"tokenizer": "other"}, "unknown pretrain.tokenizer"),
+  ],
+)
+def test_what_cannot_work_is_said_before_any_work(directory, tmp_path, fields, message):
+  with pytest.raises(InputError, match=message):
+    pipeline.run(make_config(directory, **fields), tmp_path / "work")
+  assert not list(tmp_path.glob("work/*/manifest.json"))
+
+
+def test_vocabulary_below_the_bytes(directory, tmp_path):
+  with pytest.raises(InputError, match="at least 261 ids"):
+    pipeline.run(make_config(directory, tokenizer="train", vocabulary=100), tmp_path / "work", ["prepare"])
