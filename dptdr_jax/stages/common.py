@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from dptdr_jax.backbone import Backbone
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.batches import TrainBatches
 from dptdr_jax.data.groups import Negatives, TrainGroups
-from dptdr_jax.data.ids import IdTable
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models.config import EncoderConfig
@@ -177,25 +175,6 @@ class PoolNegatives:
   def rows(self, query_row: int) -> np.ndarray:
     """Passage rows of a query, best first."""
     return np.asarray(self._pool.candidates(query_row))
-
-
-class IdRows(Mapping):
-  """An IdTable as the mapping id → row that run files are read with, asked one id at a time."""
-
-  def __init__(self, table: IdTable):
-    self._table = table
-
-  def __getitem__(self, name: str) -> int:
-    row = int(self._table.rows([name])[0])
-    if row < 0:
-      raise KeyError(name)
-    return row
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._table.ids(range(len(self._table))))
-
-  def __len__(self) -> int:
-    return len(self._table)
 
 
 def frequent_tokens(config: ConfigDict, layout: Layout) -> np.ndarray | None:

@@ -43,17 +43,17 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
     for split in config.evaluate.splits:
       part = layout.part(system, split)
       if not part.exists():
-        _evaluate(config, layout, data, system, split)
+        shown = system == systems[-1] and split == config.evaluate.splits[0]
+        _evaluate(config, layout, data, system, split, shown)
         preemption.check(f"evaluation stands after {system} on {split}")
       means = files.read_json(part)
       results[system][split], intervals[system][split] = means["means"], means["intervals"]
-  shown = examples.choose(config, layout, data, systems[-1])
-  files.write_json(layout.examples, shown)
   files.write_json(layout.summary, _summary(config, layout, data) | {"intervals": intervals})
   files.write_json(layout.results, results)
 
 
-def _evaluate(config: ConfigDict, layout: Layout, data: PreparedData, system: str, split: str) -> None:
+def _evaluate(config: ConfigDict, layout: Layout, data: PreparedData, system: str, split: str, shown: bool) -> None:
+  """Searches and measures; `shown`: the report's examples are taken from this run."""
   queries = data.splits[split]
   depth = min(config.evaluate.depth, len(data.ids))
   _log.info("%s on %s: %d queries", system, split, len(queries))
@@ -62,6 +62,8 @@ def _evaluate(config: ConfigDict, layout: Layout, data: PreparedData, system: st
   runs.write_trec(layout.run_file(system, split), found, query_ids, data.ids, system)
   if config.evaluate.msmarco_format:
     runs.write_msmarco(layout.run_file(system, split).with_suffix(".msmarco.tsv"), found, query_ids, data.ids)
+  if shown:
+    files.write_json(layout.examples, examples.choose(data, split, found, config.evaluate.examples))
   by_query = dict(_measure(config, data, queries, split, found))
   with files.atomic_path(layout.per_query(system, split)) as partial, open(partial, "wb") as stream:
     np.savez(stream, **by_query)

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict
-
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.records import Passage
-from dptdr_jax.retrieval import runs
 from dptdr_jax.retrieval.runs import Run
-from dptdr_jax.stages import common
-from dptdr_jax.stages.layout import Layout
 
 _SHOWN_TEXT = 300  # characters of a passage
 _TOP = 3  # passages a query
 
 
-def choose(config: ConfigDict, layout: Layout, data: PreparedData, system: str) -> list[dict]:
-  """Returns `config.evaluate.examples` queries of the first split, half of them with a relevant passage on top.
+def choose(data: PreparedData, name: str, found: Run, wanted: int) -> list[dict]:
+  """Describes queries of a split, half of them with a relevant passage on top where there are as many.
 
-  A split that is measured by answers alone has no judgements to choose by: its first queries are shown.
+  A split that is measured by answers alone has no judgements to choose by: all of its queries count as wrong.
+
+  Args:
+    data: what the run was made on.
+    name: of the split.
+    found: the run.
+    wanted: number of queries.
   """
-  name = config.evaluate.splits[0]
   split = data.splits[name]
-  found = _read(layout, data, system, name)
   ranks = {query: _first_relevant(found, query, split.positives(query)) for query in range(len(split))}
   right = [query for query, rank in ranks.items() if rank == 1]
   wrong = [query for query, rank in ranks.items() if rank != 1]
-  wanted = config.evaluate.examples
   half = min(len(right), max(wanted // 2, wanted - len(wrong)))
   chosen = sorted(_spread(right, half) + _spread(wrong, wanted - half))
   return [_describe(data, name, found, query, ranks[query]) for query in chosen]
-
-
-def _read(layout: Layout, data: PreparedData, system: str, split: str) -> Run:
-  rows = {name: row for row, name in enumerate(data.splits[split].ids.ids(range(len(data.splits[split]))))}
-  return runs.read_trec(layout.run_file(system, split), rows, common.IdRows(data.ids), depth=100)
 
 
 def _first_relevant(found: Run, query: int, relevant) -> int | None:
