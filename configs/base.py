@@ -38,7 +38,6 @@ def _data() -> dict:
     train_split="train",  # split with the training judgements
     dev_split="dev",  # split that chooses the checkpoint; '' for none
     max_stored_tokens=512,  # tokens of a text that the token store keeps; training and encoding cut further
-    workers=0,  # processes that tokenise; 0: as many as cores
   )
 
 

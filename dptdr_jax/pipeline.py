@@ -38,7 +38,7 @@ class Stage:
 
 # Fields of a stage that cannot change what it makes; they stay out of its key.
 NEUTRAL = (
-  "data.workers", "train.loader_workers", "train.log_every", "train.keep_checkpoints",
+  "train.loader_workers", "train.log_every", "train.keep_checkpoints",
   "pretrain.loader_workers", "pretrain.log_every", "pretrain.keep_checkpoints", "pretrain.evaluate_every",
 )  # fmt: skip
 
