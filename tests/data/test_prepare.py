@@ -39,7 +39,7 @@ def test_says_nothing_on_standard_output_and_no_warning(beir, tmp_path, capfd, c
   assert capfd.readouterr().out == "" and not caplog.records
 
 
-def test_a_full_disk_is_an_oserror_and_leaves_nothing(beir, tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_leaves_nothing(beir, tmp_path, monkeypatch):
   class Full:
     def __init__(self, path, options):
       pass
@@ -48,7 +48,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(beir, tmp_path, monkeypatc
       raise RuntimeError("write() failed: No space left on device")
 
   monkeypatch.setattr(builders.array_record_module, "ArrayRecordWriter", Full)
-  with pytest.raises(OSError, match="No space left on device"):
+  with pytest.raises(InputError, match="corpus: no space left on the disk"):
     prepare_source(Beir(beir), tmp_path / "p")
   assert not list((tmp_path / "p").iterdir())
 
