@@ -11,12 +11,14 @@ from configs import base
 
 
 def get_config():
-  """Stage 1 of the paper: training on BM25 negatives (method: recipes)."""
+  """RIP, then stage 1 of the paper: training on BM25 negatives (method: recipes)."""
   c = base.get_config()
   c.backbone.path = "roberta-large"
   c.data.source = "msmarco"
   c.data.title_augmented = True
   c.text.separator = "</s>"
+  c.pretrain.enabled = True  # RIP on the MS MARCO passages, at the defaults, which are coCondenser's
+  c.pretrain.chunk = 64
   c.prompt.length = 128
   c.train.epochs = 10.0
   c.train.queries = 64

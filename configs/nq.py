@@ -9,11 +9,13 @@ from configs import base
 
 
 def get_config():
-  """Stage 1 of the paper: training on the BM25 negatives of DPR's files (method: recipes)."""
+  """RIP, then stage 1 of the paper: training on the BM25 negatives of DPR's files (method: recipes)."""
   c = base.get_config()
   c.backbone.path = "roberta-large"
   c.data.source = "nq"
   c.text.separator = "</s>"
+  c.pretrain.enabled = True  # RIP on the Wikipedia passages, at the defaults, which are coCondenser's
+  c.pretrain.chunk = 64
   c.prompt.length = 32
   c.prompt.tied = False
   c.train.epochs = 60.0
