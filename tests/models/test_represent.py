@@ -50,12 +50,13 @@ def test_padding_order_and_batch_change_nothing(model, pooling, keys):
 @pytest.mark.parametrize("keys", [None, KEYS], ids=["plain", "dropout"])
 def test_last_layer_for_one_row_is_the_full_layers_row(model, keys):
   hidden = np.asarray(HIDDEN(*model.arguments(), keys=keys))
-  np.testing.assert_allclose(_vectors(model, keys=keys), hidden[:, 0], rtol=0, atol=1e-6)
+  np.testing.assert_allclose(_vectors(model, keys=keys), hidden[:, 0], rtol=0, atol=3e-6)  # values reach 3
   visible = np.arange(9) < model.lengths[:, None]
   mean = (hidden * visible[..., None]).sum(1) / model.lengths[:, None]
-  np.testing.assert_allclose(_vectors(model, "mean", keys=keys), mean, rtol=0, atol=1e-6)
+  np.testing.assert_allclose(_vectors(model, "mean", keys=keys), mean, rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("model", ["bert", "deberta"], indirect=True)
 def test_split_is_concat(model):
   if model.config.family == "deberta":
     with pytest.raises(InputError, match="relative biases"):
@@ -75,13 +76,15 @@ def test_split_is_concat(model):
       jax.jit(jax.grad(both, has_aux=True), static_argnums=1)(model.prompt, method) for method in ("split", "concat")
     )
     np.testing.assert_allclose(split[1], concat[1], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(split[0]["table"], concat[0]["table"], rtol=0, atol=2e-4)
+    apart = np.linalg.norm(split[0]["table"] - concat[0]["table"])
+    assert apart <= 1e-4 * np.linalg.norm(concat[0]["table"])
   with pytest.raises(InputError, match="probabilities"):
     _vectors(model, keys=KEYS, attention="concat")
   with pytest.raises(InputError, match="flash"):
     _vectors(model, attention="flash")
 
 
+@pytest.mark.parametrize("model", ["deberta", "shallow"], indirect=True)
 def test_gradients_through_own_rules_are_the_slopes(model):
   def value(prompt):
     out = represent(*model.arguments()[:3], prompt, *model.arguments()[4:], pooling="mean", normalize=False, keys=KEYS)
@@ -89,12 +92,13 @@ def test_gradients_through_own_rules_are_the_slopes(model):
 
   gradient = jax.jit(jax.grad(value))(model.prompt)["table"]
   direction = gradient / jnp.linalg.norm(gradient)
-  step = 1e-2
+  step = 3e-3
   value = jax.jit(value)
   ahead, behind = (value({"table": model.prompt["table"] + sign * step * direction}) for sign in (1, -1))
   np.testing.assert_allclose((ahead - behind) / (2 * step), jnp.linalg.norm(gradient), rtol=1e-2)
 
 
+@pytest.mark.parametrize("model", ["roberta", "deberta"], indirect=True)
 def test_all_weights_have_gradients(model):
   def value(params):
     out = represent(*model.arguments()[:2], params, *model.arguments()[3:], pooling="mean", normalize=True, keys=KEYS)
@@ -106,9 +110,8 @@ def test_all_weights_have_gradients(model):
   assert silent == []
 
 
+@pytest.mark.parametrize("model", ["bert"], indirect=True)
 def test_prompt_dropout_for_the_batch_needs_and_follows_its_key(model):
-  if model.spec.kind == "shallow":
-    return
   spec = dataclasses.replace(model.spec, dropout_per="batch", dropout=0.5)
   model = dataclasses.replace(model, spec=spec)
   with pytest.raises(InputError, match="batch_key"):
@@ -122,6 +125,7 @@ def test_prompt_dropout_for_the_batch_needs_and_follows_its_key(model):
   np.testing.assert_allclose(single[0], one[2], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("model", ["roberta", "deberta"], indirect=True)
 def test_low_precision_stays_near(model):
   exact = _vectors(model, normalize=True)
   low = _vectors(model, normalize=True, compute_dtype=jnp.bfloat16, attention="split")
@@ -146,8 +150,9 @@ def test_masks_have_the_rate_and_are_independent():
   np.testing.assert_allclose(kept[kept > 0], 1 / 0.9, rtol=1e-6)
 
 
-def test_words_as_a_start_equal_the_words_before_the_text(model):
-  """Deep prompts from words are what the words' own keys and values would be: a causal prefix of the same text."""
+@pytest.mark.parametrize("model", ["bert", "deberta", "shallow"], indirect=True)
+def test_words_as_a_start(model):
+  """A deep prompt from words starts at the backbone's own keys of them, a shallow one at their embeddings."""
   ids = np.array([5, 9, 11, 30, 8])
   spec = dataclasses.replace(model.spec, init="words")
   prompt = prompts.init_prompt(jax.random.key(0), spec, model.config, model.params, ids)
