@@ -94,7 +94,7 @@ def test_a_full_disk_loses_nothing(tmp_path, vectors, monkeypatch):
 
   with monkeypatch.context() as patched:
     patched.setattr(np, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="vectors-00001.npy: no space left on the disk"):
       some.write(1, vectors[10:20])
   assert some.missing() == [1, 2]
   assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["begun.json", "vectors-00000.npy"]
