@@ -52,7 +52,7 @@ def _parse(argv: list[str]) -> list[str]:
     logging.getLogger("dptdr_jax").setLevel(logging.INFO)
     _CONFIG.value.to_dict()  # a file that could not be loaded says so here
     return rest
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+  except (AttributeError, ImportError, KeyError, TypeError, ValueError, OSError) as error:
     sys.stderr.write("error: config: {}\n".format(" ".join(str(error).replace("\\n", " ").split())))
     raise SystemExit(2) from None
 
