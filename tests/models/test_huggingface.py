@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from dptdr_jax import Backbone, Retriever
 from dptdr_jax.core import files
 from dptdr_jax.models import convert
 from dptdr_jax.models.config import EncoderConfig
@@ -47,6 +48,24 @@ def test_minilm_agrees_with_bert_model(minilm, batch):
   theirs = _theirs(transformers.BertModel.from_pretrained(minilm), tokens, mask)
   seen = mask.astype(bool)
   np.testing.assert_allclose(_ours(config, params, tokens, mask)[seen], theirs[seen], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_padding_bucket_and_order_change_no_vector(minilm, pooling):
+  retriever = Retriever.untuned(Backbone.load(minilm), pooling=pooling, normalize=True)
+  texts = [sentence[:end] for sentence in SENTENCES for end in (9, 40, 200)]
+  alone = np.concatenate([retriever.encode_passages([text]) for text in texts])
+  order = np.random.default_rng(0).permutation(len(texts))
+  together = retriever.encode_passages([texts[place] for place in order])
+  np.testing.assert_allclose(together, alone[order], rtol=0, atol=1e-6)
+  tokenizer = retriever.backbone.tokenizer
+  lists = [tokenizer.wrap(ids) for ids in tokenizer.encode(texts, 100)]
+  for width in (104, 112, 128):
+    ids = np.full((len(texts), width), tokenizer.pad_id)
+    for row, found in zip(ids, lists, strict=True):
+      row[: len(found)] = found
+    mask = np.arange(width) < np.array([[len(found)] for found in lists])
+    np.testing.assert_allclose(retriever.encode_tokens(ids, mask, "passage"), alone, rtol=0, atol=1e-6)
 
 
 def test_rewrite_into_roberta_agrees(minilm, batch, tmp_path):
