@@ -166,6 +166,7 @@ def _evaluate() -> dict:
     depth=1000,  # passages a query in the run files
     bm25=True,  # baseline: BM25, k1 .9, b .4, stemmed
     backbone=True,  # baselines: the untuned backbone, before and (where there was any) after pretraining
+    other_poolings=(),  # the same baselines with these poolings too: 'first', 'mean' other than vector.pooling
     msmarco_format=False,  # write runs in MS MARCO's format besides TREC's
     examples=12,  # queries that the report shows with their top passages
   )

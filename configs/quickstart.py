@@ -13,7 +13,7 @@ def get_config():
   c.backbone.sha256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
   c.data.source = "docstrings"
   c.data.packages = (
-    "stdlib", "numpy", "scipy", "jax", "flax", "optax", "orbax", "matplotlib", "grain", "absl", "ml_collections"
+    "stdlib", "numpy", "scipy", "jax", "flax", "optax", "orbax", "matplotlib", "absl", "ml_collections"
   )  # fmt: skip
   c.data.test_modules = ("numpy", "optax", "flax")
   c.data.dev_modules = ("scipy.signal", "orbax")

@@ -50,6 +50,7 @@ def stages(config: ConfigDict) -> list[Stage]:
   texts = ("text.separator", "text.query_template", "text.passage_template")
   model = ("compute_dtype", "backbone", "text", "vector")
   wanted = ("pretrain.tokenizer", "pretrain.vocabulary", "pretrain.shape", "pretrain.corpora", "seed")
+  baselines = ("evaluate.backbone", "evaluate.other_poolings")
   made = wanted if scratch.is_wanted(config) else ()  # then prepare trains the tokenizer
   prepared = Stage("prepare", prepare.run, ("data", "backbone", *texts, *made), files=prepare.outside_files)
   pretrained = []
@@ -65,7 +66,7 @@ def stages(config: ConfigDict) -> list[Stage]:
     *pretrained,
     *mined,
     Stage("train1", functools.partial(train.run, number=1), ("seed", "train", "prompt", *model), before),
-    Stage("encode", encode.run, ("encode", "evaluate.splits", "evaluate.backbone", *model), ("prepare", "train1")),
+    Stage("encode", encode.run, ("encode", "evaluate.splits", *baselines, *model), ("prepare", "train1")),
     Stage("evaluate", evaluate.run, ("evaluate", "index"), ("prepare", "train1", "encode")),
     Stage("report", report.run, (), ("prepare", "train1", "evaluate")),
   ]

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -113,8 +114,8 @@ class Retriever:
         "tied": tied,
         "prompt": dataclasses.asdict(self.spec),
         **dataclasses.asdict(self.settings),
-        "backbone": _name(self.backbone),
-        "passage_backbone": _name(self.passage_backbone),
+        "backbone": _name(self.backbone, path),
+        "passage_backbone": _name(self.passage_backbone, path),
         "tokenizer": {"hash": self.backbone.tokenizer.hash if self.backbone.tokenizer else None},
       }
       if self.backbone.path == backbones.BESIDE:
@@ -301,16 +302,23 @@ def _load_own(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
   return Retriever(backbone, spec, sides, VectorSettings(**settings), second)
 
 
-def _name(backbone: Backbone | None) -> dict[str, str] | None:
-  return backbone and {"path": backbone.path, "hash": backbone.hash}
+def _name(backbone: Backbone | None, path: files.Path) -> dict[str, str] | None:
+  """How retriever.json in `path` names a backbone; a directory also as seen from there, so that both can be moved."""
+  if backbone is None:
+    return None
+  local = backbone.path != backbones.BESIDE and pathlib.Path(backbone.path).is_dir()
+  seen = {"relative_path": os.path.relpath(backbone.path, path)} if local else {}
+  return {"path": backbone.path, "hash": backbone.hash, **seen}
 
 
 def _load_named(path: pathlib.Path, named: dict[str, str], backbone: Backbone | None) -> Backbone:
   """The backbone that a retriever in `path` names, or the one given, if it is the same."""
   if backbone is None:
-    beside = named["path"] == backbones.BESIDE
-    backbone = Backbone.load(path / "backbone" if beside else named["path"])
-    backbone = dataclasses.replace(backbone, path=named["path"])
+    if named["path"] == backbones.BESIDE:
+      backbone = dataclasses.replace(Backbone.load(path / "backbone"), path=backbones.BESIDE)
+    else:
+      near = path / named["relative_path"] if "relative_path" in named else path
+      backbone = Backbone.load(near if (near / "config.json").is_file() else named["path"])
   if backbone.hash != named["hash"]:
     raise InputError(
       f"the prompts were trained on another backbone: {named['path']} with hash {named['hash'][:12]}…, not "

@@ -10,6 +10,7 @@ import importlib
 import json
 import pathlib
 import resource
+import subprocess
 import sys
 import types
 
@@ -263,3 +264,10 @@ def test_prompts_of_another_shape(trained, tmp_path):
   save_file({name: value[:-1] for name, value in tensors.items()}, retriever / "prompts.safetensors")
   with pytest.raises(InputError, match=rf"{retriever}/prompts\.safetensors: "):
     Retriever.load(retriever)
+
+
+def test_a_config_that_cannot_be_loaded(tmp_path):
+  (tmp_path / "mine.py").write_text("from configs import nowhere\n")
+  command = [sys.executable, "-m", "dptdr_jax.main", f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/work"]
+  ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and "nowhere" in ended.stderr

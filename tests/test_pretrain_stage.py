@@ -38,7 +38,7 @@ def make_config(directory: pathlib.Path, family: str = "bert", **pretrain):
   config.prompt.length = 4
   config.text.passage_length = 32
   config.train.update({"steps": 2, "queries": 8, "evaluate_every": 2, "log_every": 1})
-  config.evaluate.update({"examples": 2, "measures": ("RR@10", "R@100")})
+  config.evaluate.update({"examples": 2, "measures": ("RR@10", "R@100"), "other_poolings": ("mean",)})
   config.pretrain.update({"enabled": True, "steps": STEPS, "spans": 16, "span_tokens": 16, "shortest": 2})
   config.pretrain.update({"log_every": 1, "checkpoint_every": 2, "evaluate_every": 3, "learning_rate": 1e-3})
   config.pretrain.update(pretrain)
@@ -58,6 +58,14 @@ def finished(directory):
   return config, directory / "work"
 
 
+def test_a_moved_run_finds_its_backbone(finished, tmp_path):
+  _, workdir = finished
+  shutil.copytree(workdir, tmp_path / "moved")
+  retriever = Retriever.load(tmp_path / "moved/train1/retriever")
+  assert tmp_path in pathlib.Path(retriever.backbone.path).resolve().parents
+  assert retriever.hash == Retriever.load(workdir / "train1/retriever").hash
+
+
 def weights(workdir: pathlib.Path) -> bytes:
   return (workdir / "pretrain/backbone/model.safetensors").read_bytes()
 
@@ -71,8 +79,8 @@ def metrics(workdir: pathlib.Path) -> list[dict]:
 def test_the_run_uses_and_reports_the_pretrained_backbone(finished):
   config, workdir = finished
   results = json.loads((workdir / "results.json").read_text())
-  assert list(results) == ["bm25", "backbone", "pretrain", "train1"]
-  assert results["backbone"] != results["pretrain"]
+  assert list(results) == ["bm25", "backbone", "backbone-mean", "pretrain", "pretrain-mean", "train1"]
+  assert len({json.dumps(figures) for figures in results.values()}) == len(results)
   about = json.loads((workdir / "pretrain/backbone/manifest.json").read_text())
   before, after = Backbone.load(config.backbone.path), Backbone.load(workdir / "pretrain/backbone")
   assert about["hash"] == after.hash and about["parent"]["hash"] == before.hash != after.hash
@@ -161,7 +169,7 @@ def test_sigterm_saves_and_says_so(finished, monkeypatch, tmp_path):
   shutil.copytree(undisturbed / "prepare", workdir / "prepare")
   asked = iter([False] * 5 + [True] * 9)
   monkeypatch.setattr(preemption, "asked", lambda: next(asked, False))
-  with pytest.raises(preemption.Preempted, match="pretraining stands at step"):
+  with pytest.raises(preemption.Preempted, match="pretrain stands at step"):
     pipeline.run(config, workdir, ["pretrain"])
   monkeypatch.undo()
   pipeline.run(config, workdir, ["pretrain"])
@@ -192,7 +200,7 @@ def test_from_nothing(directory, tmp_path):
   base = Backbone.load(tmp_path / "work/prepare/backbone")
   assert base.config.family == "roberta" and base.tokenizer.vocab_size == base.config.vocab_size <= 400
   results = json.loads((tmp_path / "work/results.json").read_text())
-  assert list(results) == ["bm25", "backbone", "pretrain", "train1"]
+  assert list(results) == ["bm25", "backbone", "backbone-mean", "pretrain", "pretrain-mean", "train1"]
   again = make_config(directory, tokenizer="train", vocabulary=400, shape=shape)
   again.backbone.path = ""
   pipeline.run(again, tmp_path / "again", ["prepare"])

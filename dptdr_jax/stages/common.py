@@ -27,6 +27,7 @@ from dptdr_jax.stages import corpora, scratch
 from dptdr_jax.stages.layout import Layout
 from dptdr_jax.training.pretrain import PretrainModel
 
+POOLINGS = ("first", "mean")
 NEGATIVES = ("source", "bm25", "random")
 
 
@@ -41,8 +42,11 @@ def check(config: ConfigDict) -> None:
       backbones.check_sha256(directory, config.backbone.sha256)
     encoder = EncoderConfig.from_file(directory / "config.json")
   check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
-  if settings.pooling not in ("first", "mean"):
+  if settings.pooling not in POOLINGS:
     raise InputError("unknown vector.pooling", value=settings.pooling, fix="Use first or mean")
+  for pooling in config.evaluate.other_poolings:
+    if pooling not in POOLINGS or pooling == settings.pooling:
+      raise InputError("evaluate.other_poolings holds first or mean, not vector.pooling's own", value=pooling)
   if config.train.negatives not in NEGATIVES:
     raise InputError("unknown train.negatives", value=config.train.negatives, fix=f"Use {', '.join(NEGATIVES)}")
   if config.train.positive not in ("rotate", "first"):
@@ -121,24 +125,35 @@ def make_retriever(config: ConfigDict, backbone: Backbone, spec: PromptSpec, tra
   return Retriever(backbone, spec, sides, settings)
 
 
+def untuned_systems(config: ConfigDict) -> dict[str, tuple[str, str]]:
+  """Untuned baselines by their names in results.json: (the 'backbone' or what 'pretrain' made of it, the pooling)."""
+  if not config.evaluate.backbone:
+    return {}
+  found = {}
+  for origin in ("backbone", *(["pretrain"] if config.pretrain.enabled else [])):
+    found[origin] = origin, config.vector.pooling
+    found |= {f"{origin}-{pooling}": (origin, pooling) for pooling in config.evaluate.other_poolings}
+  return found
+
+
 def dense_systems(config: ConfigDict) -> list[str]:
   """Names, as in results.json, of the dense systems that are evaluated, in order."""
-  untuned = ["backbone", *(["pretrain"] if config.pretrain.enabled else [])]
-  return [*(untuned if config.evaluate.backbone else []), "train1"]
+  return [*untuned_systems(config), "train1"]
 
 
 def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:
   """Every dense system that is evaluated; they share backbones in memory, unless the weights were tuned."""
   shared = load_backbone(config, layout)
+  untuned = untuned_systems(config)
+  origins = {"backbone": shared, "pretrain": shared}
+  if untuned and config.pretrain.enabled:
+    origins["backbone"] = base_backbone(config, layout)
   found = {}
-  for system in dense_systems(config):
-    if system in ("backbone", "pretrain"):
-      original = system == "backbone" and config.pretrain.enabled
-      untuned = base_backbone(config, layout) if original else shared
-      found[system] = Retriever.untuned(untuned, **config.vector, **config.text)
-    else:
-      tuned = config.prompt.kind == "none"
-      found[system] = Retriever.load(layout.stage(system) / "retriever", None if tuned else shared)
+  for system, (origin, pooling) in untuned.items():
+    vector = {**config.vector, "pooling": pooling}
+    found[system] = Retriever.untuned(origins[origin], **vector, **config.text)
+  tuned = config.prompt.kind == "none"
+  found["train1"] = Retriever.load(layout.stage("train1") / "retriever", None if tuned else shared)
   return found
 
 

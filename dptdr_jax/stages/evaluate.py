@@ -23,12 +23,8 @@ from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
-LABELS = {
-  "bm25": "BM25",
-  "backbone": "untuned backbone",
-  "pretrain": "pretrained backbone",
-  "train1": "trained retriever",
-}
+_LABELS = {"bm25": "BM25", "train1": "trained retriever"}
+_ORIGINS = {"backbone": "untuned backbone", "pretrain": "pretrained backbone"}
 _BINARY = re.compile(r"(RR|R|AP|P|Success)(@\d+)?")  # measures that need to know which grades are relevant
 
 
@@ -121,6 +117,16 @@ def _measure(
     yield from measures.evaluate(found, common.qrels(queries), by_judgement).values.items()
 
 
+def _labels(config: ConfigDict) -> dict[str, str]:
+  """What people read for the systems' names."""
+  poolings = bool(config.evaluate.other_poolings)
+  untuned = {
+    system: _ORIGINS[origin] + (f", {pooling} pooling" if poolings else "")
+    for system, (origin, pooling) in common.untuned_systems(config).items()
+  }
+  return _LABELS | untuned
+
+
 def _origin(config: ConfigDict, layout: Layout) -> str:
   """The backbone, and what pretraining made of it."""
   named = f"backbone {config.backbone.path or 'from nothing'}"
@@ -141,7 +147,7 @@ def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
     "passages": len(data.ids),
     "queries": {name: len(common.qrels(data.splits[name]).judged()) or len(data.splits[name])
                 for name in config.evaluate.splits},
-    "labels": LABELS,
+    "labels": _labels(config),
     "trained_parameters": trained,
     "backbone_parameters": whole,
     "facts": [

@@ -62,10 +62,10 @@ def table(layout: Layout, seconds: Mapping[str, float]) -> str:
     names = _measure_names(results, split)
     systems = [name for name in results if split in results[name]]
     lines.append(f"{split} ({summary['queries'][split]:,} queries, {summary['passages']:,} passages)")
-    lines.append(f"  {'':<28}" + "".join(f"{name:>11}" for name in names))
+    lines.append(f"  {'':<35}" + "".join(f"{name:>11}" for name in names))
     for system in systems:
       figures = "".join(f"{results[system][split].get(name, float('nan')):>11.4f}" for name in names)
-      lines.append(f"  {summary['labels'].get(system, system):<28}{figures}")
+      lines.append(f"  {summary['labels'].get(system, system):<35}{figures}")
   lines.append(_share(summary))
   lines.append("time: " + " · ".join(f"{name} {value:,.0f} s" for name, value in seconds.items()))
   lines.append(f"report: {layout.report}")

@@ -13,13 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
-from dptdr_jax.training.state import TrainState
+from dptdr_jax.training.state import TrainState, apply_gradient
 from dptdr_jax.training.towers import SIDES, TowerModel
 
 _WHOLE = PartitionSpec()
@@ -74,13 +73,8 @@ def make_train_step(
 
   def step(state: TrainState, backbone: Any, batch: dict[str, jax.Array]):
     loss, metrics, gradient = loss_and_gradient(model, config, mesh, state, backbone, batch)
-    norm = optax.global_norm(gradient)
-    updates, opt_state = optimizer.transform.update(gradient, state.opt_state, state.trainable)
-    new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    new = jax.tree.map(lambda ours, theirs: jnp.where(finite, ours, theirs), new, state)
-    rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
-    return new, {"loss": loss, **metrics, "gradient_norm": norm, "learning_rate": rate}
+    state, applied = apply_gradient(state, optimizer, loss, gradient)
+    return state, applied | metrics
 
   whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   batch = {f"{side}_{what}": rows for side in SIDES for what in ("tokens", "lengths")}

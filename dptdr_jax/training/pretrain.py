@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dptdr_jax.core.errors import InputError
@@ -28,7 +27,7 @@ from dptdr_jax.models.represent import hidden_states, pool, represent
 from dptdr_jax.training.contrastive import chunk_count
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
-from dptdr_jax.training.state import TrainState
+from dptdr_jax.training.state import TrainState, apply_gradient
 
 _WHOLE, _ROWS, _INNER = PartitionSpec(), PartitionSpec("data"), PartitionSpec("fsdp")
 _NO_PROMPT = PromptSpec("none")
@@ -124,13 +123,8 @@ def make_pretrain_step(
   def step(state: TrainState, batch: dict[str, jax.Array]):
     loss, metrics, gradient = loss_and_gradient(model, state, batch, seed=seed, chunk=chunk, mesh=mesh)
     gradient = jax.lax.with_sharding_constraint(gradient, shardings.trainable)
-    norm = optax.global_norm(gradient)
-    updates, opt_state = optimizer.transform.update(gradient, state.opt_state, state.trainable)
-    new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    new = jax.tree.map(lambda ours, theirs: jnp.where(finite, ours, theirs), new, state)
-    rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
-    return new, {"loss": loss, **metrics, "gradient_norm": norm, "learning_rate": rate}
+    state, applied = apply_gradient(state, optimizer, loss, gradient)
+    return state, applied | metrics
 
   whole, rows = NamedSharding(mesh, _WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   names = ("tokens", "lengths", *(("positions", "labels") if model.mlm_weight else ()))

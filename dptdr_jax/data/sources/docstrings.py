@@ -32,7 +32,7 @@ STDLIB = "stdlib"  # not a package: the standard library, whose modules keep the
 SPLITS = ("train", "dev", "test")
 
 # Guaranteed by requirements.txt, directly or through what it requires.
-PACKAGES = (STDLIB, "numpy", "scipy", "jax", "flax", "optax", "orbax", "matplotlib", "grain", "absl", "ml_collections")
+PACKAGES = (STDLIB, "numpy", "scipy", "jax", "flax", "optax", "orbax", "matplotlib", "absl", "ml_collections")
 TEST_MODULES = ("numpy", "optax", "flax")
 DEV_MODULES = ("scipy.signal", "orbax")
 

@@ -1,0 +1,111 @@
+"""The loop that every kind of training runs in: from the newest checkpoint to the last step."""
+
+from __future__ import annotations
+
+import abc
+import collections
+import logging
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from ml_collections import ConfigDict
+
+from dptdr_jax.core import preemption, progress
+from dptdr_jax.core.errors import DptdrError
+from dptdr_jax.runtime.checkpoints import Checkpoints
+from dptdr_jax.runtime.metrics import MetricWriter
+from dptdr_jax.training.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+  """Batches by step, made ahead."""
+
+  def load(self, start_step: int, stop_step: int, workers: int) -> Iterator[Mapping[str, Any]]: ...
+
+
+class Loop(abc.ABC):
+  """One run of training; a subclass says what a step and a trial are.
+
+  Attributes:
+    name: of the config's section, 'train' or 'pretrain'; errors name its fields.
+    settings: that section.
+    steps: how many there are.
+    state: after the steps done so far.
+    tries: whether there is a trial on dev every settings.evaluate_every steps and after the last.
+  """
+
+  def __init__(self, name: str, settings: ConfigDict, steps: int, state: TrainState, tries: bool):
+    self.name, self.settings, self.steps, self.state, self.tries = name, settings, steps, state, tries
+
+  @abc.abstractmethod
+  def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Replaces the state by the one after `batch`; returns the step's metrics, still on the devices."""
+
+  @abc.abstractmethod
+  def attempt(self, step: int) -> Mapping[str, float]:
+    """Tries the state on dev; returns measures. After a kill it may be asked again, and does the same."""
+
+  def metadata(self, step: int) -> dict:
+    """What a checkpoint keeps beside the state."""
+    return {}
+
+  def restored(self, metadata: Mapping[str, Any]) -> None:  # noqa: B027 — most kinds of training keep nothing
+    """Takes up what `metadata` gave."""
+
+  def figures(self, metrics: Mapping[str, float], written: bool) -> dict[str, float]:
+    """A step's metrics as they are written; called for every step, `written` or not."""
+    return dict(metrics)
+
+  def run(self, batches: Batches, checkpoints: Checkpoints, directory: pathlib.Path) -> None:
+    """Runs what is left; writes metrics and checkpoints. SIGTERM saves and raises Preempted.
+
+    Raises:
+      DptdrError: a loss or a gradient that is not finite; nothing of it is kept.
+    """
+    first = checkpoints.latest() or 0
+    if first:
+      self.state, metadata = checkpoints.restore(first, self.state)
+      self.restored(metadata)
+      _log.info("%s goes on after step %d", self.name, first)
+    writer = MetricWriter(directory, first)
+    waiting: collections.deque = collections.deque()  # metrics are fetched one step behind, so the devices never wait
+    with progress.bar(self.name, self.steps, "step", initial=first) as shown:
+      loaded = batches.load(first, self.steps, self.settings.loader_workers)
+      for step, batch in enumerate(loaded, first + 1):
+        waiting.append((step, self.step(batch)))
+        if len(waiting) > 1:
+          self._record(writer, shown, *waiting.popleft())
+        shown.advance()
+        last = step == self.steps
+        tried = self.tries and (last or step % self.settings.evaluate_every == 0)
+        saved = last or step % self.settings.checkpoint_every == 0 or preemption.asked()
+        if tried or saved:
+          while waiting:  # nothing that is not finite is ever kept
+            self._record(writer, shown, *waiting.popleft())
+        if tried:
+          writer.write(step, {f"dev/{name}": value for name, value in self.attempt(step).items()})
+        if saved:
+          checkpoints.save(step, self.state, self.metadata(step))
+        if preemption.asked():
+          checkpoints.wait()
+          preemption.check(f"{self.name} stands at step {step} of {self.steps}")
+    checkpoints.wait()
+    writer.close()
+
+  def _record(self, writer: MetricWriter, shown: progress.Bar, step: int, metrics: Mapping) -> None:
+    found = {name: float(value) for name, value in metrics.items()}
+    if not math.isfinite(found["loss"]) or not math.isfinite(found["gradient_norm"]):
+      temperature = "vector.temperature" if self.name == "train" else f"{self.name}.temperature"
+      raise DptdrError(
+        f"step {step}: loss {found['loss']:g}, gradient norm {found['gradient_norm']:g}. The last checkpoint is whole. "
+        f"Try a lower {self.name}.learning_rate, a longer {self.name}.warmup, a higher {temperature} or float32"
+      )
+    written = step % self.settings.log_every == 0 or step == self.steps
+    found = self.figures(found, written)
+    if written:
+      writer.write(step, found)
+      shown.note(loss=f"{found['loss']:.3f}", accuracy=f"{found['accuracy']:.3f}")
