@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from dptdr_jax.core import files
 from dptdr_jax.data.prepare import PreparedData
-from dptdr_jax.retrieval.candidates import pool_from_runs
+from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.stages import common
 from dptdr_jax.stages.layout import Layout
 
@@ -22,4 +22,4 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 0) -> None:
   positives = common.qrels(split)
   most = int((positives.offsets[1:] - positives.offsets[:-1]).max())
   found = common.bm25(layout, data).search(queries, depth + most)
-  pool_from_runs(layout.pool(number), {"bm25": found}, positives, depth=depth + most, width=depth)
+  pool_from_runs(layout.pool(number), {"bm25": Source(found, depth + most, quota=depth)}, positives)

@@ -5,9 +5,12 @@ import pytest
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval import candidates
-from dptdr_jax.retrieval.candidates import Pool, pool_from_runs
+from dptdr_jax.retrieval.candidates import Pool, Reason
+from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retrieval.runs import Run
+
+NOBODY = np.zeros(0, np.int64)
 
 
 def random_run(seed: int, queries: int, passages: int, depth: int) -> Run:
@@ -18,70 +21,142 @@ def random_run(seed: int, queries: int, passages: int, depth: int) -> Run:
   return Run.ranked(rows, generator.normal(size=rows.shape))
 
 
-def by_hand(runs, positives, query, depth):
+def no_positives(queries: int) -> Qrels:
+  return Qrels.from_triples(NOBODY, NOBODY, NOBODY, queries)
+
+
+def by_hand(sources, positives, query):
+  """[(row, sources that give it, {source: (rank, score)})] in the pool's order, and the positives' best scores."""
   relevant = {int(row) for row, grade in zip(*positives.of(query), strict=True) if grade > 0}
-  found = {}
-  for source, run in enumerate(runs.values()):
-    for rank, row in enumerate(run.rows[query, :depth].tolist()):
-      if row >= 0 and row not in relevant:
-        found.setdefault(row, {})[source] = (rank, run.scores[query, rank])
-  order = sorted(found, key=lambda row: min((rank, source) for source, (rank, _) in found[row].items()))
-  return [(row, found[row]) for row in order]
+  known, given, best = {}, {}, {}
+  for number, source in enumerate(sources.values()):
+    left = source.quota or source.depth
+    for rank, row in enumerate(source.run.rows[query, : source.depth].tolist()):
+      score = source.run.scores[query, rank]
+      if row >= 0 and row in relevant:
+        best[number] = max(best.get(number, -np.inf), score)
+      elif row >= 0:
+        known.setdefault(row, {})[number] = (rank, score)
+        if rank >= source.first and left:
+          left -= 1
+          given.setdefault(row, {})[number] = rank - source.first
+  order = sorted(given, key=lambda row: min((place, number) for number, place in given[row].items()))
+  return [(row, set(given[row]), known[row]) for row in order], best
 
 
-@pytest.mark.parametrize("width", [None, 5])
-def test_pool_is_the_one_made_by_hand(tmp_path, monkeypatch, width):
-  monkeypatch.setattr(candidates, "_BLOCK", 7)
+@pytest.mark.parametrize(
+  ("width", "options"),
+  [
+    (None, [{}, {}, {}]),
+    (5, [{}, {}, {}]),
+    (None, [{"first": 2, "quota": 3}, {"quota": 1}, {"first": 4}]),
+    (6, [{"depth": 12, "first": 3}, {"depth": 1}, {"depth": 30, "quota": 4}]),
+  ],
+)
+def test_pool_is_the_one_made_by_hand(tmp_path, monkeypatch, width, options):
+  monkeypatch.setattr(candidates, "BLOCK_ENTRIES", 170)  # a few queries a block
   queries, depth = 20, 8
-  runs = {name: random_run(seed, queries, 30, 12) for seed, name in enumerate(["bm25", "dense", "other"])}
+  sources = {
+    name: Source(random_run(seed, queries, 30, 12), **{"depth": depth, **options[seed]})
+    for seed, name in enumerate(["bm25", "dense", "other"])
+  }
   pairs = np.argwhere(np.random.default_rng(9).random((queries, 30)) < 0.15)
   positives = Qrels.from_triples(*pairs.T, np.arange(len(pairs)) % 3, queries)
-  pool = pool_from_runs(tmp_path / "pool", runs, positives, depth=depth, width=width)
+  pool = pool_from_runs(tmp_path / "pool", sources, positives, width=width)
   assert pool.names == ("bm25", "dense", "other")
-  assert pool.rows.shape == (queries, width or depth * 3)
-  assert isinstance(pool.rows, np.memmap)
+  assert pool.rows.shape == (queries, width or sum(source.most for source in sources.values()))
+  assert isinstance(pool.rows.base, np.memmap)
   for query in range(queries):
-    expected = by_hand(runs, positives, query, depth)[: pool.rows.shape[1]]
-    assert pool.candidates(query).tolist() == [row for row, _ in expected]
+    expected, best = by_hand(sources, positives, query)
+    expected = expected[: pool.rows.shape[1]]
+    assert pool.candidates(query).tolist() == [row for row, _, _ in expected]
     assert (pool.rows[query, len(expected) :] == -1).all() and (pool.sources[query, len(expected) :] == 0).all()
-    for place, (_, of) in enumerate(expected):
-      assert pool.sources[query, place] == sum(1 << source for source in of)
+    np.testing.assert_array_equal(
+      pool.positive_scores[query], np.array([best.get(number, np.nan) for number in range(3)], np.float32)
+    )
+    for place, (_, given, of) in enumerate(expected):
+      assert pool.sources[query, place] == sum(1 << source for source in given)
       for source in range(3):
         rank, score = of.get(source, (-1, -np.inf))
         assert pool.ranks[query, place, source] == rank
         assert pool.scores[query, place, source] == score
+    scores, positive = pool.candidate_scores(query, "dense")
+    np.testing.assert_array_equal(scores, pool.scores[query, : len(expected), 1])
+    np.testing.assert_equal(positive, float(pool.positive_scores[query, 1]))
   assert len(pool) == queries and not len(pool.candidates(0))
+  assert pool.manifest["unanswered"]["bm25"] >= 1
 
 
 def test_counts_tell_what_happened(tmp_path):
   rows = np.array([[0, 1, 2], [3, -1, -1]], np.int32)
   scores = np.array([[3, 2, 1], [1, -np.inf, -np.inf]], np.float32)
-  runs = {"bm25": Run(rows, scores), "dense": Run(np.roll(rows, 1, 1)[:, [1, 0, 2]], scores)}
+  dense = Run(np.roll(rows, 1, 1)[:, [1, 0, 2]], scores)
+  sources = {"bm25": Source(Run(rows, scores), 2), "dense": Source(dense, 2, quota=1)}
   positives = Qrels.from_triples(np.array([0, 1]), np.array([2, 3]), np.array([1, 1]), 2)
-  manifest = pool_from_runs(tmp_path / "p", runs, positives, depth=2).manifest
+  manifest = pool_from_runs(tmp_path / "p", sources, positives).manifest
   # bm25: 0, 1 | 3    dense: 0, 2 | 3; the positives 2 and 3 go
   assert manifest["counts"] == {"candidates": 2, "positives removed": 3, "queries without a candidate": 1}
   assert manifest["combinations"] == {"bm25": 1, "bm25 + dense": 1}
+  assert manifest["unanswered"] == {"bm25": 0, "dense": 0}
+  assert manifest["options"]["dense"] == {"depth": 2, "first": 0, "quota": 1}
+
+
+def test_queries_that_a_source_lacks_stay_in(tmp_path):
+  full = Run(np.array([[4, 5], [6, 7]], np.int32), np.array([[2, 1], [2, 1]], np.float32))
+  sources = {"file": Source(Run.empty(2, 0), 9), "bm25": Source(full, 2)}
+  pool = pool_from_runs(tmp_path / "p", sources, no_positives(2))
+  assert [pool.candidates(query).tolist() for query in range(2)] == [[4, 5], [6, 7]]
+  assert pool.manifest["unanswered"] == {"file": 2, "bm25": 0}
+
+
+def test_runs_and_positive_scores_may_come_from_elsewhere(tmp_path):
+  run = random_run(3, 9, 30, 12)
+  for name in ("rows", "scores"):
+    np.save(tmp_path / f"{name}.npy", getattr(run, name))
+  mapped = Run(*(np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("rows", "scores")))
+  known = np.arange(9, dtype=np.float32)
+  known[2:4] = np.nan, -np.inf
+  pool = pool_from_runs(tmp_path / "p", {"a": Source(mapped, 8, positive_scores=known)}, no_positives(9))
+  np.testing.assert_array_equal(pool.positive_scores[:, 0], [0, 1, np.nan, np.nan, 4, 5, 6, 7, 8])
+  again = pool_from_runs(tmp_path / "q", {"a": Source(run, 8)}, no_positives(9))
+  np.testing.assert_array_equal(pool.rows, again.rows)
+  assert np.isnan(again.positive_scores).all()
+
+
+def test_reasons_take_candidates_out():
+  rows = np.array([[5, 6, 7, 8, -1]], np.int32)
+  reasons = np.array([[0, Reason.SAME_TEXT, Reason.PSEUDO_POSITIVE, 0, 0]], np.uint8)
+  scores = np.array([[9, 8, 7, 6, -np.inf]], np.float32)[..., None]
+  pool = Pool(rows, (rows >= 0).astype(np.uint16), scores, np.zeros((1, 5, 1), np.int16), ("a",), reasons=reasons)
+  assert pool.candidates(0).tolist() == [5, 8] and pool.pseudo_positives(0).tolist() == [7]
+  assert pool.candidate_scores(0, "a")[0].tolist() == [9, 6] and np.isnan(pool.candidate_scores(0, "a")[1])
+  assert pool.kept(slice(0, 1)).tolist() == [[True, False, False, True, False]]
+  with pytest.raises(InputError, match="no such source in the pool: 'b'. There are a"):
+    pool.candidate_scores(0, "b")
 
 
 def test_the_largest_row_keeps_its_place(tmp_path):
   run = Run(np.array([[2**31 - 1, 0]], np.int32), np.array([[2, 1]], np.float32))
-  nothing = np.zeros(0, np.int64)
-  pool = pool_from_runs(tmp_path / "p", {"a": run}, Qrels.from_triples(nothing, nothing, nothing, 1), depth=2)
+  pool = pool_from_runs(tmp_path / "p", {"a": Source(run, 2)}, no_positives(1))
   assert pool.candidates(0).tolist() == [2**31 - 1, 0]
 
 
 def test_bad_arguments_and_damage_are_named(tmp_path):
-  run = random_run(0, 4, 10, 5)
-  nothing = np.zeros(0, np.int64)
-  positives = Qrels.from_triples(nothing, nothing, nothing, 4)
-  with pytest.raises(InputError, match="1 to 16 sources"):
-    pool_from_runs(tmp_path / "p", {str(i): run for i in range(17)}, positives, depth=5)
-  with pytest.raises(InputError, match="depths 1 to 32767"):
-    pool_from_runs(tmp_path / "p", {"a": run}, positives, depth=40_000)
+  source = Source(random_run(0, 4, 10, 5), 5)
+  positives = no_positives(4)
+  with pytest.raises(InputError, match="1 to 16 sources: 17"):
+    pool_from_runs(tmp_path / "p", {str(i): source for i in range(17)}, positives)
+  with pytest.raises(InputError, match=r"first < depth ≤ 32767: \(0, 40000\)"):
+    Source(source.run, 40_000)
+  with pytest.raises(InputError, match=r"first < depth ≤ 32767: \(5, 5\)"):
+    Source(source.run, 5, first=5)
+  with pytest.raises(InputError, match="quota is at least 1: 0"):
+    Source(source.run, 5, quota=0)
+  with pytest.raises(ValueError, match="positive scores"):
+    Source(source.run, 5, positive_scores=np.zeros(3))
   with pytest.raises(ValueError, match="runs of"):
-    pool_from_runs(tmp_path / "p", {"a": random_run(0, 3, 10, 5)}, positives, depth=5)
-  pool_from_runs(tmp_path / "p", {"a": run}, positives, depth=5)
+    pool_from_runs(tmp_path / "p", {"a": Source(random_run(0, 3, 10, 5), 5)}, positives)
+  pool_from_runs(tmp_path / "p", {"a": source}, positives)
   path = tmp_path / "p" / "scores.npy"
   path.write_bytes(path.read_bytes()[:-1])
   with pytest.raises(InputError, match="not whole"):
