@@ -1,0 +1,130 @@
+"""The text rules of denoising: a candidate that says what a positive says is no negative, whatever its id."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import unicodedata
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.retrieval.candidates import Pool, Reason
+from dptdr_jax.retrieval.denoise import Verdict
+from dptdr_jax.retrieval.qrels import Qrels
+
+# int [n] passage rows → their n (title, text), in that order
+Texts = Callable[[np.ndarray], Iterable[tuple[str, str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRule:
+  """Takes out candidates whose normalised text equals or contains a positive's, and near-duplicates of one.
+
+  Two passages are the same where the texts are, without their titles or with them (joined by a space, as BM25 sees
+  them), or one without and the other with. A candidate contains a positive where its title and text have the
+  positive's text in one piece. Near-duplicates are told by the Jaccard similarity of the texts' word shingles (Broder,
+  1997), |A ∩ B| / |A ∪ B|.
+
+  Each passage is read once a query: the positives and the candidates that are still negatives.
+
+  Attributes:
+    positives: judgements of the Q queries; rows with a grade above 0 count.
+    texts: see Texts.
+    contains_from: characters of normalised text from which on a positive can be contained; None: never. The default is
+      ours, about seven English words: a shorter positive ("Yes.", a name) stands in passages that do not answer.
+    near_duplicate: similarity from which on a candidate goes, in (0, 1]; None: off.
+    shingle: words a shingle; a text of fewer words is one shingle. (Texts without spaces between words are one too.)
+  """
+
+  positives: Qrels
+  texts: Texts
+  contains_from: int | None = 40
+  near_duplicate: float | None = None
+  shingle: int = 3
+
+  def __post_init__(self):
+    if self.contains_from is not None and self.contains_from < 1:
+      raise InputError("contains_from is a number of characters from 1", value=self.contains_from)
+    if self.near_duplicate is not None and not 0 < self.near_duplicate <= 1:
+      raise InputError("near_duplicate is a similarity above 0, at most 1", value=self.near_duplicate)
+    if self.shingle < 1:
+      raise InputError("a shingle has at least 1 word", value=self.shingle)
+
+  def describe(self) -> dict[str, Any]:
+    """As denoise.Rule."""
+    return {"rule": "text", **{key: getattr(self, key) for key in ("contains_from", "near_duplicate", "shingle")}}
+
+  def judge(self, pool: Pool, block: slice, kept: np.ndarray) -> Verdict:
+    """As denoise.Rule. A query without a positive has unjudged candidates."""
+    if len(self.positives) != len(pool):
+      raise ValueError(f"judgements of {len(self.positives)} queries for a pool of {len(pool)}")
+    found, unjudged = np.zeros(kept.shape, np.uint8), 0
+    for place in np.flatnonzero(kept.any(1)):
+      rows, grades = self.positives.of(block.start + place)
+      rows = rows[grades > 0]
+      if len(rows):
+        found[place, kept[place]] = self._reasons(rows, pool.rows[block.start + place][kept[place]])
+      else:
+        unjudged += int(kept[place].sum())
+    reasons = (Reason.SAME_TEXT, Reason.CONTAINS, Reason.NEAR_DUPLICATE)
+    return Verdict({reason: found == reason for reason in reasons}, unjudged)
+
+  def _reasons(self, positives: np.ndarray, candidates: np.ndarray) -> list[Reason]:
+    rows = np.concatenate([positives, candidates])
+    forms = [_Form(title, text, self.shingle) for title, text in self.texts(rows)]
+    if len(forms) != len(rows):
+      raise ValueError(f"{len(forms)} texts for {len(rows)} passage rows")
+    known = forms[: len(positives)]
+    same = {text for form in known for text in form.whole if text}
+    inside = [form.text for form in known if self.contains_from is not None and len(form.text) >= self.contains_from]
+    return [self._reason(form, known, same, inside) for form in forms[len(positives) :]]
+
+  def _reason(self, candidate: _Form, positives: list[_Form], same: set[str], inside: list[str]) -> Reason:
+    if not same.isdisjoint(candidate.whole):
+      return Reason.SAME_TEXT
+    if any(text in candidate.joined for text in inside):
+      return Reason.CONTAINS
+    if self.near_duplicate is not None:
+      for positive in positives:
+        if similarity(candidate.shingles, positive.shingles) >= self.near_duplicate:
+          return Reason.NEAR_DUPLICATE
+    return Reason.KEPT
+
+
+def normalise(text: str) -> str:
+  """Text without what a copy may change: NFKC, case folded, runs of white space as one space, none at the ends."""
+  if text.isascii():  # NFKC leaves it as it is
+    return " ".join(text.lower().split())
+  folded = unicodedata.normalize("NFKC", text).casefold()
+  return " ".join(unicodedata.normalize("NFKC", folded).split())  # folding can undo the normal form
+
+
+def shingles(text: str, size: int) -> frozenset[tuple[str, ...]]:
+  """All runs of `size` words of a text; of a shorter one, the run of all its words."""
+  words = text.split()
+  if len(words) <= size:
+    return frozenset([tuple(words)])
+  return frozenset(zip(*(words[start:] for start in range(size)), strict=False))
+
+
+def similarity(first: frozenset, second: frozenset) -> float:
+  """Jaccard similarity of two sets that are not both empty."""
+  common = len(first & second)
+  return common / (len(first) + len(second) - common)
+
+
+class _Form:
+  """A passage as the rules compare it: its normalised text, alone and behind its title; shingles when asked for."""
+
+  def __init__(self, title: str, text: str, size: int):
+    self.text = normalise(text)
+    self.joined = f"{normalise(title)} {self.text}".strip() if title else self.text
+    self.whole = (self.text, self.joined)
+    self._size = size
+
+  @functools.cached_property
+  def shingles(self) -> frozenset[tuple[str, ...]]:
+    return shingles(self.text, self._size)

@@ -1,0 +1,63 @@
+"""Signs of a bad pool, and hidden positives, on pools made by hand."""
+
+import numpy as np
+import pytest
+
+from dptdr_jax.retrieval import candidates
+from dptdr_jax.retrieval.candidates import Pool, Reason
+from dptdr_jax.retrieval.pool_checks import HiddenStep, hidden_positives, suspicions
+
+
+def pool_of(rows, sources=None, scores=None, reasons=None, positive_scores=None, names=("bm25", "dense")) -> Pool:
+  rows = np.array(rows, np.int32)
+  wide = (*rows.shape, len(names))
+  return Pool(
+    rows, np.array((rows >= 0) if sources is None else sources, np.uint16),
+    np.full(wide, -np.inf, np.float32) if scores is None else np.array(scores, np.float32).reshape(wide),
+    np.full(wide, -1, np.int16), names, {},
+    None if positive_scores is None else np.array(positive_scores, np.float32),
+    None if reasons is None else np.array(reasons, np.uint8),
+  )  # fmt: skip
+
+
+def test_hidden_positives_and_what_is_lost_with_them(monkeypatch):
+  monkeypatch.setattr(candidates, "BLOCK_ENTRIES", 4)
+  text, margin = Reason.SAME_TEXT, Reason.RELATIVE_MARGIN
+  pool = pool_of(
+    [[1, 2, 3, 4], [1, 5, 6, -1], [2, 7, 8, 9]],
+    reasons=[[text, 0, margin, 0], [0, margin, margin, 0], [0, 0, 0, 0]],
+  )
+  # hidden: (0, 1) by text, (0, 3) by margin, (1, 1) is found by nothing, (2, 1) was never in the pool
+  steps = hidden_positives(pool, np.array([0, 0, 1, 2]), np.array([1, 3, 1, 1]))
+  assert steps == [
+    HiddenStep("merge", 3 / 4, 0), HiddenStep("SAME_TEXT", 2 / 4, 0), HiddenStep("RELATIVE_MARGIN", 1 / 4, 2 / 8)
+  ]  # fmt: skip
+  merged = pool_of([[1, 2]])
+  assert hidden_positives(merged, np.array([0]), np.array([2])) == [HiddenStep("merge", 1, 0)]
+  with pytest.raises(ValueError, match="none twice"):
+    hidden_positives(merged, np.array([0, 0]), np.array([2, 2]))
+
+
+def test_a_sound_pool_is_not_suspicious():
+  sources, scores = [[1, 2], [3, 2]], [[[5, -np.inf], [-np.inf, 3]], [[9, 2], [-np.inf, 3]]]
+  assert suspicions(pool_of([[1, 2], [3, 4]], sources, scores, positive_scores=[[6, 4], [9, np.nan]])) == []
+
+
+def test_what_makes_a_pool_suspicious(monkeypatch):
+  monkeypatch.setattr(candidates, "BLOCK_ENTRIES", 2)
+  rows, sources = [[1, 2], [3, 4], [-1, -1]], [[1, 1], [1, 1], [0, 0]]
+  scores = np.full((3, 2, 2), -np.inf)
+  scores[:2, :, 0] = [[5, 3], [8, 7]]
+  found = suspicions(pool_of(rows, sources, scores, positive_scores=[[4, 1], [6, 1], [0, 0]]))
+  assert len(found) == 3
+  assert found[0].startswith("75% of the negatives that bm25 knows score above the positive")
+  assert found[1].startswith("1 of 3 queries (33.3%) have no negative")
+  assert found[2].startswith("bm25 alone gave 100% of the negatives, though 2 sources")
+
+
+def test_what_denoising_removed_is_not_suspected():
+  rows, scores = [[1, 2]], np.array([[[5], [1]]])
+  above = {"scores": scores, "positive_scores": [[4]], "names": ("dense",)}
+  assert suspicions(pool_of([[1, -1]], scores=scores, positive_scores=[[4]], names=("dense",)))
+  assert suspicions(pool_of(rows, **above, reasons=[[Reason.RELATIVE_MARGIN, 0]])) == []
+  assert len(suspicions(pool_of(rows, **above, reasons=[[Reason.RELATIVE_MARGIN] * 2]))) == 1  # now empty
