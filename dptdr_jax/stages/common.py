@@ -16,16 +16,14 @@ from dptdr_jax.data.groups import Negatives, TrainGroups
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models.config import EncoderConfig
-from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec, check_lengths
 from dptdr_jax.retrieval import measures
 from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retriever import Retriever, VectorSettings
-from dptdr_jax.stages import corpora, scratch
+from dptdr_jax.stages import corpora, scratch, steps
 from dptdr_jax.stages.layout import Layout
-from dptdr_jax.training.pretrain import PretrainModel
 
 POOLINGS = ("first", "mean")
 NEGATIVES = ("source", "bm25", "random")
@@ -33,7 +31,7 @@ NEGATIVES = ("source", "bm25", "random")
 
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done: lengths, names, measures."""
-  spec, settings = prompt_spec(config), vector_settings(config)
+  spec, settings = steps.prompt_spec(config), vector_settings(config)
   if scratch.is_wanted(config):
     encoder = scratch.shape(config, config.pretrain.vocabulary)
   else:
@@ -52,22 +50,12 @@ def check(config: ConfigDict) -> None:
   if config.train.positive not in ("rotate", "first"):
     raise InputError("unknown train.positive", value=config.train.positive, fix="Use rotate or first")
   if config.pretrain.enabled:
-    pretrain_model(config, encoder)
+    steps.pretrain_model(config, encoder)
     check_lengths(encoder, PromptSpec(kind="none"), config.pretrain.span_tokens)
     corpora.outside_files(config)
   measures.check((*config.evaluate.measures, config.train.select_by))
   if config.train.evaluate_every and config.data.dev_split and config.data.dev_split == config.data.train_split:
     raise InputError("the dev split is the training split", value=config.data.dev_split, fix="Name another, or ''")
-
-
-def pretrain_model(config: ConfigDict, encoder: EncoderConfig) -> PretrainModel:
-  """How pretraining turns spans into losses."""
-  pretrain = config.pretrain
-  return PretrainModel(
-    encoder, config.vector.pooling, pretrain.normalize, pretrain.temperature, pretrain.contrast_weight,
-    pretrain.mlm_weight, compute_dtype=backbones.resolve_dtype(config.compute_dtype), remat=pretrain.remat,
-    dropout=None if pretrain.dropout < 0 else Dropout(pretrain.dropout, pretrain.dropout),
-  )  # fmt: skip
 
 
 def base_directory(config: ConfigDict, layout: Layout) -> pathlib.Path:
@@ -90,29 +78,9 @@ def load_backbone(config: ConfigDict, layout: Layout) -> Backbone:
   return base_backbone(config, layout)
 
 
-def prompt_spec(config: ConfigDict) -> PromptSpec:
-  """The prompt that the config describes; a position shift of −1 is the prompt's length."""
-  prompt = config.prompt
-  if prompt.kind == "none":
-    return PromptSpec(kind="none")
-  shift = prompt.length if prompt.position_shift < 0 else prompt.position_shift
-  return PromptSpec(
-    kind=prompt.kind, length=prompt.length, projection=prompt.projection,
-    projection_size=prompt.projection_size if prompt.projection != "none" else 0,
-    position_shift=shift if prompt.kind == "deep" else 0,
-    dropout=prompt.dropout, dropout_per=prompt.dropout_per, init=prompt.init, init_scale=prompt.init_scale,
-  )  # fmt: skip
-
-
 def vector_settings(config: ConfigDict) -> VectorSettings:
   """What vectors depend on besides weights and prompts."""
   return VectorSettings(**config.vector, **config.text)
-
-
-def backbone_dropout(config: ConfigDict) -> Dropout | None:
-  """The backbone's own dropout in training; None: as its config.json says."""
-  rate = config.train.backbone_dropout
-  return None if rate < 0 else Dropout(rate, rate)
 
 
 def make_retriever(config: ConfigDict, backbone: Backbone, spec: PromptSpec, trainable: dict[str, Any]) -> Retriever:

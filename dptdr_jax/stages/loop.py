@@ -36,7 +36,10 @@ class Loop(abc.ABC):
     steps: how many there are.
     state: after the steps done so far.
     tries: whether there is a trial on dev every settings.evaluate_every steps and after the last.
+    tries_first: also before the first step.
   """
+
+  tries_first = False
 
   def __init__(self, name: str, settings: ConfigDict, steps: int, state: TrainState, tries: bool):
     self.name, self.settings, self.steps, self.state, self.tries = name, settings, steps, state, tries
@@ -72,6 +75,8 @@ class Loop(abc.ABC):
       self.restored(metadata)
       _log.info("%s goes on after step %d", self.name, first)
     writer = MetricWriter(directory, first)
+    if self.tries_first and not first:
+      self._try(writer, 0)
     waiting: collections.deque = collections.deque()  # metrics are fetched one step behind, so the devices never wait
     with progress.bar(self.name, self.steps, "step", initial=first) as shown:
       loaded = batches.load(first, self.steps, self.settings.loader_workers)
@@ -87,7 +92,7 @@ class Loop(abc.ABC):
           while waiting:  # nothing that is not finite is ever kept
             self._record(writer, shown, *waiting.popleft())
         if tried:
-          writer.write(step, {f"dev/{name}": value for name, value in self.attempt(step).items()})
+          self._try(writer, step)
         if saved:
           checkpoints.save(step, self.state, self.metadata(step))
         if preemption.asked():
@@ -95,6 +100,9 @@ class Loop(abc.ABC):
           preemption.check(f"{self.name} stands at step {step} of {self.steps}")
     checkpoints.wait()
     writer.close()
+
+  def _try(self, writer: MetricWriter, step: int) -> None:
+    writer.write(step, {f"dev/{name}": value for name, value in self.attempt(step).items()})
 
   def _record(self, writer: MetricWriter, shown: progress.Bar, step: int, metrics: Mapping) -> None:
     found = {name: float(value) for name, value in metrics.items()}

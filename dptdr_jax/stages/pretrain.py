@@ -24,13 +24,10 @@ from dptdr_jax.models import convert, mlm
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
-from dptdr_jax.runtime.shardings import state_shardings
-from dptdr_jax.stages import common, corpora
+from dptdr_jax.stages import common, corpora, steps
 from dptdr_jax.stages.layout import Layout
 from dptdr_jax.stages.loop import Loop
 from dptdr_jax.stages.trial import DevTrial
-from dptdr_jax.training.optimizer import make_optimizer, make_schedule
-from dptdr_jax.training.pretrain import make_pretrain_step
 from dptdr_jax.training.state import init_state
 
 _BUDGET_SAMPLE = 8  # batches whose tokens say how many steps a token budget is
@@ -125,7 +122,7 @@ class PretrainLoop(Loop):
     config: ConfigDict,
     backbone: Backbone,
     tensors: dict,
-    steps: int,
+    num_steps: int,
     batches: SpanBatches,
     trial: DevTrial | None,
   ):
@@ -133,18 +130,14 @@ class PretrainLoop(Loop):
     pretrain = config.pretrain
     self.backbone = backbone
     self._config, self._trial, self._batches = config, trial, batches
-    model = common.pretrain_model(config, backbone.config)
+    model = steps.pretrain_model(config, backbone.config)
     self._mesh = meshes.make_mesh(fsdp=pretrain.fsdp)
-    optimizer = make_optimizer(
-      make_schedule(pretrain.learning_rate, steps, warmup=pretrain.warmup, decay=pretrain.schedule),
-      clip=pretrain.clip, weight_decay=pretrain.weight_decay,
-    )  # fmt: skip
+    optimizer = steps.optimizer(pretrain, num_steps)
     head = mlm.head_from_huggingface(tensors, backbone.config, backbone.path) if pretrain.mlm_weight else None
     state = init_state(model.init_trainable(jax.random.key(config.seed), backbone.params, head), optimizer)
-    shardings = state_shardings(state, self._mesh)
-    options = {"seed": config.seed, "chunk": pretrain.chunk, "mesh": self._mesh, "shardings": shardings}
-    self._step = make_pretrain_step(model, optimizer, **options)
-    super().__init__("pretrain", pretrain, steps, jax.device_put(state, shardings), trial is not None)
+    self._step, shardings = steps.pretrain_step(config, model, optimizer, state, self._mesh)
+    super().__init__("pretrain", pretrain, num_steps, jax.device_put(state, shardings), trial is not None)
+    self.tries_first = self.tries  # what pretraining gives shows beside what was there
     self._seen, self._clock = 0.0, time.monotonic()  # tokens since the clock was started
 
   def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,14 +17,11 @@ from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
-from dptdr_jax.stages import common
+from dptdr_jax.stages import common, steps
 from dptdr_jax.stages.layout import Layout
 from dptdr_jax.stages.loop import Loop
 from dptdr_jax.stages.trial import DevTrial
-from dptdr_jax.training.contrastive import make_train_step
-from dptdr_jax.training.optimizer import make_optimizer, make_schedule
 from dptdr_jax.training.state import init_state
-from dptdr_jax.training.towers import TowerModel
 
 
 def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
@@ -34,9 +31,9 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
   data = PreparedData(layout.prepared)
   backbone = common.load_backbone(config, layout)
   batches = common.train_batches(config, layout, data, number)
-  steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
+  num_steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
   trial = DevTrial.build(config, layout, data, config.train.evaluate_every)
-  loop = TrainLoop(config, backbone, steps, common.frequent_tokens(config, layout), trial, directory)
+  loop = TrainLoop(config, backbone, num_steps, common.frequent_tokens(config, layout), trial, directory)
   checkpoints = Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints)
   try:
     loop.run(batches, checkpoints, directory)
@@ -50,30 +47,21 @@ class TrainLoop(Loop):
   """Prompts (or all weights) by contrast; the retriever that is best on dev is kept."""
 
   def __init__(
-    self, config: ConfigDict, backbone: Backbone, steps: int, word_ids: np.ndarray | None, trial: DevTrial | None,
+    self, config: ConfigDict, backbone: Backbone, num_steps: int, word_ids: np.ndarray | None, trial: DevTrial | None,
     directory: pathlib.Path,
   ):  # fmt: skip
     """Makes the jitted step and the first state, replicated on the mesh; prompts may start from `word_ids`."""
     train = config.train
     self._config, self._backbone, self._trial, self._directory = config, backbone, trial, directory
     self._best = {"step": 0, "value": -math.inf}
-    self._model = TowerModel(
-      backbone.config, common.prompt_spec(config), config.vector.pooling, config.vector.normalize,
-      compute_dtype=backbone.compute_dtype, dropout=common.backbone_dropout(config),
-    )  # fmt: skip
+    self._model = steps.tower_model(config, backbone.config, backbone.compute_dtype)
     self._mesh = meshes.make_mesh()
-    optimizer = make_optimizer(
-      make_schedule(train.learning_rate, steps, warmup=train.warmup, decay=train.schedule),
-      clip=train.clip, weight_decay=train.weight_decay,
-    )  # fmt: skip
-    self._step = make_train_step(
-      self._model, optimizer, seed=config.seed, query_chunk=train.query_chunk, passage_chunk=train.passage_chunk,
-      temperature=config.vector.temperature, both_directions=train.both_directions, mesh=self._mesh,
-    )  # fmt: skip
+    optimizer = steps.optimizer(train, num_steps)
+    self._step = steps.train_step(config, self._model, optimizer, self._mesh)
     tied = config.prompt.tied or config.prompt.kind == "none"
     trainable = self._model.init_trainable(jax.random.key(config.seed), backbone.params, tied=tied, word_ids=word_ids)
     state = jax.device_put(init_state(trainable, optimizer), meshes.replicated(self._mesh))
-    super().__init__("train", train, steps, state, trial is not None)
+    super().__init__("train", train, num_steps, state, trial is not None)
 
   def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     self.state, metrics = self._step(self.state, self._backbone.params, meshes.put_batch(batch, self._mesh))

@@ -1,0 +1,78 @@
+"""The jitted steps that a config describes: `train` and `pretrain` run them, `plan` compiles them from shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dptdr_jax import backbone as backbones
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.dropout import Dropout
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.runtime.shardings import state_shardings
+from dptdr_jax.training.contrastive import make_train_step
+from dptdr_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
+from dptdr_jax.training.pretrain import PretrainModel, make_pretrain_step
+from dptdr_jax.training.state import TrainState
+from dptdr_jax.training.towers import TowerModel
+
+
+def prompt_spec(config: ConfigDict) -> PromptSpec:
+  """The prompt that the config describes; a position shift of −1 is the prompt's length."""
+  prompt = config.prompt
+  if prompt.kind == "none":
+    return PromptSpec(kind="none")
+  shift = prompt.length if prompt.position_shift < 0 else prompt.position_shift
+  return PromptSpec(
+    kind=prompt.kind, length=prompt.length, projection=prompt.projection,
+    projection_size=prompt.projection_size if prompt.projection != "none" else 0,
+    position_shift=shift if prompt.kind == "deep" else 0,
+    dropout=prompt.dropout, dropout_per=prompt.dropout_per, init=prompt.init, init_scale=prompt.init_scale,
+  )  # fmt: skip
+
+
+def tower_model(config: ConfigDict, encoder: EncoderConfig, compute_dtype: str) -> TowerModel:
+  """How training turns texts into vectors."""
+  return TowerModel(
+    encoder, prompt_spec(config), config.vector.pooling, config.vector.normalize, compute_dtype=compute_dtype,
+    dropout=_dropout(config.train.backbone_dropout),
+  )  # fmt: skip
+
+
+def pretrain_model(config: ConfigDict, encoder: EncoderConfig) -> PretrainModel:
+  """How pretraining turns spans into losses."""
+  pretrain = config.pretrain
+  return PretrainModel(
+    encoder, config.vector.pooling, pretrain.normalize, pretrain.temperature, pretrain.contrast_weight,
+    pretrain.mlm_weight, compute_dtype=backbones.resolve_dtype(config.compute_dtype), remat=pretrain.remat,
+    dropout=_dropout(pretrain.dropout),
+  )  # fmt: skip
+
+
+def optimizer(section: ConfigDict, steps: int) -> Optimizer:
+  """The optimiser of config.train or config.pretrain."""
+  schedule = make_schedule(section.learning_rate, steps, warmup=section.warmup, decay=section.schedule)
+  return make_optimizer(schedule, clip=section.clip, weight_decay=section.weight_decay)
+
+
+def train_step(config: ConfigDict, model: TowerModel, updates: Optimizer, mesh: Mesh) -> Any:
+  """The step of training; see `training.contrastive.make_train_step`."""
+  train = config.train
+  return make_train_step(
+    model, updates, seed=config.seed, query_chunk=train.query_chunk, passage_chunk=train.passage_chunk,
+    temperature=config.vector.temperature, both_directions=train.both_directions, mesh=mesh,
+  )  # fmt: skip
+
+
+def pretrain_step(config: ConfigDict, model: PretrainModel, updates: Optimizer, state: TrainState, mesh: Mesh) -> tuple:
+  """The step of pretraining and the state's shardings; `state` may be of shapes alone."""
+  shardings = state_shardings(state, mesh)
+  options = {"seed": config.seed, "chunk": config.pretrain.chunk, "mesh": mesh, "shardings": shardings}
+  return make_pretrain_step(model, updates, **options), shardings
+
+
+def _dropout(rate: float) -> Dropout | None:
+  """The backbone's own dropout in training; None: as its config.json says."""
+  return None if rate < 0 else Dropout(rate, rate)
