@@ -1,0 +1,111 @@
+"""The merged training set for other trainers: the original's JSONL, and sentence-transformers' n-tuples.
+
+Both stream: a query's texts are read, written and forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from dptdr_jax.core import progress
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.core.files import Path, atomic_path
+from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.texts import Texts
+
+Passage = tuple[str, str]  # title, text
+
+
+class Example(NamedTuple):
+  """One query with its texts: positives in the order of their judgements, negatives best first."""
+
+  query: str
+  positives: list[Passage]
+  negatives: list[Passage]
+
+
+def training_examples(
+  pool: Pool, queries: Iterable[str], positives: Callable[[int], np.ndarray], texts: Texts, *, most: int | None = None
+) -> Iterator[Example]:
+  """Yields the examples of a pool, by query row.
+
+  Args:
+    pool: Q queries.
+    queries: their Q texts, by row.
+    positives: positives(query row) → passage rows, none where the query is not to train on.
+    texts: see Texts.
+    most: negatives of a query; default: all that denoising kept.
+  """
+  rows = progress.track(range(len(pool)), "export", unit="query")
+  for query, text in zip(rows, queries, strict=True):
+    relevant, negatives = np.asarray(positives(query)), pool.candidates(query)[:most]
+    found = list(texts(np.concatenate([relevant, negatives]).astype(np.int64)))
+    yield Example(text, found[: len(relevant)], found[len(relevant) :])
+
+
+def write_original(path: Path, examples: Iterable[Example]) -> dict[str, int]:
+  """Writes the original's training JSONL, atomically: {"query", "positives": [passage, …], "negatives": [passage, …]}.
+
+  A passage is its text, or {"title", "text"} where it has a title. A query without a positive is left out: the
+  original cannot read it. One without a negative is written with none.
+
+  Returns:
+    Counts: "queries" written, "without a positive", "without a negative".
+  """
+  counts = {"queries": 0, "without a positive": 0, "without a negative": 0}
+
+  def shown(passages: list[Passage]) -> list[str | dict[str, str]]:
+    return [{"title": title, "text": text} if title else text for title, text in passages]
+
+  with atomic_path(path) as partial, open(partial, "w", encoding="utf-8") as stream:
+    for query, positives, negatives in examples:
+      if not positives:
+        counts["without a positive"] += 1
+        continue
+      counts["queries"] += 1
+      counts["without a negative"] += not negatives
+      line = {"query": query, "positives": shown(positives), "negatives": shown(negatives)}
+      stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+  return counts
+
+
+def write_ntuples(
+  path: Path, examples: Iterable[Example], num_negatives: int, *, separator: str = " "
+) -> dict[str, int]:
+  """Writes sentence-transformers' n-tuples as JSONL, atomically: {"anchor", "positive", "negative_1", …, "negative_n"}.
+
+  One line for each (query, positive); the first n negatives, the same for each positive. Its losses want the same
+  columns everywhere, so a query with fewer than n negatives is left out, as sentence-transformers' own mining does.
+
+  Args:
+    path: replaced if it exists.
+    examples: see training_examples.
+    num_negatives: n, at least 1.
+    separator: between a title and its text.
+
+  Returns:
+    Counts: "lines" and "queries" written, queries "without a positive" and with "too few negatives".
+  """
+  if num_negatives < 1:
+    raise InputError("n-tuples have at least 1 negative", value=num_negatives)
+  counts = {"lines": 0, "queries": 0, "without a positive": 0, "too few negatives": 0}
+  with atomic_path(path) as partial, open(partial, "w", encoding="utf-8") as stream:
+    for query, positives, negatives in examples:
+      if not positives:
+        counts["without a positive"] += 1
+        continue
+      if len(negatives) < num_negatives:
+        counts["too few negatives"] += 1
+        continue
+      counts["queries"] += 1
+      joined = [f"{title}{separator}{text}" if title else text for title, text in negatives[:num_negatives]]
+      columns = {f"negative_{number}": text for number, text in enumerate(joined, 1)}
+      for title, text in positives:
+        line = {"anchor": query, "positive": f"{title}{separator}{text}" if title else text, **columns}
+        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        counts["lines"] += 1
+  return counts
