@@ -6,21 +6,62 @@ Every choice is drawn from a counter-based generator keyed by what it belongs to
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from typing import Literal, Protocol
 
 import numpy as np
 
-_PURPOSES = {"order": 0, "positive": 1, "negatives": 2, "fill": 3, "spans": 4}
+from dptdr_jax.core.errors import InputError
+
+_PURPOSES = {"order": 0, "positive": 1, "negatives": 2, "fill": 3, "spans": 4, "sample": 5}
+STRATEGIES = ("window", "random", "top", "simans")
 
 
 class Negatives(Protocol):
-  """Where a query's negatives come from: RowLists, or a pool of candidates with −1 fills."""
+  """Where a query's negatives come from: RowLists, or a pool of candidates with −1 fills.
+
+  For SimANS they also have `scores(query_row)` → (float [n], float): a retriever's scores of `rows(query_row)`, −inf
+  where it has none, and the best score of the query's positives, NaN where that is unknown.
+  """
 
   def rows(self, query_row: int) -> np.ndarray:
     """Returns int [n] passage rows, best first; negative numbers are fills."""
     ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How G − 1 negatives are chosen in an epoch from a query's list (fills and positives out), best first.
+
+  Attributes:
+    strategy:
+      "window": the list is shuffled once per query, epoch e takes G − 1 from e·(G − 1) on, around the end: the first
+        epochs see every negative once before one comes again. As the original.
+      "random": G − 1 drawn anew each epoch.
+      "top": the first G − 1, the same in every epoch.
+      "simans": drawn anew each epoch without replacement, p ∝ exp(−a·(s − s⁺ − b)²) of score s and positive's score s⁺
+        (SimANS, arXiv 2210.11773). A candidate without a score comes after all that have one; without s⁺ all are alike.
+    first, last: only this range of the list, for every strategy; Tevatron's "30 random of the top 200" is random with
+      last = 200. None: to the end.
+    a, b: SimANS' sharpness, in 1 / score², and shift, in scores: p is a normal curve around s⁺ + b of deviation
+      1 / √(2a), which is 1 by default. Where scores are cosines, a = 200 makes it 0.05.
+  """
+
+  strategy: str = "window"
+  first: int = 0
+  last: int | None = None
+  a: float = 0.5
+  b: float = 0.0
+
+  def __post_init__(self):
+    if self.strategy not in STRATEGIES:
+      raise InputError("unknown sampling of negatives", value=self.strategy, fix=f"Use {', '.join(STRATEGIES)}")
+    if self.first < 0 or (self.last is not None and self.last <= self.first):
+      raise InputError("a range of negatives goes from 0 ≤ first < last", value=(self.first, self.last))
+    if not (0 <= self.a < np.inf and np.isfinite(self.b)):
+      raise InputError("SimANS wants a finite a ≥ 0 and a finite b", value=(self.a, self.b))
 
 
 def generator(seed: int, stage: str, purpose: str, epoch: int, item: int) -> np.random.Generator:
@@ -31,11 +72,10 @@ def generator(seed: int, stage: str, purpose: str, epoch: int, item: int) -> np.
 
 
 class TrainGroups:
-  """Draws groups as the original does.
+  """Draws groups; by default as the original does.
 
-  The positive rotates with the epoch from a start drawn per query, or is always the first. Negatives are shuffled once
-  per query; epoch e takes the window of G − 1 from e·(G − 1) on, around the end. The first epochs thus see every
-  negative once before one comes again.
+  The positive rotates with the epoch from a start drawn per query, or is always the first. Negatives are chosen as
+  `sampling` says.
 
   A query with fewer negatives than G − 1 keeps them all in every epoch and is filled with passages drawn at random
   from the corpus, other ones each epoch (the original repeats its negatives, which adds nothing to a loss that masks
@@ -48,6 +88,7 @@ class TrainGroups:
     num_passages: C.
     group_size: G; 1 for in-batch negatives alone.
     positive: "rotate" or "first".
+    sampling: see Sampling.
   """
 
   def __init__(
@@ -60,7 +101,11 @@ class TrainGroups:
     seed: int,
     stage: str,
     positive: Literal["rotate", "first"] = "rotate",
+    sampling: Sampling | None = None,
   ):
+    self._sampling = sampling or Sampling()
+    if self._sampling.strategy == "simans" and negatives is not None and not hasattr(negatives, "scores"):
+      raise InputError("these negatives have no scores, which SimANS draws by", fix="Use those of a mined pool")
     self._positives, self._negatives = positives, negatives
     self.num_passages, self.group_size = num_passages, group_size
     self._seed, self._stage, self._first = seed, stage, positive == "first"
@@ -72,18 +117,40 @@ class TrainGroups:
     if not self._first and len(positives) > 1:
       start = int(self._generator("positive", 0, query_row).integers(len(positives))) + epoch
     chosen = positives[start % len(positives)]
-    return np.concatenate([[chosen], self._window(query_row, epoch, positives)]).astype(np.int64)
+    return np.concatenate([[chosen], self._chosen(query_row, epoch, positives)]).astype(np.int64)
 
-  def _window(self, query_row: int, epoch: int, barred: np.ndarray) -> np.ndarray:
+  def _chosen(self, query_row: int, epoch: int, barred: np.ndarray) -> np.ndarray:
     count = self.group_size - 1
     if not count:
       return np.empty(0, np.int64)
-    negatives = np.empty(0, np.int64) if self._negatives is None else self._negatives.rows(query_row)
-    negatives = negatives[(negatives >= 0) & ~(negatives[:, None] == barred).any(axis=1)]
-    negatives = self._generator("negatives", 0, query_row).permutation(negatives)
+    negatives = np.empty(0, np.int64)
+    if self._negatives is not None:
+      rows = self._negatives.rows(query_row)
+      allowed = np.flatnonzero((rows >= 0) & ~(rows[:, None] == barred).any(axis=1))
+      allowed = allowed[self._sampling.first : self._sampling.last]
+      negatives = rows[self._ordered(allowed, query_row, epoch, count)]
     if len(negatives) >= count:
-      return np.take(negatives, np.arange(epoch * count, (epoch + 1) * count), mode="wrap")
+      return negatives[:count]
     return self._fill(negatives, barred, count, self._generator("fill", epoch, query_row))
+
+  def _ordered(self, places: np.ndarray, query_row: int, epoch: int, count: int) -> np.ndarray:
+    """Puts places in the list of negatives into the order in which this epoch takes them."""
+    strategy = self._sampling.strategy
+    if strategy == "top":
+      return places
+    if strategy == "window":
+      shuffled = self._generator("negatives", 0, query_row).permutation(places)
+      return np.roll(shuffled, -epoch * count) if len(places) >= count else shuffled
+    random = self._generator("sample", epoch, query_row)
+    if strategy == "random":
+      return random.permutation(places)
+    scores, positive = self._negatives.scores(query_row)
+    # Gumbel top-k: the largest of log p + G, with G independent Gumbel draws, are a draw without replacement.
+    keys = random.gumbel(size=len(places))
+    known = np.isfinite(scores[places]) & np.isfinite(positive)
+    distances = np.asarray(scores, np.float64)[places[known]] - positive - self._sampling.b
+    keys[known] -= self._sampling.a * np.square(distances)
+    return places[np.lexsort((-keys, ~known))]
 
   def _fill(self, negatives: np.ndarray, barred: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
     """Adds random rows until there are `count`, none barred and, where the corpus allows, none twice."""

@@ -1,9 +1,12 @@
-"""Training groups by hand: rotation, windows, fills."""
+"""Training groups by hand: rotation, windows, fills, and the other ways to sample negatives."""
+
+import itertools
 
 import numpy as np
 import pytest
 
-from dptdr_jax.data.groups import TrainGroups, generator
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.groups import STRATEGIES, Sampling, TrainGroups, generator
 
 POSITIVES = {0: [10, 11, 12], 1: [20]}
 
@@ -13,6 +16,15 @@ class Pool:
 
   def rows(self, query_row):
     return np.array([100, 101, 10, 102, 103, 20, 104, 105, 106, -1, -1])
+
+
+class Scored(Pool):
+  """The same with a score for each; 106 has none, and the positive of query 0 scores 4, that of query 1 is unknown."""
+
+  SCORES = np.array([9, 6, 5, 4.5, 4, 5, 3, 2, -np.inf, -np.inf, -np.inf])
+
+  def scores(self, query_row):
+    return self.SCORES, 4.0 if query_row == 0 else np.nan
 
 
 class Few:
@@ -72,3 +84,81 @@ def test_streams_depend_on_every_word_of_their_key():
   draws = [tuple(generator(*key).integers(2**62, size=4)) for key in keys]
   assert len({value for draw in draws for value in draw}) == 24
   assert draws == [tuple(generator(*key).integers(2**62, size=4)) for key in keys]
+
+
+def _draws(epochs, group_size, **sampling):
+  groups = _groups(Scored(), group_size, sampling=Sampling(**sampling))
+  return np.array([groups.group(0, epoch)[1:] for epoch in range(epochs)])
+
+
+def test_top_and_random_keep_to_their_range():
+  assert _draws(3, 4, strategy="top").tolist() == [[100, 101, 102]] * 3  # 10 is a positive of query 0
+  assert _draws(2, 3, strategy="top", first=2, last=5).tolist() == [[102, 103]] * 2
+  drawn = _draws(300, 3, strategy="random", first=1, last=5)  # of 101, 102, 103, 20
+  assert all(len(set(group)) == 2 for group in drawn.tolist())
+  counts = {row: int((drawn == row).sum()) for row in np.unique(drawn)}
+  assert set(counts) == {101, 102, 103, 20} and all(110 < count < 190 for count in counts.values())
+  window = _draws(2, 3, strategy="window", first=1, last=5)
+  assert sorted(window.ravel().tolist()) == [20, 101, 102, 103]
+
+
+def test_a_range_with_too_few_is_filled():
+  drawn = _draws(20, 5, strategy="random", first=6)
+  assert all({105, 106} <= set(group) and len(set(group)) == 4 for group in drawn.tolist())
+  assert len({tuple(sorted(group)) for group in drawn.tolist()}) > 15
+
+
+def test_simans_draws_by_the_formula():
+  rows, scores = np.array([100, 101, 102, 103, 20, 104, 105]), np.array([9, 6, 4.5, 4, 5, 3, 2])
+  weights = np.exp(-0.3 * (scores - 4 - 0.5) ** 2)
+  epochs = 4000
+  drawn = _draws(epochs, 3, strategy="simans", a=0.3, b=0.5)
+  statistic, cells = 0.0, 0
+  for first, second in itertools.permutations(range(7), 2):  # one after the other, without replacement
+    expected = epochs * weights[first] / weights.sum() * weights[second] / (weights.sum() - weights[first])
+    observed = int(((drawn[:, 0] == rows[first]) & (drawn[:, 1] == rows[second])).sum())
+    if expected >= 5:
+      statistic, cells = statistic + (observed - expected) ** 2 / expected, cells + 1
+    else:
+      assert observed < 20
+  assert cells > 20 and statistic < cells + 4 * np.sqrt(2 * cells)  # chi-square: mean cells − 1, variance twice it
+  assert 106 not in drawn
+
+
+def test_simans_takes_what_has_no_score_only_when_it_must():
+  rows = {100, 101, 102, 103, 20, 104, 105}
+  assert all(set(group[:7]) == rows and group[7] == 106 for group in _draws(5, 9, strategy="simans").tolist())
+  unknown = _groups(Scored(), 2, sampling=Sampling("simans", a=50.0))  # query 1: no score of a positive
+  counts = np.unique([unknown.group(1, epoch)[1] for epoch in range(800)], return_counts=True)
+  assert counts[0].tolist() == [10, *range(100, 107)] and (counts[1] > 60).all()
+  assert _groups(None, 3, sampling=Sampling("simans")).group(0, 0).shape == (3,)  # random passages need no scores
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_is_a_function_of_its_key(strategy):
+  def make(**options):
+    return _groups(Scored(), 4, sampling=Sampling(strategy), **options)
+
+  keys = list(itertools.product((0, 1), range(6)))
+  groups = make()
+  expected = {key: groups.group(*key).tolist() for key in keys}
+  again = make()
+  assert all(again.group(*key).tolist() == expected[key] for key in reversed(keys))
+  others = [make(seed=4), make(stage="train2")]
+  differ = [any(other.group(*key)[1:].tolist() != expected[key][1:] for key in keys) for other in others]
+  assert differ == [strategy != "top"] * 2
+  epochs = {tuple(expected[0, epoch][1:]) for epoch in range(6)}
+  assert len(epochs) == 1 if strategy == "top" else len(epochs) > 3
+
+
+def test_bad_sampling_is_named():
+  with pytest.raises(InputError, match="unknown sampling of negatives: 'hard'. Use window, random, top, simans"):
+    Sampling("hard")
+  for options in ({"first": -1}, {"first": 3, "last": 3}):
+    with pytest.raises(InputError, match="0 ≤ first < last"):
+      Sampling(**options)
+  for options in ({"a": -1.0}, {"b": np.nan}):
+    with pytest.raises(InputError, match="finite a ≥ 0"):
+      Sampling("simans", **options)
+  with pytest.raises(InputError, match="no scores, which SimANS draws by"):
+    _groups(Pool(), 3, sampling=Sampling("simans"))
