@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import unicodedata
@@ -88,7 +89,13 @@ class TextRule:
     if any(text in candidate.joined for text in inside):
       return Reason.CONTAINS
     if self.near_duplicate is not None:
+      words = candidate.text.split()
       for positive in positives:
+        # |A ∩ B| / |A ∪ B| ≥ t wants t of the positive's shingles in the candidate, hence their first words: cheap, and
+        # enough to pass over most candidates at high thresholds
+        common = sum(positive.starts[word] for word in positive.starts.keys() & words)
+        if common < self.near_duplicate * len(positive.shingles):
+          continue
         if similarity(candidate.shingles, positive.shingles) >= self.near_duplicate:
           return Reason.NEAR_DUPLICATE
     return Reason.KEPT
@@ -128,3 +135,8 @@ class _Form:
   @functools.cached_property
   def shingles(self) -> frozenset[tuple[str, ...]]:
     return shingles(self.text, self._size)
+
+  @functools.cached_property
+  def starts(self) -> collections.Counter[str]:
+    """How many shingles begin with a word."""
+    return collections.Counter(shingle[0] for shingle in self.shingles if shingle)

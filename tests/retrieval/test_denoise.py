@@ -111,6 +111,24 @@ def test_similarity_of_shingles():
   assert shingles("a b", 3) == {("a", "b")}
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.6, 1.0])
+def test_near_duplicates_are_those_of_their_similarity(tmp_path, threshold):
+  random = np.random.default_rng(1)
+  words = np.array(list("abcdef"))
+  positive = " ".join(random.choice(words, 30))
+  passages = [positive]
+  for changes in range(30):  # from nearly the same to nearly random
+    copy = np.array(positive.split())
+    copy[random.choice(30, changes, replace=False)] = random.choice([*words, "x", "y"], changes)
+    passages.append(" ".join(copy[: 30 - changes // 3]) + " z")
+  pool, qrels = make(tmp_path / "p", [list(range(1, 31))])
+  rule = TextRule(qrels, lambda rows: [("", passages[row]) for row in rows], None, threshold, shingle=2)
+  pool = denoise(tmp_path / "c", tmp_path / "p", [rule])
+  values = {row: similarity(shingles(passages[row], 2), shingles(positive, 2)) for row in range(1, 31)}
+  assert set(reasons_of(pool)) == {row for row, value in values.items() if value >= threshold}
+  assert min(values.values()) < 0.3 and max(values.values()) > 0.9
+
+
 def test_margins_against_a_loop(tmp_path, monkeypatch):
   monkeypatch.setattr(candidates, "BLOCK_ENTRIES", 40)
   random = np.random.default_rng(0)
