@@ -157,7 +157,7 @@ def denoise(directory: Path, pool: Path, rules: Sequence[Rule]) -> Pool:
     with open_arrays(partial, ["reasons"], len(opened), width, len(opened.names)) as streams:
       for block in opened.blocks():
         reasons, kept = opened.verdicts(block), opened.kept(block)
-        before = kept.any(1)
+        answered = (opened.rows[block, :1] >= 0).any(1)
         for number, rule in enumerate(rules):
           verdict = rule.judge(opened, block, kept)
           unjudged[number] += verdict.unjudged
@@ -169,7 +169,7 @@ def denoise(directory: Path, pool: Path, rules: Sequence[Rule]) -> Pool:
             taken += _by_source(opened.sources[block][removed], len(opened.names))
         streams["reasons"].write(reasons.tobytes())
         kept_in_all += int(kept.sum())
-        emptied += int((before & ~kept.any(1)).sum())
+        emptied += int((answered & ~kept.any(1)).sum())
         shown.advance(block.stop - block.start)
     applied = [
       {**rule.describe(), "removed": {reason.name: _named(taken, opened.names) for reason, taken in counted.items()},

@@ -52,7 +52,7 @@ def hidden_positives(pool: Pool, queries: np.ndarray, rows: np.ndarray) -> list[
     counts[0] += np.bincount(reasons[there & ~hidden], minlength=len(Reason))
     counts[1] += np.bincount(reasons[hidden], minlength=len(Reason))
   (others, hidden_left), lost = counts.sum(1), 0
-  steps = [HiddenStep("merge", hidden_left / len(hidden_keys), 0.0)]
+  steps = [HiddenStep("merge", float(hidden_left / len(hidden_keys)), 0.0)]
   for reason in Reason:
     if reason != Reason.KEPT and counts[:, reason].any():
       lost, hidden_left = lost + counts[0, reason], hidden_left - counts[1, reason]

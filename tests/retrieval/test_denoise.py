@@ -210,6 +210,7 @@ def test_the_first_rule_that_hits_wins_and_pools_are_denoised_again(tmp_path):
   second = denoise(tmp_path / "d", tmp_path / "c", rules[1:])
   np.testing.assert_array_equal(second.reasons, pool.reasons)
   assert second.manifest["denoising"] == pool.manifest["denoising"] and second.manifest["kept"] == 0
+  assert second.manifest["emptied"] == 1
 
 
 def test_bad_rules_are_named(tmp_path):
