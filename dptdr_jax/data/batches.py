@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,46 +26,28 @@ class BatchRows(NamedTuple):
   epochs: np.ndarray
 
 
-class TrainBatches:
-  """`batches[step]` → this host's slice of the global batch.
+class GroupBatches(abc.ABC):
+  """Batches of training groups; a subclass says what a batch holds of the rows.
 
   The stream of examples is one permutation of the training queries per epoch, drawn from (seed, stage, epoch), one
   epoch behind the other; batches are cut from it and always full, so that one may straddle two epochs. Every host
-  computes the rows of the global batch (cheap) and gathers the tokens of its own slice alone; T is the bucket that the
-  global batch needs, so that hosts agree on shapes.
-
-  A batch, of B global examples and G passages each, on host p of n (M = B·G, b = B / n, m = M / n):
-    query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
-    targets int32 [b]: column of each query's positive in the global batch,
-    blocked bool [b, M]: columns that must not count as negatives: the query's positives, and all but the first
-      occurrence of a passage; never the target.
-  With n = 1 it is the global batch; slices of all hosts, one below the other, are the same.
+  computes the rows of the global batch (cheap) and gathers the tokens of its own slice alone.
 
   Args:
-    queries, passages: token stores.
     query_rows: int64 [n], the training queries: those with a positive.
     groups: draws their passages; its group size is G.
-    positives: positives(query_row) → int64 rows of all its known positives.
-    batch_size: B.
-    query_tokens, passage_tokens: length limits, special tokens included.
-    bucket: lengths are multiples of it.
+    batch_size: B, queries of the global batch.
     host, num_hosts: which slice.
   """
 
   def __init__(
     self,
-    queries: TokenStore,
-    passages: TokenStore,
     query_rows: np.ndarray,
     groups: TrainGroups,
-    positives: Callable[[int], np.ndarray],
     *,
     batch_size: int,
-    query_tokens: int,
-    passage_tokens: int,
     seed: int,
     stage: str,
-    bucket: int = 16,
     host: int = 0,
     num_hosts: int = 1,
   ):
@@ -72,13 +55,15 @@ class TrainBatches:
       raise InputError("no training query left")
     if batch_size % num_hosts:
       raise InputError(f"a batch of {batch_size} cannot be divided among {num_hosts} hosts")
-    self._queries, self._passages, self._query_rows = queries, passages, np.asarray(query_rows, np.int64)
-    self._groups, self._positives, self._batch_size = groups, positives, batch_size
-    self._query_tokens, self._passage_tokens, self._bucket = query_tokens, passage_tokens, bucket
+    self._query_rows, self._groups, self._batch_size = np.asarray(query_rows, np.int64), groups, batch_size
     self._seed, self._stage = seed, stage
     share = batch_size // num_hosts
     self._examples = slice(host * share, (host + 1) * share)
     self._order = functools.lru_cache(maxsize=2)(self._permutation)
+
+  @abc.abstractmethod
+  def __getitem__(self, step: int) -> Batch:
+    """This host's slice of the global batch of a step."""
 
   @property
   def steps_per_epoch(self) -> float:
@@ -95,6 +80,51 @@ class TrainBatches:
       queries[chosen] = self._query_rows[self._order(int(epoch))[within[chosen]]]
     groups = [self._groups.group(int(query), int(epoch)) for query, epoch in zip(queries, epochs, strict=True)]
     return BatchRows(queries, np.stack(groups), epochs)
+
+  def load(self, start_step: int, stop_step: int, workers: int = 2, ahead: int = 4) -> Iterator[Batch]:
+    """Yields the batches of start_step … stop_step − 1, some of them made ahead; see `load_ahead`."""
+    return load_ahead(self.__getitem__, start_step, stop_step, workers, ahead)
+
+  def _permutation(self, epoch: int) -> np.ndarray:
+    return generator(self._seed, self._stage, "order", epoch, 0).permutation(len(self._query_rows))
+
+
+class TrainBatches(GroupBatches):
+  """`batches[step]` → this host's slice of the global batch, queries and passages apart.
+
+  T is the bucket that the global batch needs, so that hosts agree on shapes.
+
+  A batch, of B global examples and G passages each, on host p of n (M = B·G, b = B / n, m = M / n):
+    query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
+    targets int32 [b]: column of each query's positive in the global batch,
+    blocked bool [b, M]: columns that must not count as negatives: the query's positives, and all but the first
+      occurrence of a passage; never the target.
+  With n = 1 it is the global batch; slices of all hosts, one below the other, are the same.
+
+  Args:
+    queries, passages: token stores.
+    query_rows, groups, and what `options` holds: see GroupBatches.
+    positives: positives(query_row) → int64 rows of all its known positives.
+    query_tokens, passage_tokens: length limits, special tokens included.
+    bucket: lengths are multiples of it.
+  """
+
+  def __init__(
+    self,
+    queries: TokenStore,
+    passages: TokenStore,
+    query_rows: np.ndarray,
+    groups: TrainGroups,
+    positives: Callable[[int], np.ndarray],
+    *,
+    query_tokens: int,
+    passage_tokens: int,
+    bucket: int = 16,
+    **options: Any,
+  ):
+    super().__init__(query_rows, groups, **options)
+    self._queries, self._passages, self._positives = queries, passages, positives
+    self._query_tokens, self._passage_tokens, self._bucket = query_tokens, passage_tokens, bucket
 
   def __getitem__(self, step: int) -> Batch:
     rows = self.rows(step)
@@ -114,13 +144,6 @@ class TrainBatches:
       "targets": targets,
       "blocked": blocked(rows.passages.ravel(), [self._positives(int(query)) for query in mine], targets),
     }
-
-  def load(self, start_step: int, stop_step: int, workers: int = 2, ahead: int = 4) -> Iterator[Batch]:
-    """Yields the batches of start_step … stop_step − 1, some of them made ahead; see `load_ahead`."""
-    return load_ahead(self.__getitem__, start_step, stop_step, workers, ahead)
-
-  def _permutation(self, epoch: int) -> np.ndarray:
-    return generator(self._seed, self._stage, "order", epoch, 0).permutation(len(self._query_rows))
 
 
 def load_ahead(

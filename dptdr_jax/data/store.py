@@ -95,6 +95,10 @@ class TokenStore:
     content = self.lengths_of(rows, max_tokens) - self.num_special
     return self._wrapped(ragged.gather(self._tokens, self._offsets[rows], content), content, width)
 
+  def heads(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns int32, the first `counts` tokens (int64 [n]) of each of `rows`, one row's behind the other's."""
+    return ragged.gather(self._tokens, self._offsets[rows], counts).astype(np.int32)
+
   def words(self, rows: np.ndarray) -> np.ndarray:
     """Returns bool, one row's tokens behind the other's: where the tokenizer starts a word."""
     if self._words is None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -14,6 +14,14 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import read_json
 
 _NAMES = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>")}
+
+
+class PairTemplate(NamedTuple):
+  """The special ids around two texts in one sequence: BERT's (cls), (sep), (sep); RoBERTa's (s), (/s, /s), (/s)."""
+
+  before: tuple[int, ...]
+  between: tuple[int, ...]
+  after: tuple[int, ...]
 
 
 class Tokenizer:
@@ -63,6 +71,21 @@ class Tokenizer:
   def wrap(self, ids: Sequence[int]) -> list[int]:
     """Returns prefix + ids + suffix."""
     return [*self.prefix, *ids, *self.suffix]
+
+  def pair_template(self) -> PairTemplate:
+    """Returns what the tokenizer's own post-processor puts around two texts.
+
+    Raises:
+      InputError: it puts nothing before, between or after them, or the second text first.
+    """
+    encoding = self.backend.encode("a", "a", add_special_tokens=True)
+    first, second = ([at for at, text in enumerate(encoding.sequence_ids) if text == which] for which in (0, 1))
+    ids = encoding.ids
+    found = PairTemplate(*map(tuple, (ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :])))
+    if not all(found) or second[0] < first[-1]:
+      what = "the tokenizer puts no special tokens before, between and after two texts"
+      raise InputError(what, path=self.directory, fix="Its post-processor must have a template for pairs")
+    return found
 
   def check_model(self, vocab_size: int, path: str | pathlib.Path) -> None:
     """Raises an InputError when the model at `path` has fewer word embeddings than the tokenizer has ids."""
