@@ -108,7 +108,6 @@ class Plan:
   """How a corpus lies on the devices: blocks of [devices · share, width], each share in tiles of `tile` rows."""
 
   mesh: Mesh
-  blocks: int
   share: int
   tile: int
   width: int
@@ -121,13 +120,10 @@ class Plan:
     """Blocks, and tiles in them, are of one size, with little padding: as many as are needed, then made even."""
     most = max(_ROWS, device_bytes // 2 // (width * jnp.dtype(dtype).itemsize))
     each = -(-count // len(devices))
-    blocks = -(-each // most)
-    share = -(-each // blocks)
+    share = -(-each // -(-each // most))
     tiles = -(-share // max(tile_rows, _ROWS))
     tile = -(-share // (tiles * _ROWS)) * _ROWS
-    share = tile * tiles
-    blocks = -(-each // share)  # rounding up may have saved one
-    return cls(Mesh(np.array(devices), (_SHARD,)), blocks, share, tile, width, dtype)
+    return cls(Mesh(np.array(devices), (_SHARD,)), tile * tiles, tile, width, dtype)
 
   @property
   def block(self) -> int:
@@ -287,7 +283,8 @@ def _top_k(values: jax.Array, k: int) -> list[jax.Array]:
 def group_size(platform: str, tile: int, k: int) -> int:
   """Passages a group: what leaves two top-k, over tile / g maxima and over k · g members, least to look at.
 
-  On a CPU 1: its top_k is a partial sort, one pass over the tile; elsewhere top_k costs as much as a sort, or nearly.
+  On a CPU 1: its top_k is a partial sort, one pass over the tile (measured). Elsewhere a top_k is taken to cost what a
+  sort does, which is not measured yet: benchmarks/device_search.py --group does it.
   """
   if platform == "cpu":
     return 1

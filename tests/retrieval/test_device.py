@@ -83,6 +83,12 @@ def test_ties_stand_by_row_across_tiles_devices_and_blocks(devices, dtype, k):
   same(got, search_exact(queries, passages, k))
 
 
+def test_minus_zero_ties_with_zero():
+  """Of width 1, where a product is no sum that begins with 0."""
+  got = search_devices(np.zeros((1, 1), np.float32), gaussian((300, 1), 0), 300, mesh=mesh_of(1))
+  assert got.rows[0].tolist() == list(range(300))
+
+
 @pytest.mark.parametrize(("count", "k"), [(5, 9), (300, 300), (300, 1000), (1, 1), (0, 3)])
 def test_a_depth_beyond_the_corpus_is_filled(count, k):
   passages, queries = integers((count, WIDTH), 0), integers((3, WIDTH), 1)
