@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
       pretrain=_pretrain(),
       prompt=_prompt(),
       train=_train(),
+      rounds=1,  # of training; between two of them negatives are mined with the retriever of the first (the paper's: 2)
+      mine=_mine(),
       encode=_encode(),
       index=_index(),
       evaluate=_evaluate(),
@@ -119,8 +121,14 @@ def _train() -> dict:
     queries=64,  # a step, over all devices
     passages=2,  # a query: its positive and passages - 1 negatives; 1: in-batch negatives alone
     positive="rotate",  # 'rotate' with the epoch, or 'first' always (NQ)
-    negatives="source",  # 'source' (the data's own, else random), 'bm25' (mined before training) or 'random'
-    bm25_depth=100,  # bm25: ranks that hold negatives, judged positives left out
+    negatives="source",  # of round 1: 'source' (the data's own, else random), 'bm25' (mined before it) or 'random'
+    sampling="window",  # of negatives in an epoch: 'window' (the original's), 'random', 'top', 'simans' (by score)
+    sample_first=0,  # only the negatives of a query from this place on, best first
+    sample_last=0,  # … and up to this one; 0: to the end
+    simans_source="dense",  # whose scores SimANS draws by; the first source where a pool has no such one
+    simans_a=0.5,  # its sharpness, 1 / score²; 200 where scores are cosines
+    simans_b=0.0,  # its shift, in scores
+    restart=True,  # each round from fresh prompts (the paper's stage 2); False: from those of the round before
     query_chunk=0,  # gradient cache, queries a device at a time; 0: all at once
     passage_chunk=0,  # gradient cache, passages a device at a time; 0: all at once
     both_directions=False,  # also tell each passage's query from the others
@@ -138,6 +146,28 @@ def _train() -> dict:
     evaluate_queries=512,  # dev queries of an evaluation
     select_by="RR@10",  # measure on dev that chooses
     loader_workers=2,  # threads that build batches ahead
+  )
+
+
+def _mine() -> dict:
+  return dict(
+    bm25=_mined_from(depth=100),
+    dense=_mined_from(depth=200),  # the retriever of the round before, by config.index (Tevatron: 200)
+    runs=(),  # TREC run files of other retrievers over the training queries
+    outside=_mined_from(depth=200),  # how they are used; no margins
+    width=0,  # candidates that a query has in all; 0: whatever the sources give
+    same_text=True,  # take out what equals or contains a positive's text, whatever its id
+    near_duplicate=0.0,  # and what shares this share of its word shingles with a positive (Jaccard); 0: off
+  )
+
+
+def _mined_from(depth: int) -> dict:
+  return dict(
+    depth=depth,  # ranks of it that are candidates; 0: not asked
+    first=0,  # ranks skipped on top, where false negatives stand
+    quota=0,  # candidates it gives to a query at most; 0: all
+    relative_margin=0.0,  # take out what it scores above this share of its positive (NV-Retriever: .95); 0: off
+    absolute_margin=0.0,  # or above its positive's score less this; 0: off
   )
 
 

@@ -13,7 +13,7 @@ import functools
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
@@ -57,19 +57,31 @@ def stages(config: ConfigDict) -> list[Stage]:
   if config.pretrain.enabled:
     fields = ("seed", "pretrain", "compute_dtype", "backbone", "text.separator", "vector.pooling")
     pretrained = [Stage("pretrain", pretrain.run, fields, ("prepare",), files=corpora.outside_files)]
-  mined = []
-  if config.train.negatives == "bm25":
-    mined = [Stage("mine0", mine.run, ("train.bm25_depth", "data.train_split"), ("prepare",))]
-  before = ("prepare", *(stage.name for stage in [*pretrained, *mined]))
+  rounds = list(_rounds(config, ("prepare", *(stage.name for stage in pretrained)), model))
+  names = ("prepare", *(stage.name for stage in rounds))
   return [
     prepared,
     *pretrained,
-    *mined,
-    Stage("train1", functools.partial(train.run, number=1), ("seed", "train", "prompt", *model), before),
-    Stage("encode", encode.run, ("encode", "evaluate.splits", *baselines, *model), ("prepare", "train1")),
-    Stage("evaluate", evaluate.run, ("evaluate", "index"), ("prepare", "train1", "encode")),
-    Stage("report", report.run, (), ("prepare", "train1", "evaluate")),
+    *rounds,
+    Stage("encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), names),
+    Stage("evaluate", evaluate.run, ("evaluate", "index", "rounds"), (*names, "encode")),
+    Stage("report", report.run, (), (*names, "evaluate")),
   ]
+
+
+def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...]) -> Iterator[Stage]:
+  """Training, and before each round (but the first, unless it wants BM25's negatives) mining."""
+  inputs = before
+  for number in range(1, config.rounds + 1):
+    if number > 1 or config.train.negatives == "bm25":
+      fields = ("mine", "data.train_split", "evaluate.examples")
+      fields += ("encode", "index", *model) if number > 1 else ()
+      mined = functools.partial(mine.run, number=number - 1)
+      yield Stage(f"mine{number - 1}", mined, fields, inputs, mine.outside_files)
+      inputs = (*inputs, f"mine{number - 1}")
+    fields = ("seed", "train", "prompt", *model)
+    yield Stage(f"train{number}", functools.partial(train.run, number=number), fields, inputs)
+    inputs = (*inputs, f"train{number}")
 
 
 def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verify: bool = False) -> None:
@@ -82,6 +94,7 @@ def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verif
     verify: hash the files from outside again instead of trusting their size and time.
   """
   common.check(config)
+  mine.check(config)
   layout = Layout.of(workdir)
   plan = stages(config)
   chosen = _choose([stage.name for stage in plan], only)

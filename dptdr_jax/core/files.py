@@ -121,6 +121,19 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def link_tree(source: Path, target: Path) -> None:
+  """Makes `target` a directory with the files of `source`, by hard links where the file system has them."""
+
+  def link_or_copy(one: str, other: str) -> None:
+    try:
+      os.link(one, other)
+    except OSError:
+      shutil.copyfile(one, other)
+
+  with atomic_directory(target) as partial:
+    shutil.copytree(source, partial, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
   """Writes `value` as indented JSON, atomically."""
   with atomic_path(path) as partial:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
@@ -17,7 +18,7 @@ import numpy as np
 
 from dptdr_jax.core import progress
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.core.files import Path, atomic_path, open_text
+from dptdr_jax.core.files import Path, atomic_directory, atomic_path, open_text
 
 FILL = -1  # in place of a passage row where a query has fewer than K passages
 
@@ -57,6 +58,20 @@ class Run:
     rows = np.where(absent, FILL, rows).astype(np.int32)
     order = np.lexsort((np.where(absent, np.iinfo(np.int32).max, rows), -scores))[:, :depth]
     return cls(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
+
+  @classmethod
+  def open(cls, directory: Path) -> Run:
+    """Maps a run that `save` wrote."""
+    try:
+      return cls(*(np.load(os.path.join(directory, f"{name}.npy"), mmap_mode="r") for name in ("rows", "scores")))
+    except (OSError, ValueError) as error:
+      raise InputError(f"no whole run here ({error})", path=directory, fix="Remove it: it is searched again") from error
+
+  def save(self, directory: Path) -> None:
+    """Writes rows.npy and scores.npy, both or neither."""
+    with atomic_directory(directory) as partial:
+      np.save(partial / "rows.npy", self.rows)
+      np.save(partial / "scores.npy", self.scores)
 
   def __len__(self) -> int:
     """Number of queries Q."""

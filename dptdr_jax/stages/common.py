@@ -12,7 +12,7 @@ from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.batches import TrainBatches
-from dptdr_jax.data.groups import Negatives, TrainGroups
+from dptdr_jax.data.groups import Negatives, Sampling, TrainGroups
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models.config import EncoderConfig
@@ -49,6 +49,7 @@ def check(config: ConfigDict) -> None:
     raise InputError("unknown train.negatives", value=config.train.negatives, fix=f"Use {', '.join(NEGATIVES)}")
   if config.train.positive not in ("rotate", "first"):
     raise InputError("unknown train.positive", value=config.train.positive, fix="Use rotate or first")
+  sampling(config)
   if config.pretrain.enabled:
     steps.pretrain_model(config, encoder)
     check_lengths(encoder, PromptSpec(kind="none"), config.pretrain.span_tokens)
@@ -106,7 +107,13 @@ def untuned_systems(config: ConfigDict) -> dict[str, tuple[str, str]]:
 
 def dense_systems(config: ConfigDict) -> list[str]:
   """Names, as in results.json, of the dense systems that are evaluated, in order."""
-  return [*untuned_systems(config), "train1"]
+  return [*untuned_systems(config), *(f"train{number}" for number in range(1, config.rounds + 1))]
+
+
+def trained(config: ConfigDict, layout: Layout, number: int, shared: Backbone | None = None) -> Retriever:
+  """The retriever that round `number` of training chose, on the shared backbone unless its weights are tuned."""
+  tuned = config.prompt.kind == "none"
+  return Retriever.load(layout.retriever(number), None if tuned else shared or load_backbone(config, layout))
 
 
 def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:
@@ -120,8 +127,8 @@ def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:
   for system, (origin, pooling) in untuned.items():
     vector = {**config.vector, "pooling": pooling}
     found[system] = Retriever.untuned(origins[origin], **vector, **config.text)
-  tuned = config.prompt.kind == "none"
-  found["train1"] = Retriever.load(layout.stage("train1") / "retriever", None if tuned else shared)
+  for number in range(1, config.rounds + 1):
+    found[f"train{number}"] = trained(config, layout, number, shared)
   return found
 
 
@@ -131,8 +138,8 @@ def train_batches(config: ConfigDict, layout: Layout, data: PreparedData, number
   split = data.splits[name]
   stage = f"train{number}"
   groups = TrainGroups(
-    split.positives, _negatives(config, layout, data), num_passages=len(data.ids), group_size=train.passages,
-    seed=config.seed, stage=stage, positive=train.positive,
+    split.positives, _negatives(config, layout, data, number), num_passages=len(data.ids), group_size=train.passages,
+    seed=config.seed, stage=stage, positive=train.positive, sampling=sampling(config),
   )  # fmt: skip
   trainable = np.array([row for row in range(len(split)) if len(split.positives(row))])
   return TrainBatches(
@@ -142,22 +149,40 @@ def train_batches(config: ConfigDict, layout: Layout, data: PreparedData, number
   )  # fmt: skip
 
 
-def _negatives(config: ConfigDict, layout: Layout, data: PreparedData) -> Negatives | None:
+def sampling(config: ConfigDict) -> Sampling:
+  """How negatives are drawn from what there is for a query."""
+  train = config.train
+  return Sampling(train.sampling, train.sample_first, train.sample_last or None, train.simans_a, train.simans_b)
+
+
+def _negatives(config: ConfigDict, layout: Layout, data: PreparedData, number: int) -> Negatives | None:
+  """What round `number` draws from: from the second on, what the round before mined."""
   named = config.train.negatives
-  if named == "source":
-    return data.splits[config.data.train_split].negatives
-  return PoolNegatives(Pool.open(layout.pool(0))) if named == "bm25" else None
+  if number > 1 or named == "bm25":
+    pool = Pool.open(layout.pool(number - 1))
+    return PoolNegatives(
+      pool, config.train.simans_source if config.train.simans_source in pool.names else pool.names[0]
+    )
+  return data.splits[config.data.train_split].negatives if named == "source" else None
 
 
 class PoolNegatives:
-  """A pool of mined candidates as the negatives that training groups draw from."""
+  """A pool of mined candidates as the negatives that training groups draw from.
 
-  def __init__(self, pool: Pool):
-    self._pool = pool
+  Args:
+    source: whose scores SimANS draws by.
+  """
+
+  def __init__(self, pool: Pool, source: str):
+    self._pool, self._source = pool, source
 
   def rows(self, query_row: int) -> np.ndarray:
     """Passage rows of a query, best first."""
     return np.asarray(self._pool.candidates(query_row))
+
+  def scores(self, query_row: int) -> tuple[np.ndarray, float]:
+    """The source's scores of `rows(query_row)`, and of the query's best positive."""
+    return self._pool.candidate_scores(query_row, self._source)
 
 
 def frequent_tokens(config: ConfigDict, layout: Layout) -> np.ndarray | None:

@@ -7,9 +7,10 @@ import logging
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, preemption
+from dptdr_jax.data.ids import IdTable
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
-from dptdr_jax.retrieval.embeddings import EmbeddingWriter
+from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.stages import common
 from dptdr_jax.stages.layout import Layout
@@ -23,24 +24,42 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   data = PreparedData(layout.prepared)
   for system, retriever in common.retrievers(config, layout).items():
     for split in config.evaluate.splits:
-      ids = data.splits[split].ids
-      _encode(config, layout, system, retriever, split, "query", ids)
-    _encode(config, layout, system, retriever, "corpus", "passage", data.ids)
+      encode(config, layout, layout.embeddings(system, split), split, retriever, "query", data.splits[split].ids)
+    _take_over(config, layout, system, retriever)
+    encode(config, layout, layout.embeddings(system, "corpus"), "corpus", retriever, "passage", data.ids)
 
 
-def _encode(config: ConfigDict, layout: Layout, system: str, retriever: Retriever, part: str, kind: str, ids) -> None:
+def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retriever) -> None:
+  """Links the corpus' vectors where mining has made the same ones."""
+  mined = layout.mined_vectors(int(system.removeprefix("train")), "corpus") if system.startswith("train") else None
+  target = layout.embeddings(system, "corpus")
+  if mined is None or not (mined / "manifest.json").exists() or target.exists():
+    return
+  made = Embeddings(mined)
+  if made.source == _source(retriever, "passage") and made.dtype == config.encode.dtype:
+    files.link_tree(mined, target)
+
+
+def _source(retriever: Retriever, kind: str) -> dict:
+  """What vectors depend on."""
+  return {"retriever": retriever.hash, "kind": kind, "tokens": retriever.settings.limit(kind)}
+
+
+def encode(
+  config: ConfigDict, layout: Layout, directory: files.Path, part: str, retriever: Retriever, kind: str, ids: IdTable
+) -> None:
+  """Vectors of the corpus ('corpus') or of a split's queries, into `directory`; whole shards are kept."""
   store = TokenStore(layout.store(part))
   writer = EmbeddingWriter(
-    layout.embeddings(system, part), count=len(store), width=retriever.backbone.config.hidden_size,
-    source={"retriever": retriever.hash, "kind": kind, "tokens": retriever.settings.limit(kind)},
+    directory, count=len(store), width=retriever.backbone.config.hidden_size, source=_source(retriever, kind),
     shard_rows=config.encode.shard_passages, dtype=config.encode.dtype,
   )  # fmt: skip
   for shard in writer.missing():
     rows = writer.rows(shard)
-    _log.info("%s: %s, shard %d of %d", system, part, shard + 1, writer.num_shards)
+    _log.info("%s, shard %d of %d", directory, shard + 1, writer.num_shards)
     vectors = retriever.encode_store(
       store, kind, range(rows.start, rows.stop), batch_tokens=config.encode.batch_tokens, description=f"encode {part}"
     )
     writer.write(shard, vectors)
-    preemption.check(f"encoding stands after shard {shard + 1} of {writer.num_shards} of {part} by {system}")
+    preemption.check(f"encoding stands after shard {shard + 1} of {writer.num_shards} in {directory}")
   writer.finish(ids.ids(range(len(ids))))

@@ -11,19 +11,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, preemption
-from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.retrieval import answers, measures, runs
 from dptdr_jax.retrieval.embeddings import Embeddings
-from dptdr_jax.retrieval.index import Index
 from dptdr_jax.retrieval.runs import Run
-from dptdr_jax.retrieval.search import search_exact
-from dptdr_jax.stages import common, examples
+from dptdr_jax.stages import common, examples, search
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
-_LABELS = {"bm25": "BM25", "train1": "trained retriever"}
 _ORIGINS = {"backbone": "untuned backbone", "pretrain": "pretrained backbone"}
 _BINARY = re.compile(r"(RR|R|AP|P|Success)(@\d+)?")  # measures that need to know which grades are relevant
 
@@ -75,28 +71,8 @@ def _evaluate(config: ConfigDict, layout: Layout, data: PreparedData, system: st
 def _search(config: ConfigDict, layout: Layout, data: PreparedData, system: str, split: str, depth: int) -> Run:
   if system == "bm25":
     return common.bm25(layout, data).search([query.text for query in data.splits[split].queries.read()], depth)
-  passages = Embeddings(layout.embeddings(system, "corpus"))
-  queries = Embeddings(layout.embeddings(system, split))
-  vectors = queries.take(np.arange(len(queries)))
-  if config.index.factory == "Flat":  # straight from the shards: no second copy of the corpus in memory
-    return search_exact(vectors, passages, depth)
-  directory = layout.index(system)
-  if not (directory / "manifest.json").exists():
-    Index.build(passages, config.index.factory, sample=config.index.sample).save(directory)
-  index = Index.load(directory)
-  index.set_parameters(_parameters(config.index.search_parameters))
-  return index.search(vectors, depth)
-
-
-def _parameters(text: str) -> dict[str, int]:
-  """'nprobe=64, quantizer_efSearch=32' → {'nprobe': 64, …}."""
-  found = {}
-  for part in filter(None, (part.strip() for part in text.split(","))):
-    name, _, value = part.partition("=")
-    if not value.isdigit():
-      raise InputError("index.search_parameters is a list of NAME=NUMBER", value=part)
-    found[name] = int(value)
-  return found
+  queries, passages = (Embeddings(layout.embeddings(system, part)) for part in (split, "corpus"))
+  return search.dense(config, queries, passages, depth, layout.index(system))
 
 
 def _measure(
@@ -124,7 +100,9 @@ def _labels(config: ConfigDict) -> dict[str, str]:
     system: _ORIGINS[origin] + (f", {pooling} pooling" if poolings else "")
     for system, (origin, pooling) in common.untuned_systems(config).items()
   }
-  return _LABELS | untuned
+  rounds = range(1, config.rounds + 1)
+  trained = {f"train{number}": f"trained retriever, round {number}" for number in rounds}
+  return {"bm25": "BM25", **untuned, **(trained if config.rounds > 1 else {"train1": "trained retriever"})}
 
 
 def _origin(config: ConfigDict, layout: Layout) -> str:
@@ -138,12 +116,12 @@ def _origin(config: ConfigDict, layout: Layout) -> str:
 
 
 def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
-  retriever = common.retrievers(config, layout)["train1"]
+  retriever = common.trained(config, layout, config.rounds)
   whole = retriever.backbone.num_parameters
   prompts = {id(tree): tree for tree in retriever.prompts.values()}.values()  # tied prompts count once
   trained = whole if retriever.spec.kind == "none" else sum(leaf.size for leaf in jax.tree.leaves(list(prompts)))
   return {
-    "rounds": 1,
+    "rounds": config.rounds,
     "passages": len(data.ids),
     "queries": {name: len(common.qrels(data.splits[name]).judged()) or len(data.splits[name])
                 for name in config.evaluate.splits},

@@ -45,16 +45,17 @@ def _describe(data: PreparedData, name: str, found: Run, query: int, rank: int |
   split = data.splits[name]
   relevant = split.positives(query).tolist()
   top = [
-    _passage(data.passages[row]) | {"score": float(score), "relevant": row in relevant}
+    shown(data.passages[row]) | {"score": float(score), "relevant": row in relevant}
     for row, score in zip(found.rows[query, :_TOP].tolist(), found.scores[query, :_TOP], strict=True)
     if row >= 0
   ]
-  wanted = _passage(data.passages[relevant[0]]) if relevant else None
+  wanted = shown(data.passages[relevant[0]]) if relevant else None
   return {
     "split": name, "query": split.queries[query].text, "rank": rank, "right": rank == 1, "top": top, "wanted": wanted
   }  # fmt: skip
 
 
-def _passage(passage: Passage) -> dict:
+def shown(passage: Passage) -> dict:
+  """A passage as the report shows it."""
   text = passage.text if len(passage.text) <= _SHOWN_TEXT else passage.text[: _SHOWN_TEXT - 1] + "…"
   return {"id": passage.id, "title": passage.title, "text": text}

@@ -49,9 +49,28 @@ class Layout:
     """The BM25 index of the corpus."""
     return self.root / "prepare" / "bm25"
 
+  def mine(self, number: int) -> pathlib.Path:
+    return self.root / f"mine{number}"
+
+  def mined_vectors(self, number: int, part: str) -> pathlib.Path:
+    """Vectors of the corpus or of the training queries by the retriever that mining round `number` searches with."""
+    return self.mine(number) / "vectors" / part
+
+  def mined_run(self, number: int, source: str) -> pathlib.Path:
+    """What a source of mining round `number` found for the training queries."""
+    return self.mine(number) / "runs" / source
+
+  def merged(self, number: int) -> pathlib.Path:
+    """All sources of mining round `number` in one pool, before denoising."""
+    return self.mine(number) / "merged"
+
   def pool(self, number: int) -> pathlib.Path:
     """The negatives that training after mining round `number` draws from."""
-    return self.root / f"mine{number}" / "pool"
+    return self.mine(number) / "pool"
+
+  def mining(self, number: int) -> pathlib.Path:
+    """What the report shows of mining round `number`."""
+    return self.mine(number) / "mining.json"
 
   def train(self, number: int) -> pathlib.Path:
     return self.root / f"train{number}"

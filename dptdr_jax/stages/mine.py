@@ -1,25 +1,156 @@
-"""mine: hard negatives for a round of training. Before the first round there is no retriever yet, but there is BM25."""
+"""mine: hard negatives for a round of training, from several retrievers in one pool, cleaned of false negatives.
+
+Before the first round there is no retriever yet, but there is BM25: mine0 takes that, and runs from elsewhere. mineN
+adds what the retriever of round N finds.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import pathlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
 from ml_collections import ConfigDict
 
-from dptdr_jax.core import files
+from dptdr_jax.core import files, preemption
+from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData
+from dptdr_jax.retrieval import pool_checks, runs
+from dptdr_jax.retrieval.denoise import MarginRule, Rule, denoise
+from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
-from dptdr_jax.stages import common
+from dptdr_jax.retrieval.qrels import Qrels
+from dptdr_jax.retrieval.runs import Run
+from dptdr_jax.retrieval.texts import TextRule
+from dptdr_jax.retriever import Retriever
+from dptdr_jax.stages import common, encode, negatives_shown, search
 from dptdr_jax.stages.layout import Layout
+
+_log = logging.getLogger(__name__)
+
+DENSE = "dense"  # the name of the round's own retriever among the sources
+_BLOCK = 65_536  # queries whose positives are scored at a time
+_TEXTS = 100_000  # passages kept in memory while texts are compared: some 100 MB
+
+
+def check(config: ConfigDict) -> None:
+  """Raises InputError for what can be known to fail before any work is done."""
+  mine = config.mine
+  if config.rounds < 1:
+    raise InputError("rounds counts trainings, from 1", value=config.rounds)
+  if config.train.negatives == "bm25" and not mine.bm25.depth:
+    raise InputError("train.negatives is bm25, and mine.bm25.depth is 0")
+  if config.rounds > 1 and not (mine.bm25.depth or mine.dense.depth or mine.runs):
+    raise InputError("nothing to mine from: mine.bm25.depth and mine.dense.depth are 0, mine.runs is empty")
+  missing = [path for path in mine.runs if not pathlib.Path(path).is_file()]
+  if missing:
+    raise InputError("no such run file", path=missing[0])
+  _margins(config, (DENSE,))
+
+
+def outside_files(config: ConfigDict) -> list[files.Path]:
+  """Files from outside that a pool depends on."""
+  return list(config.mine.runs)
 
 
 def run(config: ConfigDict, workdir: files.Path, number: int = 0) -> None:
-  """Writes DIR/mineN/pool: for each training query what BM25 ranks highest, without the judged positives."""
+  """Writes DIR/mineN/pool: negatives for each training query, best first, with what each source says of them."""
   layout = Layout.of(workdir)
   data = PreparedData(layout.prepared)
+  positives = common.qrels(data.splits[config.data.train_split])
+  sources = _sources(config, layout, data, positives, number)
+  if not (layout.merged(number) / "manifest.json").exists():
+    pool_from_runs(layout.merged(number), sources, positives, width=config.mine.width or None)
+  preemption.check(f"mining stands before denoising in round {number}")
+  rules = _rules(config, data, positives, list(sources))
+  pool = denoise(layout.pool(number), layout.merged(number), rules)
+  warnings = pool_checks.suspicions(pool)
+  for warning in warnings:
+    _log.warning("mine%d: %s", number, warning)
+  files.write_json(layout.mining(number), negatives_shown.summary(config, data, pool, warnings))
+
+
+def _sources(
+  config: ConfigDict, layout: Layout, data: PreparedData, positives: Qrels, number: int
+) -> dict[str, Source]:
+  mine, found = config.mine, {}
   split = data.splits[config.data.train_split]
-  queries = [query.text for query in split.queries.read()]
-  depth = config.train.bm25_depth
-  # Deeper by the most positives that a query has, so that leaving them out costs no negative.
-  positives = common.qrels(split)
-  most = int((positives.offsets[1:] - positives.offsets[:-1]).max())
-  found = common.bm25(layout, data).search(queries, depth + most)
-  pool_from_runs(layout.pool(number), {"bm25": Source(found, depth + most, quota=depth)}, positives)
+
+  def searched(name: str, make: Callable[[int], Run], options: ConfigDict, scores: np.ndarray | None = None) -> None:
+    path = layout.mined_run(number, name)
+    if not path.exists():
+      make(min(options.depth, len(data.ids))).save(path)
+      preemption.check(f"mining stands after the search by {name} in round {number}")
+    depth = min(options.depth, len(data.ids))
+    found[name] = Source(Run.open(path), depth, options.first, options.quota or None, scores)
+
+  if mine.bm25.depth:
+    searched("bm25", lambda depth: common.bm25(layout, data).search([q.text for q in split.queries.read()], depth),
+             mine.bm25)  # fmt: skip
+  if number and mine.dense.depth:
+    queries, passages = _encode(config, layout, data, number)
+    index = layout.mine(number) / "index"
+    searched(DENSE, lambda depth: search.dense(config, queries, passages, depth, index), mine.dense,
+             positive_scores(queries, passages, positives))  # fmt: skip
+  if mine.runs:
+    query_rows = {name: row for row, name in enumerate(split.ids.ids(range(len(split))))}
+    passage_rows = {name: row for row, name in enumerate(data.ids.ids(range(len(data.ids))))}
+    for path in mine.runs:
+      read = lambda depth, path=path: runs.read_trec(path, query_rows, passage_rows, depth)  # noqa: E731
+      searched(pathlib.Path(path).name, read, mine.outside)
+  return found
+
+
+def _encode(config: ConfigDict, layout: Layout, data: PreparedData, number: int) -> tuple[Embeddings, Embeddings]:
+  """Vectors of the training queries and of the corpus by the retriever of round `number`."""
+  split = config.data.train_split
+  retriever: Retriever = common.trained(config, layout, number)
+  ids = {split: data.splits[split].ids, "corpus": data.ids}
+  for part, kind in ((split, "query"), ("corpus", "passage")):
+    encode.encode(config, layout, layout.mined_vectors(number, part), part, retriever, kind, ids[part])
+  return Embeddings(layout.mined_vectors(number, split)), Embeddings(layout.mined_vectors(number, "corpus"))
+
+
+def positive_scores(queries: Embeddings, passages: Embeddings, positives: Qrels) -> np.ndarray:
+  """The best score of each query's judged positives, float32 [Q]; NaN where it has none."""
+  best = np.full(len(queries), np.nan, np.float32)
+  for start in range(0, len(queries), _BLOCK):
+    stop = min(start + _BLOCK, len(queries))
+    span = slice(positives.offsets[start], positives.offsets[stop])
+    owners = np.repeat(np.arange(stop - start), np.diff(positives.offsets[start : stop + 1]))
+    relevant = positives.grades[span] > 0
+    owners, rows = owners[relevant], positives.rows[span][relevant]
+    vectors = queries.take(np.arange(start, stop))
+    scores = np.einsum("nh,nh->n", vectors[owners], passages.take(rows))
+    np.fmax.at(best[start:stop], owners, scores)
+  return best
+
+
+def _rules(config: ConfigDict, data: PreparedData, positives: Qrels, sources: list[str]) -> list[Rule]:
+  mine, rules = config.mine, []
+  if mine.same_text:
+    rules.append(TextRule(positives, _texts(data), near_duplicate=mine.near_duplicate or None))
+  return [*rules, *_margins(config, sources)]
+
+
+def _margins(config: ConfigDict, sources: Iterable[str]) -> list[MarginRule]:
+  """The margins on each source that has them; mine0 has no dense one."""
+  mine = config.mine
+  named = {"bm25": mine.bm25, DENSE: mine.dense}
+  rules = []
+  for name in (name for name in named if name in sources):
+    options = named[name]
+    if options.relative_margin or options.absolute_margin:
+      rules.append(MarginRule(name, options.relative_margin or None, options.absolute_margin or None))
+  return rules
+
+
+def _texts(data: PreparedData) -> Callable[[np.ndarray], Iterable[tuple[str, str]]]:
+  @functools.lru_cache(maxsize=_TEXTS)  # hard negatives are the same passages again and again
+  def text(row: int) -> tuple[str, str]:
+    passage = data.passages[row]
+    return passage.title, passage.text
+
+  return lambda rows: map(text, rows.tolist())

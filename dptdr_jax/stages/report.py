@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import pathlib
 from collections.abc import Mapping
 
-import matplotlib
+import matplotlib.pyplot as plt
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files
+from dptdr_jax.stages import drawing, negatives_shown
 from dptdr_jax.stages.layout import Layout
-
-matplotlib.use("Agg")  # before pyplot: a server has no display
-import matplotlib.pyplot as plt
 
 _COLUMNS = 3  # of curves
 CURVES = {
@@ -43,10 +40,16 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
     _measures(results, summary),
     *([_curves(layout.pretrain, "Pretraining")] if config.pretrain.enabled else []),
     *(_curves(layout.train(number), f"Training, round {number}") for number in range(1, summary["rounds"] + 1)),
+    *(_negatives(layout, number) for number in range(config.rounds) if layout.mining(number).exists()),
     _examples(files.read_json(layout.examples)),
   ]
   with files.atomic_path(layout.report) as partial:
     partial.write_text(_PAGE.format(title=html.escape(layout.root.resolve().name), body="\n".join(body)))
+
+
+def _negatives(layout: Layout, number: int) -> str:
+  title = f"Negatives of round {number + 1}"
+  return negatives_shown.section(title, files.read_json(layout.mining(number)))
 
 
 def table(layout: Layout, seconds: Mapping[str, float]) -> str:
@@ -132,13 +135,7 @@ def _curves(directory: pathlib.Path, title: str) -> str:
     axis.set_xlabel("step", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)
-  figure.tight_layout()
-  drawing = io.StringIO()
-  # A fixed salt and no date: the same run gives the same bytes.
-  with matplotlib.rc_context({"svg.hashsalt": "dptdr"}):
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-  plt.close(figure)
-  return f"<h2>{title}</h2>{drawing.getvalue()[drawing.getvalue().index('<svg') :]}"
+  return f"<h2>{title}</h2>{drawing.svg(figure)}"
 
 
 def _examples(examples: list[Mapping]) -> str:
@@ -178,6 +175,7 @@ table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align
 tr {{ border-bottom: 1px solid #d8dee4 }}
 th:first-child {{ text-align: left }} small, .note {{ color: #59636e }} svg {{ max-width: 100%; height: auto }}
 details {{ margin: .6rem 0; padding: .4rem .8rem; border-left: 4px solid #cf222e; background: #f6f8fa }}
+.warning {{ color: #9a6700; font-weight: 600 }}
 details.right {{ border-color: #1a7f37 }} li.relevant {{ color: #1a7f37 }} ol {{ margin: .3rem 0 }}
 </style></head><body>
 {body}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -33,7 +34,10 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
   batches = common.train_batches(config, layout, data, number)
   num_steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
   trial = DevTrial.build(config, layout, data, config.train.evaluate_every)
-  loop = TrainLoop(config, backbone, num_steps, common.frequent_tokens(config, layout), trial, directory)
+  before = None
+  if number > 1 and not config.train.restart:
+    before = common.trained(config, layout, number - 1, backbone)
+  loop = TrainLoop(config, backbone, num_steps, common.frequent_tokens(config, layout), trial, directory, before)
   checkpoints = Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints)
   try:
     loop.run(batches, checkpoints, directory)
@@ -48,9 +52,12 @@ class TrainLoop(Loop):
 
   def __init__(
     self, config: ConfigDict, backbone: Backbone, num_steps: int, word_ids: np.ndarray | None, trial: DevTrial | None,
-    directory: pathlib.Path,
+    directory: pathlib.Path, before: Retriever | None = None,
   ):  # fmt: skip
-    """Makes the jitted step and the first state, replicated on the mesh; prompts may start from `word_ids`."""
+    """Makes the jitted step and the first state, replicated on the mesh.
+
+    Prompts may start from `word_ids`, or from those of the retriever `before`.
+    """
     train = config.train
     self._config, self._backbone, self._trial, self._directory = config, backbone, trial, directory
     self._best = {"step": 0, "value": -math.inf}
@@ -59,7 +66,10 @@ class TrainLoop(Loop):
     optimizer = steps.optimizer(train, num_steps)
     self._step = steps.train_step(config, self._model, optimizer, self._mesh)
     tied = config.prompt.tied or config.prompt.kind == "none"
-    trainable = self._model.init_trainable(jax.random.key(config.seed), backbone.params, tied=tied, word_ids=word_ids)
+    if before is None:
+      trainable = self._model.init_trainable(jax.random.key(config.seed), backbone.params, tied=tied, word_ids=word_ids)
+    else:
+      trainable = _trainable_of(before, tied)
     state = jax.device_put(init_state(trainable, optimizer), meshes.replicated(self._mesh))
     super().__init__("train", train, num_steps, state, trial is not None)
 
@@ -86,3 +96,12 @@ class TrainLoop(Loop):
     """The retriever of the state as it is."""
     trainable = jax.tree.map(np.asarray, self.state.trainable)
     return common.make_retriever(self._config, self._backbone, self._model.prompt, trainable)
+
+
+def _trainable_of(retriever: Retriever, tied: bool) -> dict[str, Any]:
+  """What training goes on with: a retriever's prompts, or the weights where all are tuned; float32 copies."""
+  if retriever.spec.kind == "none":
+    found = {"backbone": retriever.backbone.params}
+  else:
+    found = {"prompt": retriever.prompts["query"]} if tied else retriever.prompts
+  return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), found)

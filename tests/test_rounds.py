@@ -1,0 +1,142 @@
+"""Train, mine, train: pools of several sources, what follows from them, and what is not done twice."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from support import tiny
+
+from dptdr_jax import pipeline
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retriever import Retriever
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def make_config(directory: pathlib.Path, **fields):
+  """configs/beir.py in two rounds on the tiny corpus; `fields` are set by dotted names with '__' for '.'."""
+  sys.path.insert(0, str(ROOT))  # the configs import configs.base, as they do from the repository's root
+  config = importlib.import_module("configs.beir").get_config()
+  if not (directory / "data").exists():
+    tiny.beir(directory / "data")
+    tiny.backbone(directory / "backbone")
+  config.backbone.path, config.data.dir = str(directory / "backbone"), str(directory / "data")
+  config.prompt.length, config.text.passage_length, config.rounds = 4, 32, 2
+  config.train.update({"steps": 4, "queries": 8, "evaluate_every": 2, "log_every": 1, "learning_rate": 0.01})
+  config.mine.dense.update({"depth": 20, "relative_margin": 0.99})
+  config.mine.bm25.depth = 10
+  config.evaluate.update({"examples": 3, "measures": ("RR@10", "R@100"), "backbone": False})
+  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
+  return config
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return tmp_path_factory.mktemp("rounds")
+
+
+@pytest.fixture(scope="module")
+def finished(directory):
+  """(config, workdir) of a run that has ended."""
+  config = make_config(directory)
+  pipeline.run(config, directory / "work")
+  return config, directory / "work"
+
+
+def prompts(workdir: pathlib.Path, number: int) -> bytes:
+  return (workdir / f"train{number}/retriever/prompts.safetensors").read_bytes()
+
+
+def test_both_rounds_are_measured_and_shown(finished):
+  _, workdir = finished
+  assert list(json.loads((workdir / "results.json").read_text())) == ["bm25", "train1", "train2"]
+  assert prompts(workdir, 1) != prompts(workdir, 2)
+  page = (workdir / "report.html").read_text()
+  for words in ("Training, round 2", "Negatives of round 2", "dense: score over the positive", "from bm25 + dense"):
+    assert words in page
+  about = json.loads((workdir / "mine1/mining.json").read_text())
+  assert about["sources"] == ["bm25", "dense"] and len(about["examples"]) == 3
+  assert sum(step["removed"].get("RELATIVE_MARGIN", {}).get("all", 0) for step in about["denoising"]) > 0
+
+
+def test_the_pool_holds_what_its_sources_found_and_no_positive(finished, directory):
+  config, workdir = finished
+  pool = Pool.open(workdir / "mine1/pool")
+  retriever = Retriever.load(workdir / "train1/retriever")
+  queries = [json.loads(line) for line in (directory / "data/queries.jsonl").read_text().splitlines()]
+  with gzip.open(directory / "data/corpus.jsonl.gz", "rt") as stream:
+    corpus = [json.loads(line) for line in stream]
+  rows = {passage["_id"]: row for row, passage in enumerate(corpus)}
+  judged = [line.split("\t") for line in (directory / "data/qrels/train.tsv").read_text().splitlines()[1:]]
+  asked = [query for query in queries if query["_id"] in {line[0] for line in judged}]
+  scores = retriever.encode_queries([query["text"] for query in asked])
+  scores = scores @ retriever.encode_passages([(p.get("title", ""), p["text"]) for p in corpus]).T
+  assert len(pool) == len(asked)
+  for number, query in enumerate(asked):
+    positives = [rows[line[1]] for line in judged if line[0] == query["_id"]]
+    assert not set(pool.rows[number].tolist()) & set(positives)
+    assert pool.positive_scores[number, 1] == pytest.approx(scores[number, positives].max(), abs=1e-4)
+    there = pool.rows[number] >= 0
+    known = there & (pool.ranks[number, :, 1] >= 0)
+    assert known.sum() >= 20 - len(positives)
+    np.testing.assert_allclose(pool.scores[number, known, 1], scores[number, pool.rows[number, known]], atol=1e-4)
+
+
+def test_the_corpus_is_not_encoded_twice(finished):
+  _, workdir = finished
+  mined, encoded = (workdir / place / "corpus" for place in ("mine1/vectors", "encode/train1"))
+  assert [file.samefile(encoded / file.name) for file in sorted(mined.glob("*.npy"))] == [True, True]
+
+
+def test_a_rerun_does_nothing_and_another_margin_only_what_follows(finished):
+  config, workdir = finished
+  before = {path: path.stat().st_mtime_ns for path in workdir.glob("*/manifest.json")}
+  pipeline.run(config, workdir)
+  assert {path: path.stat().st_mtime_ns for path in before} == before
+  changed = config.copy_and_resolve_references()
+  changed.mine.dense.relative_margin = 0.9
+  pipeline.run(changed, workdir)
+  anew = {path.parent.name for path in before if path.stat().st_mtime_ns != before[path]}
+  assert anew == {"mine1", "train2", "encode", "evaluate", "report"}
+
+
+def test_a_round_may_go_on_with_the_prompts_of_the_one_before(finished, directory, tmp_path):
+  config = make_config(directory, train__restart=False, train__steps=1, train__learning_rate=1e-9)
+  pipeline.run(config, tmp_path / "work", ["prepare", "train", "mine"])
+  one, two = (Retriever.load(tmp_path / f"work/train{number}/retriever") for number in (1, 2))
+  np.testing.assert_allclose(two.prompts["query"]["table"], one.prompts["query"]["table"], atol=1e-6)
+
+
+def test_runs_from_elsewhere_are_sources(finished, directory, tmp_path):
+  query = (directory / "data/qrels/train.tsv").read_text().splitlines()[1].split("\t")[0]
+  (tmp_path / "other.trec").write_text(f"{query} Q0 p3 1 9.5 other\n{query} Q0 p4 2 9.0 other\n")
+  path = str(tmp_path / "other.trec")
+  config = make_config(directory, mine__runs=(path,), mine__dense__depth=0, mine__bm25__depth=0)
+  pipeline.run(config, tmp_path / "work", ["prepare", "train", "mine"])
+  pool = Pool.open(tmp_path / "work/mine1/pool")
+  assert pool.names == ("other.trec",) and pool.manifest["unanswered"]["other.trec"] == len(pool) - 1
+  (tmp_path / "other.trec").write_text(f"{query} Q0 nowhere 1 9.5 other\n")
+  with pytest.raises(InputError, match="nowhere"):
+    pipeline.run(config, tmp_path / "work", ["mine"])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"rounds": 0}, "rounds"),
+    ({"mine__runs": ("nowhere.trec",)}, "nowhere.trec: no such run file"),
+    ({"mine__bm25__depth": 0, "mine__dense__depth": 0}, "nothing to mine from"),
+    ({"train__sampling": "best"}, "unknown sampling"),
+  ],
+)
+def test_what_cannot_work_is_said_before_any_work(directory, tmp_path, fields, message):
+  with pytest.raises(InputError, match=message):
+    pipeline.run(make_config(directory, **fields), tmp_path / "work")
+  assert not (tmp_path / "work").exists() or not list((tmp_path / "work").glob("*/manifest.json"))
