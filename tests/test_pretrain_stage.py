@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -18,7 +17,7 @@ from support import tiny
 
 from dptdr_jax import pipeline
 from dptdr_jax.backbone import Backbone
-from dptdr_jax.core import preemption, progress
+from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retriever import Retriever
 
@@ -121,47 +120,6 @@ def test_the_export_is_transformers_own(directory, finished, family, tmp_path):
   np.testing.assert_allclose(found, wanted, atol=1e-4)
   loaded = transformers.AutoTokenizer.from_pretrained(exported)
   assert loaded("merge heap stable")["input_ids"] == ids[0].tolist()
-
-
-class _Killed(BaseException):
-  """Stands for SIGKILL: nothing may catch it."""
-
-
-def test_killed_at_10_points_and_resumed_it_ends_the_same(directory, finished, monkeypatch, tmp_path):
-  config = make_config(directory, steps=4, checkpoint_every=1, evaluate_every=0)
-  events, point = [0], [0]
-
-  def counted(function):
-    def watched(*arguments, **options):
-      events[0] += 1
-      if events[0] == point[0]:
-        raise _Killed
-      return function(*arguments, **options)
-
-    return watched
-
-  def live(name: str, *points: int) -> tuple[bytes, list[dict]]:
-    """One run's life: killed at each of `points`, counted in events, then left alone."""
-    workdir = tmp_path / name
-    shutil.copytree(finished[1] / "prepare", workdir / "prepare")
-    for at in (*points, 0):
-      events[0], point[0] = 0, at
-      with monkeypatch.context() as patch:
-        patch.setattr(progress.Bar, "advance", counted(progress.Bar.advance))
-        for move in ("replace", "rename"):
-          patch.setattr(os, move, counted(getattr(os, move)))
-        try:
-          pipeline.run(config, workdir, ["pretrain"])
-        except BaseException:
-          if not 0 < at <= events[0]:
-            raise
-      assert events[0] >= at
-    return weights(workdir), metrics(workdir)
-
-  undisturbed = live("undisturbed")
-  points = np.random.default_rng(5).permutation(np.arange(1, events[0] + 1))[:10]
-  for at in points:
-    assert live(f"killed at {at}", int(at)) == undisturbed, at
 
 
 def test_sigterm_saves_and_says_so(finished, monkeypatch, tmp_path):
