@@ -18,6 +18,11 @@ _SPARE = 16  # masked tokens a span may have beyond the rate's share: words come
 _MULTIPLE = 8
 
 
+def most_masked(rate: float, width: int) -> int:
+  """K, how many tokens of a span padded to `width` can be masked; a word that would go beyond stays."""
+  return min(width, -(-(int(np.ceil(rate * width)) + _SPARE) // _MULTIPLE) * _MULTIPLE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Masking:
   """What masking needs to know of a vocabulary.
@@ -52,8 +57,8 @@ class Masking:
     return cls(rate, tokenizer.mask_id, special)
 
   def most(self, width: int) -> int:
-    """K, how many tokens of a span padded to `width` can be masked; a word that would go beyond stays."""
-    return min(width, -(-(int(np.ceil(self.rate * width)) + _SPARE) // _MULTIPLE) * _MULTIPLE)
+    """See `most_masked`."""
+    return most_masked(self.rate, width)
 
   def apply(
     self, tokens: np.ndarray, starts: np.ndarray, content: np.ndarray, generator: np.random.Generator

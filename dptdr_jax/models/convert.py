@@ -135,14 +135,25 @@ def from_huggingface(
       parts.append(tensors[name].T if path[-1] == "kernel" else tensors[name])
       left.discard(name)
     array = np.stack(parts) if path[0] == "layers" else parts[0]
-    is_norm = len(path) > 1 and path[-2].endswith("norm")
-    flat["/".join(path)] = np.asarray(array, np.float32 if is_norm else dtype)
+    flat["/".join(path)] = np.asarray(array, _stored_as(path, dtype))
   unknown = sorted(name for name in left if not _is_leftover(name, config))
   if unknown:
     raise InputError(
       f"{len(unknown)} tensors are not part of a {config.family} encoder", path=source, value=unknown[:5]
     )
   return unflatten(flat)
+
+
+def abstract_params(config: EncoderConfig, dtype: Any) -> Params:
+  """Shapes and dtypes of what `from_huggingface` gives, without weights."""
+  shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+  flat = {path: jax.ShapeDtypeStruct(leaf.shape, _stored_as(path, dtype)) for path, leaf in _leaves(shapes)}
+  return unflatten({"/".join(path): leaf for path, leaf in flat.items()})
+
+
+def _stored_as(path: tuple[str, ...], dtype: Any) -> Any:
+  """LayerNorm's weights stay float32."""
+  return np.float32 if len(path) > 1 and path[-2].endswith("norm") else dtype
 
 
 def to_huggingface(params: Params, config: EncoderConfig) -> Tensors:
