@@ -181,6 +181,9 @@ def _encode() -> dict:
 
 def _index() -> dict:
   return dict(
+    backend="faiss",  # 'faiss' (on the host) or 'devices' (exact, on all local accelerators)
+    device_dtype="float32",  # devices: or 'bfloat16', half the memory; the best are scored again in float32
+    device_bytes=2**29,  # devices: of each one's memory for passages at a time
     factory="Flat",  # FAISS index, inner product: 'Flat' (exact), 'IVF4096,Flat', 'IVF4096,PQ64', 'HNSW32', …
     sample=262_144,  # vectors that an index trains on
     search_parameters="",  # FAISS parameters at search time, e.g. 'nprobe=64' or 'efSearch=128'

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, manifest, progress
 from dptdr_jax.core.errors import DptdrError
-from dptdr_jax.stages import common, corpora, encode, evaluate, mine, prepare, pretrain, report, scratch, train
+from dptdr_jax.stages import common, corpora, encode, evaluate, mine, prepare, pretrain, report, scratch, search, train
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verif
   """
   common.check(config)
   mine.check(config)
+  search.check(config)
   layout = Layout.of(workdir)
   plan = stages(config)
   chosen = _choose([stage.name for stage in plan], only)

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -95,8 +96,9 @@ def test_the_corpus_is_not_encoded_twice(finished):
   assert [file.samefile(encoded / file.name) for file in sorted(mined.glob("*.npy"))] == [True, True]
 
 
-def test_a_rerun_does_nothing_and_another_margin_only_what_follows(finished):
-  config, workdir = finished
+def test_a_rerun_does_nothing_and_another_margin_only_what_follows(finished, tmp_path):
+  config, workdir = finished[0], tmp_path / "work"
+  shutil.copytree(finished[1], workdir)
   before = {path: path.stat().st_mtime_ns for path in workdir.glob("*/manifest.json")}
   pipeline.run(config, workdir)
   assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -127,12 +129,23 @@ def test_runs_from_elsewhere_are_sources(finished, directory, tmp_path):
     pipeline.run(config, tmp_path / "work", ["mine"])
 
 
+def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_path):
+  config, workdir = finished
+  shutil.copytree(workdir, tmp_path / "work")
+  expected = json.loads((workdir / "results.json").read_text())
+  other = make_config(directory, index__backend="devices", index__device_dtype="bfloat16")
+  pipeline.run(other, tmp_path / "work")
+  assert json.loads((tmp_path / "work/results.json").read_text()) == expected
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
     ({"rounds": 0}, "rounds"),
     ({"mine__runs": ("nowhere.trec",)}, "nowhere.trec: no such run file"),
     ({"mine__bm25__depth": 0, "mine__dense__depth": 0}, "nothing to mine from"),
+    ({"index__backend": "gpu"}, "unknown index.backend"),
+    ({"index__backend": "devices", "index__factory": "HNSW32"}, "HNSW32"),
     ({"train__sampling": "best"}, "unknown sampling"),
   ],
 )
