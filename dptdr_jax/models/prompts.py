@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -68,6 +68,11 @@ class PromptSpec:
       problem = "init 'words' goes with projection 'none' only"
     if problem:
       raise InputError(problem, fix="Change the fields of `prompt`")
+
+  def read_fields(self) -> dict[str, Any]:
+    """What a finished prompt's vectors depend on; the other fields matter in training alone."""
+    training = ("dropout", "dropout_per", "init", "init_scale")
+    return {name: value for name, value in dataclasses.asdict(self).items() if name not in training}
 
 
 def longest_input(config: EncoderConfig, spec: PromptSpec) -> int | None:
@@ -239,8 +244,17 @@ def unflatten(flat: Mapping[str, np.ndarray]) -> Params:
 
 def check_prompt(spec: PromptSpec, params: Params, config: EncoderConfig, source: Any = None) -> None:
   """Raises InputError (naming `source`) where `params` have not the shapes that `spec` has on this encoder."""
-  abstract = jax.eval_shape(lambda: init_prompt(jax.random.key(0), dataclasses.replace(spec, init="normal"), config))
-  wanted = {name: leaf.shape for name, leaf in _flat_leaves(abstract)}
+  check_shapes(lambda key: init_prompt(key, plain(spec), config), params, source)
+
+
+def plain(spec: PromptSpec) -> PromptSpec:
+  """The same prompt from a random start, which takes a key alone."""
+  return dataclasses.replace(spec, init="normal")
+
+
+def check_shapes(init: Callable[[jax.Array], Params], params: Params, source: Any = None) -> None:
+  """Raises InputError (naming `source`) where `params` have not the names and shapes of what init(key) gives."""
+  wanted = {name: leaf.shape for name, leaf in _flat_leaves(jax.eval_shape(lambda: init(jax.random.key(0))))}
   found = {name: leaf.shape for name, leaf in _flat_leaves(params)}
   for name in sorted(wanted.keys() | found.keys()):
     if wanted.get(name) != found.get(name):

@@ -15,13 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dptdr_jax.core.errors import InputError
+from dptdr_jax.training.chunks import WHOLE, chunk_count, on_devices, split
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
 from dptdr_jax.training.state import TrainState, apply_gradient
 from dptdr_jax.training.towers import SIDES, TowerModel
-
-_WHOLE = PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,28 +105,10 @@ def loss_and_gradient(
     return contrastive_loss(*arguments, temperature=config.temperature, both_directions=config.both_directions)
 
   # All of it on every device: small, the same bits everywhere, and the compiler would share it out by an all-to-all.
-  on_all = _on_devices(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True), mesh, (_WHOLE,) * 4, _WHOLE)
+  on_all = on_devices(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True), mesh, (WHOLE,) * 4, WHOLE)
   (loss, metrics), cotangents = on_all(*vectors, batch["targets"], batch["blocked"])
   gradients = [pullback(cotangent) for pullback, cotangent in zip(pullbacks, cotangents, strict=True)]
   return loss, metrics, jax.tree.map(jnp.add, *gradients)
-
-
-def chunk_count(rows: int, devices: int, chunk: int, side: str) -> int:
-  """How many chunks a side's batch of `rows` falls into on each device; `chunk` 0 is all at once.
-
-  Raises:
-    InputError: names the chunk sizes that work.
-  """
-  if rows % devices:
-    raise InputError(f"a batch of {rows} {side} rows does not divide over {devices} devices")
-  share = rows // devices
-  if chunk and chunk < share and share % chunk:
-    works = [size for size in range(1, share + 1) if share % size == 0]
-    raise InputError(
-      f"a {side} chunk of {chunk} does not divide the {share} rows that each of {devices} devices holds",
-      fix=f"These do: {', '.join(map(str, works))}",
-    )
-  return max(share // chunk, 1) if chunk else 1
 
 
 class _Side:
@@ -150,12 +130,12 @@ class _Side:
     frozen = (backbone, self.row_key, self.batch_key)
     if chunks == 1:
       # A replicated argument's cotangent is summed over the devices where shard_map is entered.
-      run = _on_devices(self._vectors, self.mesh, (_WHOLE, _WHOLE, self._rows), self._rows)
+      run = on_devices(self._vectors, self.mesh, (WHOLE, WHOLE, self._rows), self._rows)
       vectors, pullback = jax.vjp(lambda trained: run(trained, frozen, inputs), trainable)
       return vectors, lambda cotangent: pullback(cotangent)[0]
 
     def forward(trained, frozen, inputs):
-      vectors = jax.lax.map(lambda chunk: self._vectors(trained, frozen, chunk), _split(inputs, chunks))
+      vectors = jax.lax.map(lambda chunk: self._vectors(trained, frozen, chunk), split(inputs, chunks))
       return vectors.reshape(-1, vectors.shape[-1])
 
     def backward(trained, frozen, inputs, cotangent):
@@ -164,11 +144,11 @@ class _Side:
         gradient = jax.vjp(lambda trained: self._vectors(trained, frozen, chunk), trained)[1](cotangent)[0]
         return jax.tree.map(jnp.add, total, gradient), None
 
-      total = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), _split((inputs, cotangent), chunks))[0]
+      total = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), split((inputs, cotangent), chunks))[0]
       return jax.lax.psum(total, self.mesh.axis_names)
 
-    vectors = _on_devices(forward, self.mesh, (_WHOLE, _WHOLE, self._rows), self._rows)(trainable, frozen, inputs)
-    pull = _on_devices(backward, self.mesh, (_WHOLE, _WHOLE, self._rows, self._rows), _WHOLE)
+    vectors = on_devices(forward, self.mesh, (WHOLE, WHOLE, self._rows), self._rows)(trainable, frozen, inputs)
+    pull = on_devices(backward, self.mesh, (WHOLE, WHOLE, self._rows, self._rows), WHOLE)
     return vectors, lambda cotangent: pull(trainable, frozen, inputs, cotangent)
 
   def _vectors(self, trainable: Any, frozen: tuple, inputs: tuple[jax.Array, ...]) -> jax.Array:
@@ -180,14 +160,3 @@ class _Side:
   @property
   def _rows(self) -> PartitionSpec:
     return PartitionSpec(self.mesh.axis_names)
-
-
-def _on_devices(function: Callable, mesh: Mesh, inputs: tuple, outputs: PartitionSpec) -> Callable:
-  """`function` of a device's own rows, or of all where a spec says so."""
-  # Without the check of what varies: it would want models to say so in every loop that starts from a constant.
-  return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
-
-
-def _split(tree: Any, chunks: int) -> Any:
-  """[rows, …] → [chunks, rows / chunks, …] of every leaf."""
-  return jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), tree)

@@ -24,7 +24,7 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states, pool, represent
-from dptdr_jax.training.contrastive import chunk_count
+from dptdr_jax.training.chunks import chunk_count
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
 from dptdr_jax.training.state import TrainState, apply_gradient

@@ -1,0 +1,174 @@
+"""The cross-encoder's step: the loss by numpy, 8 devices = 1, micro-batches = the whole, and it learns."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.models import cross
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.convert import init_params
+from dptdr_jax.models.dropout import Dropout
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.models.represent import represent
+from dptdr_jax.training.cross_encoder import CrossModel, balanced, loss_and_gradient, make_cross_step, weighted_loss
+from dptdr_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from dptdr_jax.training.state import init_state
+
+ENCODER = EncoderConfig(
+  "bert", vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_positions=40
+)
+MODEL = CrossModel(ENCODER, PromptSpec("deep", length=4))
+OPTIMIZER = make_optimizer(make_schedule(1e-2, 60), weight_decay=0.01)
+GROUP = 4
+
+
+def mesh_of(count):
+  devices = jax.devices()[:count]
+  return jax.make_mesh((count, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+@functools.cache
+def backbone():
+  return init_params(jax.random.key(1), dataclasses.replace(ENCODER, initializer_range=0.2))
+
+
+def put(tree, devices):
+  return jax.device_put(tree, NamedSharding(mesh_of(devices), PartitionSpec()))
+
+
+def make_state(devices=1):
+  trainable = MODEL.init_trainable(jax.random.key(2))
+  trainable["head"] = jax.tree.map(lambda leaf: 20 * leaf, trainable["head"])  # so that logits are far from 0
+  return put(init_state(trainable, OPTIMIZER), devices)
+
+
+def make_batch(seed=0, queries=8):
+  """A toy task: a pair is relevant where its third token is one of five."""
+  rng = np.random.default_rng(seed)
+  count = queries * GROUP
+  relevant = np.arange(count) % GROUP == 0
+  tokens = rng.integers(5, 60, (count, 8), dtype=np.int32)
+  tokens[:, 2] = rng.integers(5, 10, count) + 5 * ~relevant
+  return {"tokens": tokens, "lengths": rng.integers(3, 9, count, dtype=np.int32), "relevant": relevant}
+
+
+@functools.cache
+def gradient_of(devices=1, chunk=0):
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  def run(state, backbone, batch):
+    return loss_and_gradient(MODEL, 5, chunk, mesh_of(devices), state, backbone, batch)
+
+  return jax.device_get(run(make_state(devices), put(backbone(), devices), make_batch()))
+
+
+def distance(left, right):
+  """Relative L2 over all leaves."""
+  left, right = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right))
+  return np.linalg.norm(left - right) / np.linalg.norm(right)
+
+
+def test_loss_by_numpy():
+  logits = np.array([2.0, -1.0, 0.5, -3.0, 0.1, -40.0])
+  relevant = np.array([True, False, False, True, False, False])
+  probabilities = 1 / (1 + np.exp(-logits))
+  positives, negatives = -np.log(probabilities[relevant]), -np.log1p(-probabilities[~relevant])
+  loss, right = weighted_loss(jnp.array(logits), relevant, balanced(relevant))
+  np.testing.assert_allclose(loss, positives.mean() / 2 + negatives.mean() / 2, rtol=1e-6)
+  np.testing.assert_allclose(right, 1 / 2 / 2 + 2 / 4 / 2, rtol=1e-6)
+  loss, _ = weighted_loss(jnp.array([-200.0, 200.0]), jnp.array([True, False]), jnp.array([0.5, 0.5]))
+  assert loss == 200, "no overflow where a probability rounds to 0"
+
+
+def test_even_odds_are_what_a_constant_learns_whatever_the_number_of_negatives():
+  for negatives in (1, 3, 9):
+    relevant = jnp.arange(1 + negatives) == 0
+    slope = jax.grad(lambda x, known=relevant: weighted_loss(jnp.full(known.shape, x), known, balanced(known))[0])
+    assert abs(slope(0.0)) < 1e-7
+
+
+def test_logits_are_the_head_of_token_0_by_numpy():
+  batch, trainable = make_batch(), jax.device_get(make_state().trainable)
+  logits = MODEL.logits(trainable, backbone(), batch["tokens"], batch["lengths"])
+  first = represent(
+    ENCODER, MODEL.prompt, backbone(), trainable["prompt"], batch["tokens"], batch["lengths"],
+    pooling="first", normalize=False,
+  )  # fmt: skip
+  dense, output = trainable["head"]["dense"], trainable["head"]["output"]
+  hidden = np.tanh(first @ dense["kernel"] + dense["bias"])
+  np.testing.assert_allclose(logits, (hidden @ output["kernel"] + output["bias"])[:, 0], rtol=1e-5, atol=1e-6)
+  assert logits.dtype == np.float32 and np.ptp(logits) > 0.1
+
+
+def test_gradient_is_that_of_the_plain_loss():
+  state, batch = make_state(), make_batch()
+
+  def loss(trainable):
+    row_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(len(batch["tokens"])))
+    arguments = (trainable, backbone(), batch["tokens"], batch["lengths"])
+    logits = MODEL.logits(*arguments, keys=keys, batch_key=batch_key)
+    return weighted_loss(logits, batch["relevant"], balanced(batch["relevant"]))[0]
+
+  expected_loss, expected = jax.jit(jax.value_and_grad(loss))(state.trainable)
+  actual_loss, _, actual = gradient_of()
+  np.testing.assert_allclose(actual_loss, expected_loss, rtol=1e-6)
+  assert distance(actual, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("devices", "chunk"), [(1, 4), (8, 0), (8, 2)])
+def test_devices_and_micro_batches_change_nothing(devices, chunk):
+  whole, other = gradient_of(), gradient_of(devices, chunk)
+  for ours, theirs in zip(other, whole, strict=True):
+    assert distance(ours, theirs) < 1e-6
+
+
+@functools.cache
+def make_step(devices, chunk=0):
+  return make_cross_step(MODEL, OPTIMIZER, seed=5, chunk=chunk, mesh=mesh_of(devices))
+
+
+def test_five_steps_on_eight_devices_in_chunks():
+  states = {}
+  for devices, chunk in ((1, 0), (8, 2)):
+    step, state, frozen = make_step(devices, chunk), make_state(devices), put(backbone(), devices)
+    for number in range(5):
+      state, metrics = step(state, frozen, make_batch(number))
+    states[devices] = jax.device_get(state)
+    assert step._cache_size() == 1
+    assert set(metrics) == {"loss", "accuracy", "gradient_norm", "learning_rate"}
+  assert distance(states[8].trainable, states[1].trainable) < 1e-4
+
+
+def test_it_learns_a_toy_task():
+  model = dataclasses.replace(MODEL, prompt=dataclasses.replace(MODEL.prompt, dropout=0.0), dropout=Dropout(0.0, 0.0))
+  step = make_cross_step(model, OPTIMIZER, seed=5, chunk=0, mesh=mesh_of(1))
+  state, accuracies = init_state(model.init_trainable(jax.random.key(2)), OPTIMIZER), []
+  for number in range(50):
+    batch = make_batch(number)
+    batch["tokens"][:, :2], batch["lengths"][:] = (2, 3), 3
+    state, metrics = step(state, backbone(), batch)
+    accuracies.append(float(metrics["accuracy"]))
+  assert np.mean(accuracies[-10:]) > 0.75, "chance is .5"
+
+
+def test_weight_decay_knows_the_head():
+  mask = decay_mask(MODEL.init_trainable(jax.random.key(0)))
+  assert mask["prompt"]["table"] and mask["head"]["dense"] == mask["head"]["output"] == {"kernel": True, "bias": False}
+
+
+def test_what_does_not_fit():
+  with pytest.raises(InputError, match="pair chunk of 3 does not divide the 4 rows"):
+    jax.eval_shape(
+      functools.partial(loss_and_gradient, MODEL, 5, 3, mesh_of(8)), make_state(8), backbone(), make_batch()
+    )
+  trainable = MODEL.init_trainable(jax.random.key(0))
+  cross.check_cross(MODEL.prompt, trainable, ENCODER)
+  trainable["head"]["output"]["bias"] = np.zeros(2, np.float32)
+  with pytest.raises(InputError, match="head/output/bias has shape"):
+    cross.check_cross(MODEL.prompt, trainable, ENCODER, "prompts.safetensors")
