@@ -14,6 +14,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -93,27 +94,62 @@ def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verif
     only: names of stages to run ('train' means all of its rounds); empty: all.
     verify: hash the files from outside again instead of trusting their size and time.
   """
-  common.check(config)
-  mine.check(config)
-  search.check(config)
   layout = Layout.of(workdir)
-  plan = stages(config)
-  chosen = _choose([stage.name for stage in plan], only)
-  fingerprints = manifest.Fingerprints(layout.root / "inputs.json", verify)
-  keys: dict[str, str] = {}
-  for stage in plan:
-    description = _describe(stage, config, keys, fingerprints)
-    keys[stage.name] = manifest.key_of(description)
-    done = _is_done(layout, stage, keys[stage.name])
+  planned = plan(config, layout, verify)
+  chosen = _choose([item.stage.name for item in planned], only)
+  for item in planned:
+    stage = item.stage
+    done = _is_done(layout, stage, item.key)
     if stage.name not in chosen:
-      if not done and any(stage.name in later.inputs for later in plan if later.name in chosen):
+      if not done and any(stage.name in later.stage.inputs for later in planned if later.stage.name in chosen):
         raise DptdrError(f"stage {stage.name} is not done, and {', '.join(chosen)} needs it; add it to --stages")
     elif done:
       _log.info("%s: done before", stage.name)
     else:
-      _execute(stage, config, layout, description, keys[stage.name])
+      _execute(stage, config, layout, item.made_from, item.key)
   if layout.results.exists():
     progress.say(report.table(layout, seconds(layout, config)))
+
+
+class Planned(NamedTuple):
+  """A stage, what it will be made from, and the key that this gives: equal keys, equal files."""
+
+  stage: Stage
+  made_from: dict
+  key: str
+
+
+def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Planned]:
+  """Checks the config and says what its stages will be made from.
+
+  Raises:
+    InputError: whatever can be known to fail before any work is done.
+  """
+  for check in (common.check, mine.check, search.check):
+    check(config)
+  fingerprints = manifest.Fingerprints(layout.root / "inputs.json", verify)
+  keys: dict[str, str] = {}
+  planned = []
+  for stage in stages(config):
+    made_from = _describe(stage, config, keys, fingerprints)
+    keys[stage.name] = manifest.key_of(made_from)
+    planned.append(Planned(stage, made_from, keys[stage.name]))
+  return planned
+
+
+def share(config: ConfigDict, workdir: files.Path, others: Sequence[files.Path]) -> list[str]:
+  """Links the stages that other runs have done and this one would do the same; returns their names.
+
+  A stage whose key is that of another run's has the same files, whatever the rest of the two configs says.
+  """
+  layout, shared = Layout.of(workdir), []
+  for stage, _, key in plan(config, layout):
+    for other in map(Layout.of, others):
+      own = stage.name in ("evaluate", "report")  # these write beside their directories
+      if not own and not _is_done(layout, stage, key) and _is_done(other, stage, key):
+        files.link_tree(other.stage(stage.name), layout.stage(stage.name))
+        shared.append(stage.name)
+  return shared
 
 
 def seconds(layout: Layout, config: ConfigDict) -> dict[str, float]:

@@ -1,0 +1,166 @@
+"""`python -m dptdr_jax.ablate --config=configs/NAME.py --workdir=DIR --arms=plain,rip,unm,dptdr`: runs compared.
+
+An arm is a run with some fields changed; stages that arms have in common are done once. DIR/ablation.{json,md,html} has
+the measures over all seeds with 95 % intervals, a paired randomisation test of every arm against the first, and quality
+against trained parameters. Started again, it goes on.
+
+Arms by name: plain (prompts alone, one round), rip, unm, dptdr (both), finetune, finetune-unm, finetune-dptdr (all
+weights, the same steps); unm-bm25, unm-dense (one source alone), unm-raw (no denoising). Any other:
+--arm="P8: prompt.length=8" --arm="16 negatives: train.passages=17, train.queries=16"; what it does not say is as in the
+config.
+"""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from dptdr_jax import pipeline
+from dptdr_jax.core import files, preemption, progress
+from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.stages import comparison
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field of all arms.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs and of the comparison.")
+_ARMS = flags.DEFINE_list("arms", [], "Names of arms, the first one is what the others are compared with.")
+_ARM = flags.DEFINE_multi_string("arm", [], "An arm of your own: 'NAME: field=value, field=value'.")
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of each arm.")
+_ONE_SEED = flags.DEFINE_list("one_seed", [], "Arms that run with the first seed alone.")
+_MEASURE = flags.DEFINE_string("measure", "RR@10", "What the tests and the plot are about.")
+
+_PLAIN = {"pretrain.enabled": False, "rounds": 1}
+_TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
+ARMS: dict[str, dict] = {
+  "plain": _PLAIN,
+  "rip": {"pretrain.enabled": True, "rounds": 1},
+  "unm": {"pretrain.enabled": False, "rounds": 2},
+  "dptdr": {"pretrain.enabled": True, "rounds": 2},
+  "finetune": _PLAIN | _TUNED,
+  "finetune-unm": _TUNED | {"pretrain.enabled": False, "rounds": 2},
+  "finetune-dptdr": _TUNED | {"pretrain.enabled": True, "rounds": 2},
+  "unm-bm25": {"pretrain.enabled": False, "rounds": 2, "mine.dense.depth": 0},
+  "unm-dense": {"pretrain.enabled": False, "rounds": 2, "mine.bm25.depth": 0},
+  "unm-raw": {
+    "pretrain.enabled": False, "rounds": 2, "mine.same_text": False, "mine.near_duplicate": 0.0,
+    "mine.bm25.relative_margin": 0.0, "mine.bm25.absolute_margin": 0.0,
+    "mine.dense.relative_margin": 0.0, "mine.dense.absolute_margin": 0.0,
+  },
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+  """Runs what is not yet done, then compares; exit status as of `dptdr_jax.main`."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  preemption.install()
+  try:
+    arms = chosen(_ARMS.value, _ARM.value)
+    seeds = [int(seed) for seed in _SEEDS.value]
+    ablate(_CONFIG.value, pathlib.Path(_WORKDIR.value), arms, seeds, _ONE_SEED.value, _MEASURE.value)
+  except preemption.Preempted as stop:
+    sys.stderr.write(f"stopped by SIGTERM: {stop}; the same command goes on from there\n")
+    return preemption.EXIT_STATUS
+  except DptdrError as error:
+    sys.stderr.write(f"error: {error}\n")
+    return 2
+  return 0
+
+
+def chosen(names: list[str], own: list[str]) -> dict[str, dict]:
+  """Arms by name, with their changed fields.
+
+  Raises:
+    InputError: an unknown name, one that is there twice, or fields that cannot be read.
+  """
+  if unknown := [name for name in names if name not in ARMS]:
+    raise InputError("no such arm", value=unknown, fix=f"Known: {', '.join(ARMS)}; or --arm='NAME: field=value'")
+  found = {name: ARMS[name] for name in names}
+  for text in own:
+    name, colon, fields = text.partition(":")
+    if not colon or name.strip() in found:
+      raise InputError("an arm is 'NAME: field=value, …', with a name of its own", value=text)
+    found[name.strip()] = _fields(fields, text)
+  if not found:
+    raise InputError("no arms", fix="Name some: --arms=plain,rip,unm,dptdr")
+  return found
+
+
+def _fields(text: str, whole: str) -> dict:
+  """'a.b=1, c=(1, 2)' → {'a.b': 1, 'c': (1, 2)}; what is no literal is a string."""
+  found, rest = {}, text.strip()
+  for part in _split(rest):
+    field, equals, value = part.partition("=")
+    if not equals:
+      raise InputError("an arm's fields are field=value", value=whole)
+    try:
+      found[field.strip()] = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+      found[field.strip()] = value.strip()
+  return found
+
+
+def _split(text: str) -> list[str]:
+  """Cuts at commas outside of brackets."""
+  parts, depth = [""], 0
+  for letter in text:
+    depth += (letter in "([") - (letter in ")]")
+    if letter == "," and not depth:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  return [part for part in parts if part.strip()]
+
+
+def configured(config: ConfigDict, fields: dict, seed: int, baselines: bool) -> ConfigDict:
+  """The config of one run of an arm; baselines are evaluated in one run only.
+
+  Raises:
+    InputError: a field that the config does not have, or a value of another type.
+  """
+  changed = config.copy_and_resolve_references()
+  changed.lock()  # an unknown field is an error
+  try:
+    changed.update_from_flattened_dict(fields)
+  except (KeyError, TypeError) as error:
+    raise InputError(f"an arm's field cannot be set ({error})", value=fields) from None
+  changed.seed = seed
+  if not baselines:
+    changed.evaluate.bm25 = changed.evaluate.backbone = False
+  return changed
+
+
+def ablate(
+  config: ConfigDict, workdir: pathlib.Path, arms: dict[str, dict], seeds: list[int], one_seed: list[str], measure: str
+) -> None:
+  """Runs every arm with every seed and writes the comparison, anew after each run."""
+  planned = [
+    (name, seed, configured(config, fields, seed, baselines=name == next(iter(arms)) and seed == seeds[0]))
+    for seed in seeds
+    for name, fields in arms.items()
+    if seed == seeds[0] or name not in one_seed
+  ]
+  done: list[comparison.Done] = []
+  directories = [workdir / "runs" / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
+  for (name, seed, changed), directory in zip(planned, directories, strict=True):
+    progress.say(f"{name}, seed {seed} ({len(done) + 1} of {len(planned)})")
+    linked = pipeline.share(changed, directory, [other for other in directories if other != directory])
+    if linked:
+      progress.say(f"  shared with other arms: {', '.join(linked)}")
+    pipeline.run(changed, directory)
+    done.append(comparison.Done(name, seed, changed.rounds, directory))
+    comparison.write(workdir, done, measure, [str(split) for split in config.evaluate.splits])
+  progress.say(files.open_text(workdir / "ablation.md").read())
+
+
+def _safe(name: str) -> str:
+  """A name as a directory's."""
+  return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

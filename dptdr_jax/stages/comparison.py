@@ -1,0 +1,118 @@
+"""Runs of an ablation beside each other: means over seeds, intervals, paired tests, quality against parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from dptdr_jax.core import files
+from dptdr_jax.retrieval import measures
+from dptdr_jax.stages import drawing
+from dptdr_jax.stages.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+  """A run that has ended: one arm, one seed."""
+
+  arm: str
+  seed: int
+  rounds: int
+  workdir: pathlib.Path
+
+
+def write(directory: pathlib.Path, runs: Sequence[Done], measure: str, splits: Sequence[str]) -> None:
+  """Writes ablation.json, ablation.md and ablation.html of the runs so far.
+
+  An arm's value of a query is its mean over the arm's seeds: intervals and tests are over queries, and say nothing of
+  other seeds; the spread over seeds stands beside them.
+
+  Args:
+    measure: what the tests and the plot are about.
+    splits: of config.evaluate.
+  """
+  found = {split: _compare(runs, measure, split) for split in splits}
+  files.write_json(directory / "ablation.json", found)
+  tables = {split: _table(arms, measure) for split, arms in found.items()}
+  with files.atomic_path(directory / "ablation.md") as partial:
+    partial.write_text("\n\n".join(f"{split}\n\n{table}" for split, table in tables.items()) + "\n", encoding="utf-8")
+  parts = [f"<h2>{html.escape(split)}</h2>{_plot(arms, measure)}<pre>{html.escape(tables[split])}</pre>"
+           for split, arms in found.items()]  # fmt: skip
+  with files.atomic_path(directory / "ablation.html") as partial:
+    partial.write_text(f"<!doctype html><meta charset=utf-8><title>ablation</title>{''.join(parts)}", encoding="utf-8")
+
+
+def _compare(runs: Sequence[Done], measure: str, split: str) -> dict[str, dict]:
+  """By system: {'seeds', 'parameters', 'means', 'interval' and 'spread' of the measure, 'p' against the first arm}."""
+  found, values = {}, {}
+  baselines = Layout.of(runs[0].workdir)
+  for system, label in (("bm25", "BM25"), ("backbone", "untuned backbone"), ("pretrain", "pretrained backbone")):
+    if baselines.per_query(system, split).exists():
+      found[label], values[label] = _system([(baselines, system)], split, measure), None
+      found[label] |= {"parameters": 0}
+  reference = runs[0].arm
+  for arm in dict.fromkeys(run.arm for run in runs):
+    mine = [(Layout.of(run.workdir), f"train{run.rounds}") for run in runs if run.arm == arm]
+    found[arm] = _system(mine, split, measure)
+    found[arm]["parameters"] = files.read_json(mine[0][0].summary)["trained_parameters"]
+    values[arm] = _mean(mine, split, measure)
+    if arm != reference:
+      found[arm]["p"] = measures.randomisation_test(values[arm], values[reference])
+  return found
+
+
+def _system(runs: Sequence[tuple[Layout, str]], split: str, measure: str) -> dict:
+  by_seed = [files.read_json(layout.part(system, split))["means"] for layout, system in runs]
+  means = {name: float(np.mean([each[name] for each in by_seed])) for name in by_seed[0]}
+  spread = [each[measure] for each in by_seed]
+  return {
+    "seeds": len(runs),
+    "means": means,
+    "interval": measures.bootstrap_interval(_mean(runs, split, measure)),
+    "spread": [min(spread), max(spread)],
+  }
+
+
+def _mean(runs: Sequence[tuple[Layout, str]], split: str, measure: str) -> np.ndarray:
+  """The measure of every query, float [J], averaged over seeds."""
+  return np.mean([np.load(layout.per_query(system, split))[measure] for layout, system in runs], axis=0)
+
+
+def _table(arms: dict[str, dict], measure: str) -> str:
+  """Markdown."""
+  names = [measure, *(name for name in next(iter(arms.values()))["means"] if name != measure)]
+  head = f"| | parameters | seeds | {names[0]} [95 %] | {' | '.join(names[1:])} | over seeds | p |"
+  lines = [head, "|---" * (len(names) + 5) + "|"]
+  for arm, about in arms.items():
+    low, high = about["interval"]
+    others = " | ".join(f"{about['means'][name]:.4f}" for name in names[1:])
+    spread = f"{about['spread'][0]:.4f} to {about['spread'][1]:.4f}" if about["seeds"] > 1 else ""
+    test = f"{about['p']:.4f}" if "p" in about else ""
+    lines.append(
+      f"| {arm} | {about['parameters']:,} | {about['seeds']} | {about['means'][measure]:.4f} [{low:.3f}, {high:.3f}] "
+      f"| {others} | {spread} | {test} |"
+    )
+  return "\n".join(lines)
+
+
+def _plot(arms: dict[str, dict], measure: str) -> str:
+  """Quality against trained parameters, with intervals; systems that train none are lines."""
+  figure, axis = plt.subplots(figsize=(7, 4))
+  for arm, about in arms.items():
+    mean, (low, high) = about["means"][measure], about["interval"]
+    if not about["parameters"]:
+      axis.axhline(mean, linestyle=":", color="grey")
+      axis.annotate(arm, (0.01, mean), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+      continue
+    axis.errorbar(about["parameters"], mean, yerr=[[mean - low], [high - mean]], marker="o", capsize=3)
+    axis.annotate(arm, (about["parameters"], mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+  axis.set_xscale("log")
+  axis.set_xlabel("trained parameters")
+  axis.set_ylabel(measure)
+  axis.grid(alpha=0.3)
+  return drawing.svg(figure)

@@ -1,0 +1,83 @@
+"""A grid of runs on a tiny corpus: shared stages are done once, and the table says what the runs measured."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from test_rounds import make_config
+
+from dptdr_jax import ablate
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.retrieval import measures
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """(config, arms, workdir) of an ablation that has ended."""
+  directory = tmp_path_factory.mktemp("ablation")
+  config = make_config(directory, rounds=1, train__negatives="bm25", evaluate__backbone=True)
+  arms = ablate.chosen(["plain", "unm"], ["P 2: prompt.length=2, rounds=1"])
+  ablate.ablate(config, directory / "work", arms, [0, 1], ["P 2"], "RR@10")
+  return config, arms, directory / "work"
+
+
+def test_the_table_is_what_the_runs_measured(finished):
+  _, _, workdir = finished
+  found = json.loads((workdir / "ablation.json").read_text())["dev"]
+  assert list(found) == ["BM25", "untuned backbone", "plain", "unm", "P 2"]
+  assert [found[arm]["seeds"] for arm in ("plain", "unm", "P 2")] == [2, 2, 1]
+  per_query = {}
+  for arm, system in (("plain", "train1"), ("unm", "train2")):
+    runs = [np.load(workdir / f"runs/{arm}-{seed}/evaluate/per_query/{system}.dev.npz")["RR@10"] for seed in (0, 1)]
+    per_query[arm] = np.mean(runs, axis=0)
+    assert found[arm]["means"]["RR@10"] == pytest.approx(per_query[arm].mean())
+    assert found[arm]["spread"] == pytest.approx(sorted(run.mean() for run in runs))
+  assert found["unm"]["p"] == measures.randomisation_test(per_query["unm"], per_query["plain"])
+  assert found["plain"]["parameters"] > found["P 2"]["parameters"] > 0
+  table = (workdir / "ablation.md").read_text()
+  assert "| unm |" in table and f"{found['unm']['means']['RR@10']:.4f}" in table
+  assert "<svg" in (workdir / "ablation.html").read_text()
+
+
+def test_shared_stages_are_done_once(finished):
+  _, _, workdir = finished
+  runs = workdir / "runs"
+  for one, other in (
+    ("plain-0/prepare/manifest.json", "unm-1/prepare/manifest.json"),
+    ("plain-0/mine0/pool/rows.npy", "unm-1/mine0/pool/rows.npy"),
+    ("plain-1/train1/retriever/prompts.safetensors", "unm-1/train1/retriever/prompts.safetensors"),
+  ):
+    assert (runs / one).samefile(runs / other), one
+  assert not (runs / "plain-0/train1/metrics.jsonl").samefile(runs / "plain-1/train1/metrics.jsonl")
+
+
+def test_a_rerun_does_nothing(finished):
+  config, arms, workdir = finished
+  before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/*/manifest.json")}
+  ablate.ablate(config, workdir, arms, [0, 1], ["P 2"], "RR@10")
+  assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+  ("names", "own", "message"),
+  [
+    (["nothing"], [], "no such arm"),
+    ([], [], "no arms"),
+    (["plain"], ["plain: rounds=1"], "a name of its own"),
+    ([], ["P8 prompt.length=8"], "NAME: field=value"),
+    ([], ["P8: prompt.length"], "field=value"),
+  ],
+)
+def test_arms_that_cannot_be_read(names, own, message):
+  with pytest.raises(InputError, match=message):
+    ablate.chosen(names, own)
+
+
+def test_fields_of_an_arm(finished):
+  config, _, _ = finished
+  (fields,) = ablate.chosen([], ["x: evaluate.splits=('dev', 'test'), compute_dtype=float32, train.clip=0.5"]).values()
+  assert fields == {"evaluate.splits": ("dev", "test"), "compute_dtype": "float32", "train.clip": 0.5}
+  with pytest.raises(InputError, match="cannot be set"):
+    ablate.configured(config, {"prompt.lenth": 8}, 0, baselines=True)
