@@ -11,6 +11,7 @@ DOORS = {
   "main": {"pipeline", "runtime", "core"},
   "plan": {"stages", "runtime", "core"},
   "ablate": {"pipeline", "stages", "core"},
+  "negatives": {"stages", "core"},
   "pipeline": {"stages", "core"},
   "stages": {
     "stages", "retriever", "reranker", "backbone", "training", "models", "data", "retrieval", "runtime", "core",

@@ -131,7 +131,7 @@ def positive_scores(queries: Embeddings, passages: Embeddings, positives: Qrels)
 def _rules(config: ConfigDict, data: PreparedData, positives: Qrels, sources: list[str]) -> list[Rule]:
   mine, rules = config.mine, []
   if mine.same_text:
-    rules.append(TextRule(positives, _texts(data), near_duplicate=mine.near_duplicate or None))
+    rules.append(TextRule(positives, texts(data), near_duplicate=mine.near_duplicate or None))
   return [*rules, *_margins(config, sources)]
 
 
@@ -147,7 +147,9 @@ def _margins(config: ConfigDict, sources: Iterable[str]) -> list[MarginRule]:
   return rules
 
 
-def _texts(data: PreparedData) -> Callable[[np.ndarray], Iterable[tuple[str, str]]]:
+def texts(data: PreparedData) -> Callable[[np.ndarray], Iterable[tuple[str, str]]]:
+  """What reads (title, text) of passage rows; those read lately stay in memory."""
+
   @functools.lru_cache(maxsize=_TEXTS)  # hard negatives are the same passages again and again
   def text(row: int) -> tuple[str, str]:
     passage = data.passages[row]

@@ -22,6 +22,7 @@ def summary(config: ConfigDict, data: PreparedData, pool: Pool, warnings: list[s
   """Describes a denoised pool, as JSON has it."""
   manifest = pool.manifest
   return {
+    "split": config.data.train_split,
     "sources": list(pool.names),
     "counts": manifest["counts"],
     "combinations": manifest["combinations"],

@@ -1,0 +1,128 @@
+"""Mined negatives as files for other trainers, and mining for embeddings that others have made."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import numpy as np
+
+from dptdr_jax.core import files
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.prepare import PreparedData
+from dptdr_jax.data.sources import lines
+from dptdr_jax.retrieval import exports
+from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.denoise import MarginRule, denoise
+from dptdr_jax.retrieval.merge import Source, pool_from_runs
+from dptdr_jax.retrieval.qrels import Qrels
+from dptdr_jax.retrieval.search import search_exact
+from dptdr_jax.stages import mine as mining
+from dptdr_jax.stages.layout import Layout
+
+_SOURCE = "dense"
+
+
+def export(workdir: files.Path, number: int, out: files.Path, form: str, count: int) -> dict[str, int]:
+  """Writes the negatives of mining round `number` with their texts; 'original' or 'ntuples' of `count` negatives.
+
+  Raises:
+    InputError: no such round of mining.
+  """
+  layout = Layout.of(workdir)
+  if not (layout.pool(number) / "manifest.json").exists():
+    raise InputError(f"round {number} of mining is not done here", path=layout.pool(number))
+  data = PreparedData(layout.prepared)
+  split = data.splits[files.read_json(layout.mining(number))["split"]]
+  examples = exports.training_examples(
+    Pool.open(layout.pool(number)), (query.text for query in split.queries.read()), split.positives,
+    mining.texts(data),
+  )  # fmt: skip
+  return exports.write_original(out, examples) if form == "original" else exports.write_ntuples(out, examples, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+  """A matrix of vectors [n, H] in a .npy file, memory-mapped, and the ids of its rows.
+
+  Attributes:
+    path: the file.
+    ids_path: text file with an id a line; '': the ids are the row numbers.
+  """
+
+  path: str
+  ids_path: str = ""
+
+  @functools.cached_property
+  def matrix(self) -> np.ndarray:
+    """Raises InputError where the file holds no matrix of floats."""
+    try:
+      found = np.load(self.path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+      raise InputError(f"not a .npy file ({error})", path=self.path) from error
+    if found.ndim != 2 or found.dtype.kind != "f":
+      raise InputError(f"a matrix of floats is wanted, not {found.dtype} {found.shape}", path=self.path)
+    return found
+
+  @functools.cached_property
+  def ids(self) -> list[str]:
+    """Raises InputError where their number is not that of the rows, or one is there twice."""
+    if not self.ids_path:
+      return [str(row) for row in range(len(self))]
+    found = [text.strip() for _, text in lines.read_lines(self.ids_path)]
+    if len(found) != len(self) or len(set(found)) != len(found):
+      raise InputError(f"{len(set(found))} ids for {len(self)} vectors", path=self.ids_path)
+    return found
+
+  def __len__(self) -> int:
+    return len(self.matrix)
+
+  def take(self, rows: np.ndarray) -> np.ndarray:
+    """float32 [n, H]."""
+    return np.asarray(self.matrix[np.asarray(rows)], np.float32)
+
+
+def mine(
+  passages: Vectors, queries: Vectors, qrels: files.Path, out: files.Path, *, depth: int, first: int = 0,
+  relative: float | None = None, absolute: float | None = None,
+) -> dict[str, int]:  # fmt: skip
+  """Writes OUT/pool and OUT/negatives.jsonl: {"query", "negatives", "scores"} by id, best first; returns counts."""
+  positives = _read_qrels(qrels, queries, passages)
+  out = pathlib.Path(out)
+  depth = min(depth, len(passages))
+  run = search_exact(queries.take(np.arange(len(queries))), passages.matrix, depth)
+  known = mining.positive_scores(queries, passages, positives)
+  source = Source(run, depth, first, positive_scores=known)
+  pool = pool_from_runs(out / "merged", {_SOURCE: source}, positives)
+  rules = [MarginRule(_SOURCE, relative, absolute)] if relative or absolute else []
+  pool = denoise(out / "pool", out / "merged", rules)
+  files.remove(out / "merged")
+  with files.atomic_path(out / "negatives.jsonl") as partial, open(partial, "w", encoding="utf-8") as stream:
+    for row, query in enumerate(queries.ids):
+      scores, _ = pool.candidate_scores(row, _SOURCE)
+      found = [passages.ids[passage] for passage in pool.candidates(row)]
+      line = {"query": query, "negatives": found, "scores": [round(float(score), 6) for score in scores]}
+      stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+  return {"queries": len(queries), **pool.manifest["counts"], "left": pool.manifest["kept"]}
+
+
+def _read_qrels(path: files.Path, queries: Vectors, passages: Vectors) -> Qrels:
+  """BEIR's three columns (with or without a header) or TREC's four."""
+  places = ({name: row for row, name in enumerate(vectors.ids)} for vectors in (queries, passages))
+  query_rows, passage_rows = places
+  triples = []
+  for line, text in lines.read_lines(path):
+    fields = text.split()
+    if not fields or (line == 1 and fields[-1] == "score"):
+      continue
+    if len(fields) not in (3, 4):
+      raise InputError(f"{len(fields)} columns where qrels have 3 or 4", path=path, line=line, value=text)
+    for known, name, kind in ((query_rows, fields[0], "query"), (passage_rows, fields[-2], "passage")):
+      if name not in known:
+        raise InputError(f"unknown {kind} id", path=path, line=line, value=name)
+    grade = lines.grade_of(fields[-1], path, line)
+    triples.append((query_rows[fields[0]], passage_rows[fields[-2]], grade))
+  columns = np.array(triples, np.int64).reshape(-1, 3).T
+  return Qrels.from_triples(*columns, len(queries))
