@@ -30,8 +30,8 @@ def get_config():
   c.train.learning_rate = 2e-2
   c.train.schedule = "cosine"
   c.train.checkpoint_every = 50
-  c.train.evaluate_every = 50
-  c.train.evaluate_passages = 1000
-  c.train.evaluate_queries = 300
+  c.train.evaluate_every = 100
+  c.train.evaluate_passages = 2000
+  c.train.evaluate_queries = 600
   c.evaluate.splits = ("test",)
   return c
