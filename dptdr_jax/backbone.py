@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -123,6 +124,49 @@ def locate(path: str) -> pathlib.Path:
       fix="Name a local directory in Hugging Face layout, 'package:NAME', or a hub id where the hub can be reached",
     ) from error  # fmt: skip
   return found
+
+
+def name(backbone: Backbone, directory: files.Path) -> dict[str, str]:
+  """How a file in `directory` names a backbone; a local one also as seen from there, so that both can be moved."""
+  local = backbone.path != BESIDE and pathlib.Path(backbone.path).is_dir()
+  seen = {"relative_path": os.path.relpath(backbone.path, directory)} if local else {}
+  return {"path": backbone.path, "hash": backbone.hash, **seen}
+
+
+def load_named(
+  source: pathlib.Path, named: Mapping[str, str], backbone: Backbone | None = None, tokenizer_hash: str | None = None
+) -> Backbone:
+  """The backbone that prompts were trained on, or the one given, if it is the same.
+
+  Args:
+    source: the file that names it, beside the prompts.
+    named: as `name` gave it.
+    backbone: in memory already.
+    tokenizer_hash: of the tokenizer that they were trained with; None where that is not known.
+
+  Raises:
+    InputError: the backbone or its tokenizer is another one.
+  """
+  path = source.parent
+  if backbone is None:
+    if named["path"] == BESIDE:
+      backbone = dataclasses.replace(Backbone.load(path / "backbone"), path=BESIDE)
+    else:
+      near = path / named["relative_path"] if "relative_path" in named else path
+      backbone = Backbone.load(near if (near / "config.json").is_file() else named["path"])
+  if backbone.hash != named["hash"]:
+    raise InputError(
+      f"the prompts were trained on another backbone: {named['path']} with hash {named['hash'][:12]}…, not "
+      f"{backbone.path} with hash {backbone.hash[:12]}…",
+      path=source, fix=f"Load the backbone that {source.name} names",
+    )  # fmt: skip
+  tokenizer = backbone.tokenizer
+  if tokenizer is not None and tokenizer_hash not in (None, tokenizer.hash):
+    raise InputError(
+      "the prompts were trained with another tokenizer", path=source, value=tokenizer_hash,
+      fix=f"The one in {tokenizer.directory} has hash {tokenizer.hash[:12]}…",
+    )  # fmt: skip
+  return backbone
 
 
 def encoder_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

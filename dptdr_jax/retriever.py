@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +16,7 @@ import safetensors.numpy
 
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
-from dptdr_jax.core import files, progress
+from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import text
 from dptdr_jax.data.records import Passage, Query
@@ -26,12 +24,9 @@ from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models import convert, prompts
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import represent
-from dptdr_jax.runtime import mesh as meshes
+from dptdr_jax.runtime import buckets
 
 FORMAT = 1  # of retriever.json
-_BUCKET = 16  # lengths are padded to a multiple: few shapes to compile
-_BATCH_TOKENS = 16384  # tokens a device encodes at a time, padding included
-_AHEAD = 2  # batches that may be under way on the devices while the host builds the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +109,8 @@ class Retriever:
         "tied": tied,
         "prompt": dataclasses.asdict(self.spec),
         **dataclasses.asdict(self.settings),
-        "backbone": _name(self.backbone, path),
-        "passage_backbone": _name(self.passage_backbone, path),
+        "backbone": backbones.name(self.backbone, path),
+        "passage_backbone": self.passage_backbone and backbones.name(self.passage_backbone, path),
         "tokenizer": {"hash": self.backbone.tokenizer.hash if self.backbone.tokenizer else None},
       }
       if self.backbone.path == backbones.BESIDE:
@@ -127,11 +122,8 @@ class Retriever:
   def hash(self) -> str:
     """Over everything that a vector depends on: what embeddings on disk are tied to."""
     tensors = {**prompts.flatten({"query": self.prompts["query"], "passage": self.prompts["passage"]})}
-    spec = dataclasses.asdict(self.spec)
-    for name in ("dropout", "dropout_per", "init", "init_scale"):  # matter in training alone
-      spec.pop(name)
     hashes = [self.backbone_of(kind).hash for kind in ("query", "passage")]
-    described = json.dumps([spec, dataclasses.asdict(self.settings), hashes], sort_keys=True)
+    described = json.dumps([self.spec.read_fields(), dataclasses.asdict(self.settings), hashes], sort_keys=True)
     return backbones.hash_tensors(tensors, described)
 
   def backbone_of(self, kind: str) -> Backbone:
@@ -144,11 +136,8 @@ class Retriever:
 
   def encode_passages(self, texts: Iterable[str | tuple[str, str] | Passage]) -> np.ndarray:
     """Vectors of passages, float32 [n, H]; a passage is its text, (title, text), or a Passage."""
-    whole = []
-    for item in texts:
-      title, body = ("", item) if isinstance(item, str) else item[-2:]
-      passage = Passage("", title, body)
-      whole.append(text.passage_text(passage, self.settings.separator, self.settings.passage_template))
+    settings = self.settings
+    whole = [text.titled_text(item, settings.separator, settings.passage_template) for item in texts]
     return self._encode_texts(whole, "passage")
 
   def encode_tokens(self, ids: np.ndarray, mask: np.ndarray, kind: str = "query") -> np.ndarray:
@@ -170,7 +159,7 @@ class Retriever:
 
   def encode_store(
     self, store: TokenStore, kind: str, rows: np.ndarray | None = None, *,
-    batch_tokens: int = _BATCH_TOKENS, description: str = "",
+    batch_tokens: int = buckets.BATCH_TOKENS, description: str = "",
   ) -> np.ndarray:  # fmt: skip
     """Vectors of rows of a token store, float32 [n, H], in the order of `rows` (default: all)."""
     rows = np.arange(len(store)) if rows is None else np.asarray(rows)
@@ -187,36 +176,23 @@ class Retriever:
     lists = [np.array(tokenizer.wrap(ids), np.int32) for ids in tokenizer.encode(texts, room)]
     return self._encode(_Lists(lists, tokenizer.pad_id, self.settings.limit(kind)), kind)
 
-  def _encode(self, source: Any, kind: str, batch_tokens: int = _BATCH_TOKENS, description: str = "") -> np.ndarray:
-    """Encodes in order of length, filled to few shapes; results are fetched while later batches are under way."""
+  def _encode(
+    self, source: Any, kind: str, batch_tokens: int = buckets.BATCH_TOKENS, description: str = ""
+  ) -> np.ndarray:
     backbone, settings = self.backbone_of(kind), self.settings
     static = dict(
       config=backbone.config, spec=self.spec, pooling=settings.pooling, normalize=settings.normalize,
       compute_dtype=backbone.compute_dtype,
     )  # fmt: skip
-    vectors = np.empty((len(source.lengths), backbone.config.hidden_size), np.float32)
-    under_way: collections.deque = collections.deque()
-
-    def fetch() -> None:
-      rows, result = under_way.popleft()
-      vectors[rows] = np.asarray(result)[: len(rows)]
-      shown.advance(len(rows))
-
-    with progress.bar(description, len(vectors), "text") if description else progress.silent() as shown:
-      for rows, width, size in _batches(source.lengths, source.limit, batch_tokens, backbone.mesh.size):
-        tokens, lengths = source.batch(rows, width)
-        filled = _fill({"tokens": tokens, "lengths": lengths}, size)
-        placed = meshes.put_batch(filled, backbone.mesh)
-        under_way.append((rows, _vectors(backbone.params, self.prompts[kind], **placed, **static)))
-        if len(under_way) > _AHEAD:
-          fetch()
-      while under_way:
-        fetch()
-    return vectors
+    return buckets.map_sequences(
+      lambda batch: vectors_of(backbone.params, self.prompts[kind], **batch, **static),
+      source, backbone.mesh, (backbone.config.hidden_size,), batch_tokens=batch_tokens, description=description,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "pooling", "normalize", "compute_dtype"))
-def _vectors(params, prompt, tokens, lengths, *, config, spec, pooling, normalize, compute_dtype):
+def vectors_of(params, prompt, tokens, lengths, *, config, spec, pooling, normalize, compute_dtype):
+  """A batch: tokens [B, T] and lengths [B] to vectors [B, H] float32; see `models.represent.represent`."""
   return represent(
     config, spec, params, prompt, tokens, lengths, pooling=pooling, normalize=normalize,
     compute_dtype=jnp.dtype(compute_dtype),
@@ -224,17 +200,20 @@ def _vectors(params, prompt, tokens, lengths, *, config, spec, pooling, normaliz
 
 
 class _Lists:
-  """Token ids in memory."""
+  """Token ids in memory, as `buckets.Sequences`."""
 
   def __init__(self, lists: list[np.ndarray], pad_id: int, limit: int):
     self._lists, self._pad_id, self.limit = lists, pad_id, limit
-    self.lengths = np.array([len(ids) for ids in lists], np.int64)
+    self._lengths = np.array([len(ids) for ids in lists], np.int64)
 
-  def batch(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.full((len(rows), width), self._pad_id, np.int32)
-    for place, row in enumerate(rows):
-      tokens[place, : self.lengths[row]] = self._lists[row]
-    return tokens, self.lengths[rows].astype(np.int32)
+  def lengths(self) -> np.ndarray:
+    return self._lengths
+
+  def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    tokens = np.full((len(places), width), self._pad_id, np.int32)
+    for row, place in enumerate(places):
+      tokens[row, : self._lengths[place]] = self._lists[place]
+    return {"tokens": tokens, "lengths": self._lengths[places].astype(np.int32)}
 
 
 class _Padded:
@@ -242,10 +221,12 @@ class _Padded:
 
   def __init__(self, ids: np.ndarray, lengths: np.ndarray):
     self._ids, self._lengths, self.limit = ids, lengths.astype(np.int32), ids.shape[1]
-    self.lengths = np.full(len(ids), ids.shape[1], np.int64)
 
-  def batch(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return self._ids[rows], self._lengths[rows]
+  def lengths(self) -> np.ndarray:
+    return np.full(len(self._ids), self.limit, np.int64)
+
+  def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    return {"tokens": self._ids[places], "lengths": self._lengths[places]}
 
 
 class _Stored:
@@ -253,46 +234,21 @@ class _Stored:
 
   def __init__(self, store: TokenStore, rows: np.ndarray, limit: int):
     self._store, self._rows, self.limit = store, rows, limit
-    self.lengths = store.lengths_of(rows, limit)
 
-  def batch(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return self._store.batch(self._rows[rows], self.limit, width=width)
+  def lengths(self) -> np.ndarray:
+    return self._store.lengths_of(self._rows, self.limit)
 
-
-def _batches(lengths: np.ndarray, limit: int, batch_tokens: int, devices: int):
-  """Yields (rows, width, size): longest first, so that what does not fit fails at once; `size` rows with filling.
-
-  A width has one full size; what is left of it is filled to a power of two, so a lone query doesn't pay for a batch.
-  """
-  widths = np.minimum(-(-lengths // _BUCKET) * _BUCKET, limit)
-  for width in sorted(set(widths.tolist()), reverse=True):
-    rows = np.flatnonzero(widths == width)
-    full = max(1, batch_tokens // width) * devices
-    for start in range(0, len(rows), full):
-      part = rows[start : start + full]
-      yield part, width, min(full, devices * 2 ** int(np.ceil(np.log2(-(-len(part) // devices)))))
-
-
-def _fill(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-  """Fills arrays to `size` rows with copies of their first row, whose vectors nobody reads."""
-  return {
-    name: np.concatenate([value, np.repeat(value[:1], size - len(value), 0)]) if len(value) < size else value
-    for name, value in batch.items()
-  }
+  def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    return dict(zip(("tokens", "lengths"), self._store.batch(self._rows[places], self.limit, width=width), strict=True))
 
 
 def _load_own(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
   about = files.read_json(path / "retriever.json")
   if about.get("format") != FORMAT:
     raise InputError(f"format {FORMAT} expected", path=path / "retriever.json", value=about.get("format"))
-  backbone = _load_named(path, about["backbone"], backbone)
-  second = about["passage_backbone"] and _load_named(path, about["passage_backbone"], None)
-  tokenizer = backbone.tokenizer
-  if tokenizer is not None and about["tokenizer"]["hash"] not in (None, tokenizer.hash):
-    raise InputError(
-      "the prompts were trained with another tokenizer", path=path / "retriever.json", value=about["tokenizer"]["hash"],
-      fix=f"The one in {tokenizer.directory} has hash {tokenizer.hash[:12]}…",
-    )  # fmt: skip
+  source = path / "retriever.json"
+  backbone = backbones.load_named(source, about["backbone"], backbone, about["tokenizer"]["hash"])
+  second = about["passage_backbone"] and backbones.load_named(source, about["passage_backbone"], None)
   spec = PromptSpec(**about["prompt"])
   trees = prompts.unflatten(convert.read_safetensors(path / "prompts.safetensors"))
   sides = {side: trees.get("prompt" if about["tied"] else side, {}) for side in ("query", "passage")}
@@ -300,32 +256,6 @@ def _load_own(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
     prompts.check_prompt(spec, tree, backbone.config, path / "prompts.safetensors")
   settings = {field.name: about[field.name] for field in dataclasses.fields(VectorSettings)}
   return Retriever(backbone, spec, sides, VectorSettings(**settings), second)
-
-
-def _name(backbone: Backbone | None, path: files.Path) -> dict[str, str] | None:
-  """How retriever.json in `path` names a backbone; a directory also as seen from there, so that both can be moved."""
-  if backbone is None:
-    return None
-  local = backbone.path != backbones.BESIDE and pathlib.Path(backbone.path).is_dir()
-  seen = {"relative_path": os.path.relpath(backbone.path, path)} if local else {}
-  return {"path": backbone.path, "hash": backbone.hash, **seen}
-
-
-def _load_named(path: pathlib.Path, named: dict[str, str], backbone: Backbone | None) -> Backbone:
-  """The backbone that a retriever in `path` names, or the one given, if it is the same."""
-  if backbone is None:
-    if named["path"] == backbones.BESIDE:
-      backbone = dataclasses.replace(Backbone.load(path / "backbone"), path=backbones.BESIDE)
-    else:
-      near = path / named["relative_path"] if "relative_path" in named else path
-      backbone = Backbone.load(near if (near / "config.json").is_file() else named["path"])
-  if backbone.hash != named["hash"]:
-    raise InputError(
-      f"the prompts were trained on another backbone: {named['path']} with hash {named['hash'][:12]}…, not "
-      f"{backbone.path} with hash {backbone.hash[:12]}…",
-      path=path / "retriever.json", fix="Load the backbone that retriever.json names",
-    )  # fmt: skip
-  return backbone
 
 
 def _load_original(path: pathlib.Path, backbone: Backbone | None) -> Retriever:

@@ -110,6 +110,11 @@ class Pairs:
   def __len__(self) -> int:
     return len(self.query_rows)
 
+  @property
+  def limit(self) -> int:
+    """The longest that a pair can be."""
+    return self.form.pair_length
+
   def lengths(self) -> np.ndarray:
     """Returns int64 [n]: tokens of every pair, special tokens included."""
     return sum(self._counts(slice(None))) + self.form.num_special

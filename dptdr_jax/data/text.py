@@ -23,6 +23,12 @@ def passage_text(passage: Passage, separator: str = " ", template: str = PASSAGE
   return template.format(title=title, separator=separator if title else "", text=passage.text)
 
 
+def titled_text(item: str | tuple[str, str] | Passage, separator: str, template: str) -> str:
+  """Returns the same for a passage as users give it: its text, (title, text), or a Passage."""
+  title, body = ("", item) if isinstance(item, str) else item[-2:]
+  return passage_text(Passage("", title, body), separator, template)
+
+
 def query_text(query: Query, template: str = QUERY_TEMPLATE) -> str:
   """Returns the text to tokenize for a query."""
   return template.format(text=query.text)

@@ -1,0 +1,53 @@
+"""Every sequence once, in its place, in few shapes."""
+
+import jax
+import numpy as np
+import pytest
+
+from dptdr_jax.runtime.buckets import map_sequences, plan
+from dptdr_jax.runtime.mesh import make_mesh
+
+
+class Numbered:
+  """Sequence i is its own number, as often as its length says."""
+
+  limit = 70
+
+  def __init__(self, lengths):
+    self._lengths = np.array(lengths)
+
+  def lengths(self):
+    return self._lengths
+
+  def batch(self, places, width):
+    tokens = np.where(np.arange(width) < self._lengths[places, None], places[:, None], 0)
+    return {"tokens": tokens.astype(np.float32)}
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_results_stand_where_their_sequences_do(devices):
+  lengths = np.random.default_rng(0).integers(1, 71, 500)
+  shapes = set()
+
+  def total(batch):
+    shapes.add(batch["tokens"].shape)
+    return batch["tokens"].sum(1)
+
+  found = map_sequences(
+    total, Numbered(lengths), make_mesh(devices=jax.devices()[:devices]), batch_tokens=320, description="sum"
+  )
+  np.testing.assert_array_equal(found, lengths * np.arange(500))
+  assert all(rows % devices == 0 and rows * width <= 320 * devices for rows, width in shapes)
+  assert len(shapes) <= 5 + 1, "a full one for 16, 32, 48, 64 and the limit, and the last"
+  assert map_sequences(total, Numbered([]), make_mesh(devices=jax.devices()[:1])).shape == (0,)
+
+
+def test_a_lone_sequence_pays_for_itself_alone():
+  assert [(places.tolist(), width, size) for places, width, size in plan(np.array([9]), 512, 16384, 1)] == [
+    ([0], 16, 1)
+  ]
+
+
+def test_longest_first_and_short_ones_fill_up():
+  planned = list(plan(np.array([3, 60, 20, 64, 5]), 512, 192, 1))
+  assert [(places.tolist(), width, size) for places, width, size in planned] == [([1, 3, 2], 64, 3), ([0, 4], 16, 2)]
