@@ -1,0 +1,173 @@
+"""The public cross-encoder: a query and a passage in one sequence, its own prompt and head on a shared Backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from dptdr_jax import backbone as backbones
+from dptdr_jax.backbone import Backbone
+from dptdr_jax.core import files
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data import text
+from dptdr_jax.data.pairs import PairFormat, Pairs, TokenLists
+from dptdr_jax.data.records import Passage, Query
+from dptdr_jax.data.store import TokenStore
+from dptdr_jax.models import convert, prompts
+from dptdr_jax.models.cross import check_cross, cross_logits
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.runtime import buckets
+
+FORMAT = 1  # of cross_encoder.json
+_ABOUT, _TENSORS = "cross_encoder.json", "prompts.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSettings:
+  """What a score depends on besides weights, prompt and head."""
+
+  query_length: int = 32  # tokens of a query at most, special tokens included
+  pair_length: int = 160  # tokens of a pair at most, special tokens included; the passage is what is cut
+  separator: str = " "  # between title and text
+  query_template: str = text.QUERY_TEMPLATE
+  passage_template: str = text.PASSAGE_TEMPLATE
+
+  def __post_init__(self):
+    text.check_templates(self.query_template, self.passage_template)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEncoder:
+  """Scores pairs by reading both texts at once: far better than vectors, far too slow for a whole corpus.
+
+  Attributes:
+    backbone: shared, never changed; it has a tokenizer, whose template for pairs is used.
+    spec: the prompt's kind and settings.
+    trainable: {'prompt': …, 'head': …}, see `models.cross`.
+    settings: lengths, templates.
+  """
+
+  backbone: Backbone
+  spec: PromptSpec
+  trainable: dict[str, Any] = dataclasses.field(repr=False)
+  settings: PairSettings
+
+  def __post_init__(self):
+    if self.backbone.tokenizer is None:
+      raise InputError("a cross-encoder needs a tokenizer, and this backbone has none", path=self.backbone.path)
+    prompts.check_lengths(self.backbone.config, self.spec, self.settings.pair_length)
+
+  @classmethod
+  def load(cls, path: files.Path, backbone: Backbone | None = None) -> CrossEncoder:
+    """Loads what `save` wrote.
+
+    Args:
+      path: the directory.
+      backbone: the one that it was trained on, if it is in memory already; checked by its hash.
+
+    Raises:
+      InputError: no cross-encoder there, a truncated file, or one of another backbone or tokenizer.
+    """
+    path = pathlib.Path(path)
+    if not (path / _ABOUT).is_file():
+      raise InputError(f"no cross-encoder here: no {_ABOUT}", path=path)
+    about = files.read_json(path / _ABOUT)
+    if about.get("format") != FORMAT:
+      raise InputError(f"format {FORMAT} expected", path=path / _ABOUT, value=about.get("format"))
+    backbone = backbones.load_named(path / _ABOUT, about["backbone"], backbone, about["tokenizer"]["hash"])
+    spec = PromptSpec(**about["prompt"])
+    trainable = prompts.unflatten(convert.read_safetensors(path / _TENSORS))
+    check_cross(spec, trainable, backbone.config, path / _TENSORS)
+    settings = {field.name: about[field.name] for field in dataclasses.fields(PairSettings)}
+    return cls(backbone, spec, trainable, PairSettings(**settings))
+
+  def save(self, path: files.Path) -> None:
+    """Writes cross_encoder.json and prompts.safetensors, as a whole or not at all; the backbone is named and hashed."""
+    with files.atomic_directory(path) as partial:
+      safetensors.numpy.save_file(prompts.flatten(self.trainable), partial / _TENSORS)
+      about = {
+        "format": FORMAT,
+        "prompt": dataclasses.asdict(self.spec),
+        **dataclasses.asdict(self.settings),
+        "backbone": backbones.name(self.backbone, path),
+        "tokenizer": {"hash": self.backbone.tokenizer.hash},
+      }
+      (partial / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+  @functools.cached_property
+  def hash(self) -> str:
+    """Over everything that a score depends on: what scores on disk are tied to."""
+    hashes = [self.backbone.hash, self.backbone.tokenizer.hash]
+    described = json.dumps([self.spec.read_fields(), dataclasses.asdict(self.settings), hashes], sort_keys=True)
+    return backbones.hash_tensors(prompts.flatten(self.trainable), described)
+
+  @functools.cached_property
+  def form(self) -> PairFormat:
+    """How two texts become one sequence."""
+    return PairFormat.of(self.backbone.tokenizer, self.settings.query_length, self.settings.pair_length)
+
+  def score(self, queries: Sequence[str], passages: Sequence[str | tuple[str, str] | Passage]) -> np.ndarray:
+    """Probabilities that passage i is relevant to query i, at even odds (see `training.cross_encoder`).
+
+    Args:
+      queries: n texts; one that comes again is tokenised once.
+      passages: n, each its text, (title, text), or a Passage.
+
+    Returns:
+      float32 [n].
+    """
+    if len(queries) != len(passages):
+      raise InputError(f"{len(queries)} queries and {len(passages)} passages: pairs want as many of both")
+    settings, tokenizer = self.settings, self.backbone.tokenizer
+    different = {query: place for place, query in enumerate(dict.fromkeys(queries))}
+    asked = [text.query_text(Query("", query), settings.query_template) for query in different]
+    whole = [text.titled_text(item, settings.separator, settings.passage_template) for item in passages]
+    lists = (
+      TokenLists(tokenizer.encode(asked, settings.query_length)),
+      TokenLists(tokenizer.encode(whole, settings.pair_length)),
+    )
+    rows = np.array([different[query] for query in queries], np.int64)
+    return self._score(Pairs(*lists, rows, np.arange(len(passages)), self.form))
+
+  def score_stored(
+    self, queries: TokenStore, passages: TokenStore, query_rows: np.ndarray, passage_rows: np.ndarray, *,
+    batch_tokens: int = buckets.BATCH_TOKENS, description: str = "",
+  ) -> np.ndarray:  # fmt: skip
+    """The same for rows of token stores: query_rows and passage_rows int [n] → float32 [n].
+
+    Args:
+      batch_tokens: tokens a device takes at a time, padding included.
+      description: of the progress bar; '' for none.
+
+    Raises:
+      InputError: a store of another tokenizer, or one that was cut shorter than pairs need.
+    """
+    for store in (queries, passages):
+      if store.tokenizer_hash != self.backbone.tokenizer.hash:
+        raise InputError("tokens of another tokenizer than the cross-encoder's", path=store.path)
+    rows = (np.asarray(part, np.int64) for part in (query_rows, passage_rows))
+    return self._score(Pairs(queries, passages, *rows, self.form), batch_tokens, description)
+
+  def _score(self, pairs: Pairs, batch_tokens: int = buckets.BATCH_TOKENS, description: str = "") -> np.ndarray:
+    backbone = self.backbone
+    static = dict(config=backbone.config, spec=self.spec, compute_dtype=backbone.compute_dtype)
+    return buckets.map_sequences(
+      lambda batch: probabilities_of(backbone.params, self.trainable, **batch, **static),
+      pairs, backbone.mesh, batch_tokens=batch_tokens, description=description, unit="pair",
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spec", "compute_dtype"))
+def probabilities_of(params, trainable, tokens, lengths, *, config, spec, compute_dtype):
+  """A batch of pairs: tokens [B, T] and lengths [B] to probabilities [B] float32."""
+  logits = cross_logits(config, spec, params, trainable, tokens, lengths, compute_dtype=jnp.dtype(compute_dtype))
+  return jax.nn.sigmoid(logits)

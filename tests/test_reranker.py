@@ -1,0 +1,97 @@
+"""The cross-encoder as users have it: scores of texts and of stores, saved and loaded, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import tiny
+
+from dptdr_jax import Backbone, CrossEncoder
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.store import write_token_store
+from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.models.cross import init_cross
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.models.represent import hidden_states
+from dptdr_jax.reranker import PairSettings
+
+SPEC = PromptSpec("deep", length=4)
+PASSAGES = [text for _, text in tiny.sentences(24, 14, seed=0)]
+QUERIES = [" ".join(text.split()[: 2 + row % 5]) for row, text in enumerate(PASSAGES)]
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def encoder(request, tmp_path_factory):
+  backbone = Backbone.load(tiny.backbone(tmp_path_factory.mktemp("cross") / request.param, family=request.param))
+  trainable = jax.tree.map(lambda leaf: 10 * np.asarray(leaf), init_cross(jax.random.key(0), SPEC, backbone.config))
+  return CrossEncoder(backbone, SPEC, trainable, PairSettings(query_length=12, pair_length=24))
+
+
+def test_scores_are_sigmoids_of_the_head_of_token_0(encoder):
+  """One pair at a time, ids from the tokenizers library, the head by numpy."""
+  scores = encoder.score(QUERIES[:5], PASSAGES[5:10])
+  backbone = encoder.backbone
+  backend = Tokenizer(backbone.tokenizer.directory).backend
+  backend.enable_truncation(24, strategy="only_second")
+  for query, passage, score in zip(QUERIES[:5], PASSAGES[5:10], scores, strict=True):
+    ids = backend.encode(query, passage).ids
+    tokens = np.full((1, 24), backbone.tokenizer.pad_id, np.int32)
+    tokens[0, : len(ids)] = ids
+    lengths = np.array([len(ids)])
+    hidden = hidden_states(backbone.config, SPEC, backbone.params, encoder.trainable["prompt"], tokens, lengths)
+    head = encoder.trainable["head"]
+    wide = np.tanh(np.asarray(hidden)[0, 0] @ head["dense"]["kernel"] + head["dense"]["bias"])
+    logit = (wide @ head["output"]["kernel"] + head["output"]["bias"])[0]
+    np.testing.assert_allclose(score, 1 / (1 + np.exp(-logit)), rtol=2e-4)
+  assert scores.dtype == np.float32 and np.ptp(scores) > 1e-3
+
+
+def test_stores_texts_and_order_agree(encoder, tmp_path):
+  def write(name, texts):
+    path = tmp_path / name
+    return write_token_store(
+      lambda start: iter(texts[start:]), len(texts), encoder.backbone.tokenizer, path, max_tokens=24
+    )
+
+  stores = write("queries", QUERIES), write("passages", PASSAGES)
+  rows = np.random.default_rng(0).integers(0, 24, (2, 40))
+  stored = encoder.score_stored(*stores, *rows, batch_tokens=96, description="score")
+  texts = encoder.score([QUERIES[row] for row in rows[0]], [PASSAGES[row] for row in rows[1]])
+  np.testing.assert_allclose(stored, texts, rtol=1e-5)
+  np.testing.assert_allclose(encoder.score_stored(*stores, *rows[:, ::-1])[::-1], stored, rtol=1e-5)
+  other = json.loads((tmp_path / "queries/store.json").read_text()) | {"tokenizer_hash": "another"}
+  (tmp_path / "queries/store.json").write_text(json.dumps(other))
+  with pytest.raises(InputError, match="another tokenizer"):
+    encoder.score_stored(type(stores[0])(tmp_path / "queries"), stores[1], *rows)
+
+
+def test_saved_and_loaded_it_scores_the_same(encoder, tmp_path):
+  encoder.save(tmp_path / "saved")
+  assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["cross_encoder.json", "prompts.safetensors"]
+  titled = [("title", passage) for passage in PASSAGES]
+  for loaded in (CrossEncoder.load(tmp_path / "saved"), CrossEncoder.load(tmp_path / "saved", encoder.backbone)):
+    np.testing.assert_array_equal(loaded.score(QUERIES, titled), encoder.score(QUERIES, titled))
+    assert loaded.hash == encoder.hash and loaded.settings == encoder.settings
+  assert not np.array_equal(encoder.score(QUERIES, titled), encoder.score(QUERIES, PASSAGES))
+
+
+def test_what_is_refused(encoder, tmp_path):
+  encoder.save(tmp_path / "saved")
+  other = Backbone.load(tiny.backbone(tmp_path / "other", seed=9))
+  with pytest.raises(InputError, match="another backbone.*cross_encoder.json"):
+    CrossEncoder.load(tmp_path / "saved", other)
+  with pytest.raises(InputError, match="no cross-encoder here"):
+    CrossEncoder.load(tmp_path)
+  with pytest.raises(InputError, match="2 queries and 1 passages"):
+    encoder.score(QUERIES[:2], PASSAGES[:1])
+  with pytest.raises(InputError, match="don't fit the backbone's"):
+    CrossEncoder(encoder.backbone, SPEC, encoder.trainable, PairSettings(pair_length=120))
+  tensors = load_file(tmp_path / "saved/prompts.safetensors")
+  tensors.pop("head/output/bias")
+  save_file(tensors, tmp_path / "saved/prompts.safetensors")
+  with pytest.raises(InputError, match="head/output/bias has shape None"):
+    CrossEncoder.load(tmp_path / "saved", encoder.backbone)
