@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
       train=_train(),
       rounds=1,  # of training; between two of them negatives are mined with the retriever of the first (the paper's: 2)
       mine=_mine(),
+      cross=_cross(),
       encode=_encode(),
       index=_index(),
       evaluate=_evaluate(),
@@ -168,6 +169,35 @@ def _mined_from(depth: int) -> dict:
     quota=0,  # candidates it gives to a query at most; 0: all
     relative_margin=0.0,  # take out what it scores above this share of its positive (NV-Retriever: .95); 0: off
     absolute_margin=0.0,  # or above its positive's score less this; 0: off
+  )
+
+
+def _cross() -> dict:
+  return dict(
+    enabled=False,  # train a cross-encoder (prompts and a head on the same backbone): it denoises pools and reranks
+    negatives="bm25",  # 'source' (the data's own, else random), 'bm25' (those of mine0) or 'random'
+    epochs=2.0,  # passes over the training queries; ignored where steps > 0
+    steps=0,  # optimiser steps; 0: from epochs
+    queries=32,  # a step, over all devices
+    passages=4,  # a query: its positive and passages - 1 negatives; the two classes weigh the same
+    pair_length=160,  # tokens of query and passage together, special tokens included; text.query_length holds too
+    length=32,  # P, prompt vectors a layer, of its own deep prompt
+    init="normal",  # its prompt's start: 'normal' or 'words', as prompt.init
+    backbone_dropout=-1.0,  # -1: config.json's own rates; 0: none
+    learning_rate=7e-3,  # peak, of prompt and head
+    schedule="linear",  # decay after the warm-up: 'linear', 'cosine' or 'constant'
+    warmup=0.1,  # share of the steps
+    weight_decay=0.0,  # AdamW; not on biases
+    clip=1.0,  # global norm of the gradient
+    chunk=0,  # pairs a device at a time, gradients added up; 0: all at once
+    log_every=10,  # steps between two lines of metrics.jsonl
+    checkpoint_every=500,  # steps
+    keep_checkpoints=2,  # newest ones kept
+    evaluate_every=500,  # steps between two trials on dev; the best is kept. 0: the last is kept
+    evaluate_queries=128,  # dev queries of a trial
+    evaluate_passages=16,  # a dev query: a positive and what BM25 ranks highest beside the positives
+    loader_workers=2,  # threads that build batches ahead
+    depth=50,  # candidates of a query that are scored, best first (RocketQA: 50)
   )
 
 

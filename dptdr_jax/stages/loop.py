@@ -31,15 +31,17 @@ class Loop(abc.ABC):
   """One run of training; a subclass says what a step and a trial are.
 
   Attributes:
-    name: of the config's section, 'train' or 'pretrain'; errors name its fields.
+    name: of the config's section: 'train', 'pretrain' or 'cross'; errors name its fields.
     settings: that section.
     steps: how many there are.
     state: after the steps done so far.
     tries: whether there is a trial on dev every settings.evaluate_every steps and after the last.
     tries_first: also before the first step.
+    temperature: the field that its loss divides scores by, '' where there is none; errors name it.
   """
 
   tries_first = False
+  temperature = ""
 
   def __init__(self, name: str, settings: ConfigDict, steps: int, state: TrainState, tries: bool):
     self.name, self.settings, self.steps, self.state, self.tries = name, settings, steps, state, tries
@@ -107,10 +109,10 @@ class Loop(abc.ABC):
   def _record(self, writer: MetricWriter, shown: progress.Bar, step: int, metrics: Mapping) -> None:
     found = {name: float(value) for name, value in metrics.items()}
     if not math.isfinite(found["loss"]) or not math.isfinite(found["gradient_norm"]):
-      temperature = "vector.temperature" if self.name == "train" else f"{self.name}.temperature"
+      cooler = f"a higher {self.temperature} " if self.temperature else ""
       raise DptdrError(
         f"step {step}: loss {found['loss']:g}, gradient norm {found['gradient_norm']:g}. The last checkpoint is whole. "
-        f"Try a lower {self.name}.learning_rate, a longer {self.name}.warmup, a higher {temperature} or float32"
+        f"Try a lower {self.name}.learning_rate, a longer {self.name}.warmup, {cooler}or float32"
       )
     written = step % self.settings.log_every == 0 or step == self.steps
     found = self.figures(found, written)

@@ -117,6 +117,8 @@ def _hash(store: TokenStore) -> str:
 class PretrainLoop(Loop):
   """The whole backbone by spans, full parameters, sharded."""
 
+  temperature = "pretrain.temperature"
+
   def __init__(
     self,
     config: ConfigDict,

@@ -37,7 +37,7 @@ def tower_model(config: ConfigDict, encoder: EncoderConfig, compute_dtype: str) 
   """How training turns texts into vectors."""
   return TowerModel(
     encoder, prompt_spec(config), config.vector.pooling, config.vector.normalize, compute_dtype=compute_dtype,
-    dropout=_dropout(config.train.backbone_dropout),
+    dropout=dropout(config.train.backbone_dropout),
   )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def pretrain_model(config: ConfigDict, encoder: EncoderConfig) -> PretrainModel:
   return PretrainModel(
     encoder, config.vector.pooling, pretrain.normalize, pretrain.temperature, pretrain.contrast_weight,
     pretrain.mlm_weight, compute_dtype=backbones.resolve_dtype(config.compute_dtype), remat=pretrain.remat,
-    dropout=_dropout(pretrain.dropout),
+    dropout=dropout(pretrain.dropout),
   )  # fmt: skip
 
 
@@ -73,6 +73,6 @@ def pretrain_step(config: ConfigDict, model: PretrainModel, updates: Optimizer, 
   return make_pretrain_step(model, updates, **options), shardings
 
 
-def _dropout(rate: float) -> Dropout | None:
+def dropout(rate: float) -> Dropout | None:
   """The backbone's own dropout in training; None: as its config.json says."""
   return None if rate < 0 else Dropout(rate, rate)

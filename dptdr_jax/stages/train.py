@@ -50,6 +50,8 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
 class TrainLoop(Loop):
   """Prompts (or all weights) by contrast; the retriever that is best on dev is kept."""
 
+  temperature = "vector.temperature"
+
   def __init__(
     self, config: ConfigDict, backbone: Backbone, num_steps: int, word_ids: np.ndarray | None, trial: DevTrial | None,
     directory: pathlib.Path, before: Retriever | None = None,

@@ -1,0 +1,223 @@
+"""cross: a cross-encoder by prompts on the same frozen backbone, the best on dev kept; and what it scores."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dptdr_jax.backbone import Backbone
+from dptdr_jax.core import files, preemption, progress
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.groups import Negatives, TrainGroups
+from dptdr_jax.data.pairs import PairBatches, PairFormat
+from dptdr_jax.data.prepare import PreparedData
+from dptdr_jax.data.store import TokenStore
+from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.prompts import PromptSpec, check_lengths
+from dptdr_jax.reranker import CrossEncoder, PairSettings
+from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.runtime import mesh as meshes
+from dptdr_jax.runtime.checkpoints import Checkpoints
+from dptdr_jax.stages import common, steps
+from dptdr_jax.stages.layout import Layout
+from dptdr_jax.stages.loop import Loop
+from dptdr_jax.stages.pair_trial import PairTrial
+from dptdr_jax.training.cross_encoder import CrossModel, make_cross_step
+from dptdr_jax.training.state import init_state
+
+_SHARD_PAIRS = 8192  # pairs a shard of scores: about what is lost by a kill, a minute or two on a CPU
+
+
+def directory_of(layout: Layout) -> pathlib.Path:
+  """The stage's directory."""
+  return layout.stage("cross")
+
+
+def model_of(layout: Layout) -> pathlib.Path:
+  """The cross-encoder that training chose; see `CrossEncoder.load`."""
+  return directory_of(layout) / "model"
+
+
+def check(config: ConfigDict, encoder: EncoderConfig) -> None:
+  """Raises InputError for what can be known to fail before any work is done."""
+  cross = config.cross
+  if cross.negatives not in common.NEGATIVES:
+    fix = f"Use {', '.join(common.NEGATIVES)}"
+    raise InputError("unknown cross.negatives", value=cross.negatives, fix=fix)
+  if cross.passages < 2 or cross.evaluate_passages < 2:
+    fix = "Set cross.passages and cross.evaluate_passages to 2 at least"
+    raise InputError("a cross-encoder learns and is tried on a positive and others beside it", fix=fix)
+  if cross.pair_length > config.data.max_stored_tokens:
+    what = f"cross.pair_length is beyond the {config.data.max_stored_tokens} tokens that are stored"
+    raise InputError(what, value=cross.pair_length, fix="Raise data.max_stored_tokens")
+  if cross.pair_length <= config.text.query_length + 1:
+    what = f"cross.pair_length leaves no room beside queries of {config.text.query_length} tokens"
+    raise InputError(what, value=cross.pair_length)
+  check_lengths(encoder, prompt_spec(config), cross.pair_length)
+
+
+def prompt_spec(config: ConfigDict) -> PromptSpec:
+  """The cross-encoder's prompt: deep, tokens at the positions that the backbone knows (no shift: there is nothing of
+  the original's to be equal to, and pairs need the positions)."""
+  return PromptSpec("deep", length=config.cross.length, init=config.cross.init)
+
+
+def run(config: ConfigDict, workdir: files.Path) -> None:
+  """Trains and writes DIR/cross/model, metrics.jsonl and checkpoints."""
+  layout = Layout.of(workdir)
+  directory, cross = directory_of(layout), config.cross
+  data = PreparedData(layout.prepared)
+  backbone = common.load_backbone(config, layout)
+  batches = make_batches(config, layout, data, backbone)
+  num_steps = cross.steps or math.ceil(cross.epochs * batches.steps_per_epoch)
+  trial = PairTrial.build(config, layout, data)
+  loop = CrossLoop(config, backbone, num_steps, _words(config, layout), trial, directory)
+  checkpoints = Checkpoints(directory / "checkpoints", keep=cross.keep_checkpoints)
+  try:
+    loop.run(batches, checkpoints, directory)
+  finally:
+    checkpoints.close()
+  if trial is None:
+    loop.encoder().save(model_of(layout))
+
+
+def make_batches(config: ConfigDict, layout: Layout, data: PreparedData, backbone: Backbone) -> PairBatches:
+  """The batches of training: a function of (seed, step)."""
+  cross, name = config.cross, config.data.train_split
+  split = data.splits[name]
+  groups = TrainGroups(
+    split.positives, _negatives(config, layout, data), num_passages=len(data.ids), group_size=cross.passages,
+    seed=config.seed, stage="cross",
+  )  # fmt: skip
+  trainable = np.array([row for row in range(len(split)) if len(split.positives(row))])
+  form = PairFormat.of(backbone.tokenizer, config.text.query_length, cross.pair_length)
+  return PairBatches(
+    TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), trainable, groups, form,
+    batch_size=cross.queries, seed=config.seed, stage="cross",
+  )  # fmt: skip
+
+
+def _negatives(config: ConfigDict, layout: Layout, data: PreparedData) -> Negatives | None:
+  named = config.cross.negatives
+  if named == "bm25":
+    pool = Pool.open(layout.pool(0))
+    return common.PoolNegatives(pool, pool.names[0])
+  return data.splits[config.data.train_split].negatives if named == "source" else None
+
+
+def _words(config: ConfigDict, layout: Layout) -> np.ndarray | None:
+  """The token ids that init 'words' starts from: the most frequent of the corpus, as for retrievers."""
+  if config.cross.init != "words":
+    return None
+  counts = TokenStore(layout.store("corpus")).token_counts()
+  return np.argsort(-counts, kind="stable")[: config.cross.length]
+
+
+class CrossLoop(Loop):
+  """Prompt and head by binary cross-entropy; the cross-encoder that is best on dev is kept."""
+
+  def __init__(
+    self, config: ConfigDict, backbone: Backbone, num_steps: int, word_ids: np.ndarray | None, trial: PairTrial | None,
+    directory: pathlib.Path,
+  ):  # fmt: skip
+    """Makes the jitted step and the first state, replicated on the mesh."""
+    cross, spec = config.cross, prompt_spec(config)
+    self._config, self._backbone, self._trial, self._directory = config, backbone, trial, directory
+    self._best = {"step": 0, "value": -math.inf}
+    self._mesh = meshes.make_mesh()
+    rates = steps.dropout(cross.backbone_dropout)
+    model = CrossModel(backbone.config, spec, compute_dtype=backbone.compute_dtype, dropout=rates)
+    optimizer = steps.optimizer(cross, num_steps)
+    self._step = make_cross_step(model, optimizer, seed=config.seed, chunk=cross.chunk, mesh=self._mesh)
+    trainable = model.init_trainable(jax.random.key(config.seed), backbone.params, word_ids)
+    state = jax.device_put(init_state(trainable, optimizer), meshes.replicated(self._mesh))
+    super().__init__("cross", cross, num_steps, state, trial is not None)
+
+  def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    self.state, metrics = self._step(self.state, self._backbone.params, meshes.put_batch(batch, self._mesh))
+    return metrics
+
+  def attempt(self, step: int) -> Mapping[str, float]:
+    encoder = self.encoder()
+    figures = self._trial.evaluate(encoder)
+    if figures["RR@10"] > self._best["value"]:
+      encoder.save(self._directory / "model")
+      self._best = {"step": step, "value": figures["RR@10"]}
+    return figures
+
+  def metadata(self, step: int) -> dict:
+    return self._best
+
+  def restored(self, metadata: Mapping[str, Any]) -> None:
+    self._best = dict(metadata)
+
+  def encoder(self) -> CrossEncoder:
+    """The cross-encoder of the state as it is."""
+    config, text = self._config, self._config.text
+    settings = PairSettings(
+      text.query_length, config.cross.pair_length, text.separator, text.query_template, text.passage_template
+    )
+    trainable = jax.tree.map(np.asarray, self.state.trainable)
+    return CrossEncoder(self._backbone, prompt_spec(config), trainable, settings)
+
+
+def score_pool(config: ConfigDict, layout: Layout, pool: Pool, directory: files.Path) -> np.ndarray:
+  """Probabilities of a pool's candidates for the training queries, float32 [Q, K], NaN where not scored.
+
+  Scored are the first config.cross.depth candidates of a query that are still negatives; see `score_rows`.
+  """
+  encoder = CrossEncoder.load(model_of(layout), common.load_backbone(config, layout))
+  rows = np.full(pool.rows.shape, -1, np.int32)
+  for block in pool.blocks():
+    kept = pool.kept(block)
+    rows[block] = np.where(kept & (np.cumsum(kept, axis=1) <= config.cross.depth), pool.rows[block], -1)
+  stores = TokenStore(layout.store(config.data.train_split)), TokenStore(layout.store("corpus"))
+  return score_rows(encoder, *stores, rows, directory)
+
+
+def score_rows(
+  encoder: CrossEncoder, queries: TokenStore, passages: TokenStore, rows: np.ndarray, directory: files.Path
+) -> np.ndarray:
+  """Probabilities of passages for queries, by shards on disk: a killed run goes on at the first shard that is missing.
+
+  Args:
+    queries: of Q rows.
+    rows: int [Q, K] passage rows, negative where nothing is to be scored.
+    directory: where the shards are; those of another cross-encoder or of other candidates are removed.
+
+  Returns:
+    float32 [Q, K], NaN where `rows` is negative.
+  """
+  directory = pathlib.Path(directory)
+  digest = hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
+  about = {"cross_encoder": encoder.hash, "queries": queries.key, "passages": passages.key, "rows": digest}
+  if not (directory / "scores.json").is_file() or files.read_json(directory / "scores.json") != about:
+    files.remove(directory)
+    files.write_json(directory / "scores.json", about)
+  wanted = (rows >= 0).sum(1)
+  size = max(1, _SHARD_PAIRS // max(1, int(wanted.max(initial=1))))
+  starts = range(0, len(rows), size)
+  paths = {start: directory / f"scores-{start:09d}.npy" for start in starts}
+  done = sum(int(wanted[start : start + size].sum()) for start, path in paths.items() if path.exists())
+  scores = np.full(rows.shape, np.nan, np.float32)
+  with progress.bar("score pairs", int(wanted.sum()), "pair", initial=done) as shown:
+    for start, path in paths.items():
+      block = slice(start, start + size)
+      if path.exists():
+        scores[block] = np.load(path)
+        continue
+      query, place = np.nonzero(rows[block] >= 0)
+      part = scores[block]
+      part[query, place] = encoder.score_stored(queries, passages, start + query, rows[block][query, place])
+      with files.atomic_path(path) as partial, open(partial, "wb") as stream:
+        np.save(stream, part)
+      shown.advance(len(query))
+      preemption.check(f"scoring stands at query {min(start + size, len(rows))} of {len(rows)}")
+  return scores
