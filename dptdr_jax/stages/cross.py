@@ -23,6 +23,7 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.prompts import PromptSpec, check_lengths
 from dptdr_jax.reranker import CrossEncoder, PairSettings
 from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.stages import common, steps
@@ -64,8 +65,8 @@ def check(config: ConfigDict, encoder: EncoderConfig) -> None:
 
 
 def prompt_spec(config: ConfigDict) -> PromptSpec:
-  """The cross-encoder's prompt: deep, tokens at the positions that the backbone knows (no shift: there is nothing of
-  the original's to be equal to, and pairs need the positions)."""
+  """The cross-encoder's prompt: deep, the tokens at the positions that the backbone knows."""
+  # No position shift: there is nothing of the original's to be equal to, and pairs need the positions.
   return PromptSpec("deep", length=config.cross.length, init=config.cross.init)
 
 
@@ -180,6 +181,17 @@ def score_pool(config: ConfigDict, layout: Layout, pool: Pool, directory: files.
     rows[block] = np.where(kept & (np.cumsum(kept, axis=1) <= config.cross.depth), pool.rows[block], -1)
   stores = TokenStore(layout.store(config.data.train_split)), TokenStore(layout.store("corpus"))
   return score_rows(encoder, *stores, rows, directory)
+
+
+def rerank(config: ConfigDict, layout: Layout, found: Run, split: str) -> Run:
+  """A split's run with its first config.cross.rerank passages by the cross-encoder's probability, the rest below."""
+  encoder = CrossEncoder.load(model_of(layout), common.load_backbone(config, layout))
+  top = np.ascontiguousarray(found.rows[:, : config.cross.rerank])
+  stores = TokenStore(layout.store(split)), TokenStore(layout.store("corpus"))
+  scores = score_rows(encoder, *stores, top, layout.stage("evaluate") / "scores" / split)
+  below = -1.0 - np.arange(found.depth - top.shape[1], dtype=np.float32)  # in their order, below any probability
+  below = np.broadcast_to(below, (len(found), len(below)))
+  return Run.ranked(np.asarray(found.rows), np.concatenate([np.nan_to_num(scores, nan=-1.0), below], axis=1))
 
 
 def score_rows(

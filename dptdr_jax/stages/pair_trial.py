@@ -52,8 +52,12 @@ class PairTrial:
     return cls(TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), rows, passages)
 
   def evaluate(self, encoder: CrossEncoder) -> dict[str, float]:
-    """RR@10 of the positive, ties against it; the share of other passages that it beats, ties half; and the accuracy at
-    probability .5 with both classes weighing the same. Chance is (for 16 passages) .18, .5 and .5."""
+    """Measures of a cross-encoder.
+
+    Returns:
+      'RR@10' of the positive, ties against it (chance with 16 passages: .18); 'pairs', the share of other passages that
+      it beats, ties half; 'accuracy' at probability .5, both classes weighing the same. Chance is .5 for both.
+    """
     queries = np.repeat(self.query_rows, self.passage_rows.shape[1])
     scores = encoder.score_stored(self.queries, self.corpus, queries, self.passage_rows.ravel(), description="try dev")
     scores = scores.reshape(self.passage_rows.shape)
