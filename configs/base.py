@@ -129,6 +129,7 @@ def _train() -> dict:
     simans_source="dense",  # whose scores SimANS draws by; the first source where a pool has no such one
     simans_a=0.5,  # its sharpness, 1 / score²; 200 where scores are cosines
     simans_b=0.0,  # its shift, in scores
+    refresh_every=0,  # steps; > 0: negatives are mined anew from every so manyeth state while training goes on (ANCE)
     restart=True,  # each round from fresh prompts (the paper's stage 2); False: from those of the round before
     query_chunk=0,  # gradient cache, queries a device at a time; 0: all at once
     passage_chunk=0,  # gradient cache, passages a device at a time; 0: all at once
@@ -158,6 +159,10 @@ def _mine() -> dict:
     outside=_mined_from(depth=200),  # how they are used; no margins
     width=0,  # candidates that a query has in all; 0: whatever the sources give
     same_text=True,  # take out what equals or contains a positive's text, whatever its id
+    cross_encoder=False,  # after all else, keep only what the cross-encoder (see cross) is sure of (RocketQA)
+    negative_below=0.1,  # probability below which a candidate stays a negative (RocketQA: .1)
+    positive_above=0.9,  # and above which it is a pseudo-positive (RocketQA: .9)
+    pseudo_positives=False,  # train on pseudo-positives as on judged ones; else they are left out
     near_duplicate=0.0,  # and what shares this share of its word shingles with a positive (Jaccard); 0: off
   )
 
@@ -197,7 +202,8 @@ def _cross() -> dict:
     evaluate_queries=128,  # dev queries of a trial
     evaluate_passages=16,  # a dev query: a positive and what BM25 ranks highest beside the positives
     loader_workers=2,  # threads that build batches ahead
-    depth=50,  # candidates of a query that are scored, best first (RocketQA: 50)
+    depth=50,  # candidates of a training query that are scored for denoising, best first (RocketQA: 50)
+    rerank=100,  # passages of the last retriever that are ranked again in evaluation; those below stay below
   )
 
 

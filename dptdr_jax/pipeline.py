@@ -20,7 +20,20 @@ from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, manifest, progress
 from dptdr_jax.core.errors import DptdrError
-from dptdr_jax.stages import common, corpora, encode, evaluate, mine, prepare, pretrain, report, scratch, search, train
+from dptdr_jax.stages import (
+  common,
+  corpora,
+  cross,
+  encode,
+  evaluate,
+  mine,
+  prepare,
+  pretrain,
+  report,
+  scratch,
+  search,
+  train,
+)
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
@@ -65,24 +78,31 @@ def stages(config: ConfigDict) -> list[Stage]:
     *pretrained,
     *rounds,
     Stage("encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), names),
-    Stage("evaluate", evaluate.run, ("evaluate", "index", "rounds"), (*names, "encode")),
+    Stage("evaluate", evaluate.run, ("evaluate", "index", "rounds", "cross.enabled"), (*names, "encode")),
     Stage("report", report.run, (), (*names, "evaluate")),
   ]
 
 
 def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...]) -> Iterator[Stage]:
-  """Training, and before each round (but the first, unless it wants BM25's negatives) mining."""
+  """Training, and before each round (but the first, unless it wants BM25's negatives) mining; the cross-encoder."""
   inputs = before
   for number in range(1, config.rounds + 1):
-    if number > 1 or config.train.negatives == "bm25":
+    if number > 1 or "bm25" in (config.train.negatives, config.cross.enabled and config.cross.negatives):
       fields = ("mine", "data.train_split", "evaluate.examples")
-      fields += ("encode", "index", *model) if number > 1 else ()
+      fields += ("encode", "index", "cross.depth", *model) if number > 1 else ()
       mined = functools.partial(mine.run, number=number - 1)
       yield Stage(f"mine{number - 1}", mined, fields, inputs, mine.outside_files)
       inputs = (*inputs, f"mine{number - 1}")
-    fields = ("seed", "train", "prompt", *model)
+    if number == 1 and config.cross.enabled:
+      fields = ("seed", "cross", "data.train_split", "data.dev_split", *model)
+      crossed = Stage("cross", cross.run, fields, inputs)
+    fields = ("seed", "train", "prompt", "mine.pseudo_positives", *model)
+    fields += ("mine", "encode", "index") if config.train.refresh_every else ()
     yield Stage(f"train{number}", functools.partial(train.run, number=number), fields, inputs)
     inputs = (*inputs, f"train{number}")
+    if number == 1 and config.cross.enabled:
+      yield crossed
+      inputs = (*inputs, "cross")
 
 
 def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verify: bool = False) -> None:
@@ -127,6 +147,8 @@ def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Plann
   """
   for check in (common.check, mine.check, search.check):
     check(config)
+  if config.cross.enabled:
+    cross.check(config, common.encoder_config(config))
   fingerprints = manifest.Fingerprints(layout.root / "inputs.json", verify)
   keys: dict[str, str] = {}
   planned = []

@@ -153,3 +153,32 @@ def test_what_cannot_work_is_said_before_any_work(directory, tmp_path, fields, m
   with pytest.raises(InputError, match=message):
     pipeline.run(make_config(directory, **fields), tmp_path / "work")
   assert not (tmp_path / "work").exists() or not list((tmp_path / "work").glob("*/manifest.json"))
+
+
+def test_the_cross_encoder_denoises_and_reranks(directory, tmp_path):
+  config = make_config(directory, cross__enabled=True, mine__cross_encoder=True, mine__pseudo_positives=True)
+  config.cross.update({"steps": 3, "queries": 4, "evaluate_every": 3, "length": 4, "pair_length": 48, "depth": 5})
+  config.cross.update({"evaluate_queries": 8, "rerank": 10})
+  config.mine.update({"negative_below": 0.5, "positive_above": 0.52})
+  pipeline.run(config, tmp_path / "work")
+  results = json.loads((tmp_path / "work/results.json").read_text())
+  assert list(results) == ["bm25", "train1", "train2", "reranked"]
+  assert results["reranked"]["dev"]["R@100"] == results["train2"]["dev"]["R@100"]
+  about = json.loads((tmp_path / "work/mine1/mining.json").read_text())
+  removed = {reason for step in about["denoising"] for reason in step["removed"]}
+  assert {"CROSS_ENCODER", "PSEUDO_POSITIVE"} <= removed
+  wanted = make_config(directory, mine__cross_encoder=True)
+  with pytest.raises(InputError, match=r"cross\.enabled"):
+    pipeline.run(wanted, tmp_path / "other")
+
+
+def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path):
+  config = make_config(directory, rounds=1, train__refresh_every=2, train__steps=7, train__passages=3)
+  pipeline.run(config, tmp_path / "work", ["prepare", "train"])
+  made = sorted(path.name for path in (tmp_path / "work/train1/generations").iterdir())
+  assert made == ["0", "1", "2", "3"]
+  pools = [Pool.open(tmp_path / f"work/train1/generations/{number}/pool") for number in ("0", "1", "2")]
+  assert not np.array_equal(pools[0].rows, pools[2].rows)
+  # Whoever is quicker, mining or training: the same negatives at the same steps.
+  pipeline.run(config, tmp_path / "again", ["prepare", "train"])
+  assert prompts(tmp_path / "again", 1) == prompts(tmp_path / "work", 1)

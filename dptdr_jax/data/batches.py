@@ -35,7 +35,7 @@ class GroupBatches(abc.ABC):
 
   Args:
     query_rows: int64 [n], the training queries: those with a positive.
-    groups: draws their passages; its group size is G.
+    groups: draws their passages; its group size is G. What `groups.at(step)` gives draws those of a step.
     batch_size: B, queries of the global batch.
     host, num_hosts: which slice.
   """
@@ -78,7 +78,8 @@ class GroupBatches(abc.ABC):
     for epoch in np.unique(epochs):
       chosen = epochs == epoch
       queries[chosen] = self._query_rows[self._order(int(epoch))[within[chosen]]]
-    groups = [self._groups.group(int(query), int(epoch)) for query, epoch in zip(queries, epochs, strict=True)]
+    drawn = self._groups.at(step)
+    groups = [drawn.group(int(query), int(epoch)) for query, epoch in zip(queries, epochs, strict=True)]
     return BatchRows(queries, np.stack(groups), epochs)
 
   def load(self, start_step: int, stop_step: int, workers: int = 2, ahead: int = 4) -> Iterator[Batch]:

@@ -110,6 +110,10 @@ class TrainGroups:
     self.num_passages, self.group_size = num_passages, group_size
     self._seed, self._stage, self._first = seed, stage, positive == "first"
 
+  def at(self, step: int) -> TrainGroups:
+    """What draws the groups of a step: this, at every one. (Negatives that change as training goes on have others.)"""
+    return self
+
   def group(self, query_row: int, epoch: int) -> np.ndarray:
     """Returns int64 [G]: a positive, then negatives."""
     positives = self._positives(query_row)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,13 +34,9 @@ NEGATIVES = ("source", "bm25", "random")
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done: lengths, names, measures."""
   spec, settings = steps.prompt_spec(config), vector_settings(config)
-  if scratch.is_wanted(config):
-    encoder = scratch.shape(config, config.pretrain.vocabulary)
-  else:
-    directory = backbones.locate(config.backbone.path)
-    if config.backbone.sha256:
-      backbones.check_sha256(directory, config.backbone.sha256)
-    encoder = EncoderConfig.from_file(directory / "config.json")
+  if config.backbone.sha256 and not scratch.is_wanted(config):
+    backbones.check_sha256(backbones.locate(config.backbone.path), config.backbone.sha256)
+  encoder = encoder_config(config)
   check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
   if settings.pooling not in POOLINGS:
     raise InputError("unknown vector.pooling", value=settings.pooling, fix="Use first or mean")
@@ -57,6 +55,13 @@ def check(config: ConfigDict) -> None:
   measures.check((*config.evaluate.measures, config.train.select_by))
   if config.train.evaluate_every and config.data.dev_split and config.data.dev_split == config.data.train_split:
     raise InputError("the dev split is the training split", value=config.data.dev_split, fix="Name another, or ''")
+
+
+def encoder_config(config: ConfigDict) -> EncoderConfig:
+  """The backbone's shape, of which config.json alone is read."""
+  if scratch.is_wanted(config):
+    return scratch.shape(config, config.pretrain.vocabulary)
+  return EncoderConfig.from_file(backbones.locate(config.backbone.path) / "config.json")
 
 
 def base_directory(config: ConfigDict, layout: Layout) -> pathlib.Path:
@@ -132,21 +137,43 @@ def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:
   return found
 
 
-def train_batches(config: ConfigDict, layout: Layout, data: PreparedData, number: int) -> TrainBatches:
-  """The batches of a round of training: a function of (seed, round, step)."""
+def train_batches(
+  config: ConfigDict, layout: Layout, data: PreparedData, number: int, groups: Any | None = None
+) -> TrainBatches:
+  """The batches of a round of training: a function of (seed, round, step).
+
+  Args:
+    groups: what draws their passages, see `data.batches.GroupBatches`; default: `train_groups`.
+  """
   train, name = config.train, config.data.train_split
   split = data.splits[name]
-  stage = f"train{number}"
-  groups = TrainGroups(
-    split.positives, _negatives(config, layout, data, number), num_passages=len(data.ids), group_size=train.passages,
-    seed=config.seed, stage=stage, positive=train.positive, sampling=sampling(config),
-  )  # fmt: skip
   trainable = np.array([row for row in range(len(split)) if len(split.positives(row))])
   return TrainBatches(
-    TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), trainable, groups, split.positives,
-    batch_size=train.queries, query_tokens=config.text.query_length, passage_tokens=config.text.passage_length,
-    seed=config.seed, stage=stage,
+    TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), trainable,
+    groups or train_groups(config, layout, data, number), split.positives, batch_size=train.queries,
+    query_tokens=config.text.query_length, passage_tokens=config.text.passage_length, seed=config.seed,
+    stage=f"train{number}",
   )  # fmt: skip
+
+
+def train_groups(
+  config: ConfigDict, layout: Layout, data: PreparedData, number: int, negatives: Negatives | None = None
+) -> TrainGroups:
+  """What draws the passages of a round's batches, from `negatives` or from the round's own."""
+  train, split = config.train, data.splits[config.data.train_split]
+  negatives = negatives or _negatives(config, layout, data, number)
+  positives = split.positives
+  if config.mine.pseudo_positives and isinstance(negatives, PoolNegatives):
+    positives = functools.partial(_with_pseudo_positives, split.positives, negatives)
+  return TrainGroups(
+    positives, negatives, num_passages=len(data.ids), group_size=train.passages, seed=config.seed,
+    stage=f"train{number}", positive=train.positive, sampling=sampling(config),
+  )  # fmt: skip
+
+
+def _with_pseudo_positives(positives: Callable, negatives: PoolNegatives, query_row: int) -> np.ndarray:
+  """The judged positives of a query, then what the cross-encoder takes for some."""
+  return np.concatenate([positives(query_row), negatives.pseudo_positives(query_row)]).astype(np.int64)
 
 
 def sampling(config: ConfigDict) -> Sampling:
@@ -159,11 +186,14 @@ def _negatives(config: ConfigDict, layout: Layout, data: PreparedData, number: i
   """What round `number` draws from: from the second on, what the round before mined."""
   named = config.train.negatives
   if number > 1 or named == "bm25":
-    pool = Pool.open(layout.pool(number - 1))
-    return PoolNegatives(
-      pool, config.train.simans_source if config.train.simans_source in pool.names else pool.names[0]
-    )
+    return pool_negatives(config, Pool.open(layout.pool(number - 1)))
   return data.splits[config.data.train_split].negatives if named == "source" else None
+
+
+def pool_negatives(config: ConfigDict, pool: Pool) -> PoolNegatives:
+  """A pool as training draws from it."""
+  source = config.train.simans_source
+  return PoolNegatives(pool, source if source in pool.names else pool.names[0])
 
 
 class PoolNegatives:
@@ -179,6 +209,10 @@ class PoolNegatives:
   def rows(self, query_row: int) -> np.ndarray:
     """Passage rows of a query, best first."""
     return np.asarray(self._pool.candidates(query_row))
+
+  def pseudo_positives(self, query_row: int) -> np.ndarray:
+    """Passage rows that denoising took for positives."""
+    return np.asarray(self._pool.pseudo_positives(query_row))
 
   def scores(self, query_row: int) -> tuple[np.ndarray, float]:
     """The source's scores of `rows(query_row)`, and of the query's best positive."""

@@ -15,11 +15,12 @@ from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.retrieval import answers, measures, runs
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.runs import Run
-from dptdr_jax.stages import common, examples, search
+from dptdr_jax.stages import common, cross, examples, search
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
+RERANKED = "reranked"  # the cross-encoder over the last round's retriever
 _ORIGINS = {"backbone": "untuned backbone", "pretrain": "pretrained backbone"}
 _BINARY = re.compile(r"(RR|R|AP|P|Success)(@\d+)?")  # measures that need to know which grades are relevant
 
@@ -29,13 +30,14 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   layout = Layout.of(workdir)
   data = PreparedData(layout.prepared)
   systems = [*(["bm25"] if config.evaluate.bm25 else []), *common.dense_systems(config)]
+  systems += [RERANKED] if config.cross.enabled else []
   results: dict[str, dict] = {system: {} for system in systems}
   intervals: dict[str, dict] = {system: {} for system in systems}
   for system in systems:
     for split in config.evaluate.splits:
       part = layout.part(system, split)
       if not part.exists():
-        shown = system == systems[-1] and split == config.evaluate.splits[0]
+        shown = system == f"train{config.rounds}" and split == config.evaluate.splits[0]
         _evaluate(config, layout, data, system, split, shown)
         preemption.check(f"evaluation stands after {system} on {split}")
       means = files.read_json(part)
@@ -71,6 +73,9 @@ def _evaluate(config: ConfigDict, layout: Layout, data: PreparedData, system: st
 def _search(config: ConfigDict, layout: Layout, data: PreparedData, system: str, split: str, depth: int) -> Run:
   if system == "bm25":
     return common.bm25(layout, data).search([query.text for query in data.splits[split].queries.read()], depth)
+  if system == RERANKED:
+    found = _search(config, layout, data, f"train{config.rounds}", split, depth)
+    return cross.rerank(config, layout, found, split)
   queries, passages = (Embeddings(layout.embeddings(system, part)) for part in (split, "corpus"))
   return search.dense(config, queries, passages, depth, layout.index(system))
 
@@ -102,7 +107,8 @@ def _labels(config: ConfigDict) -> dict[str, str]:
   }
   rounds = range(1, config.rounds + 1)
   trained = {f"train{number}": f"trained retriever, round {number}" for number in rounds}
-  return {"bm25": "BM25", **untuned, **(trained if config.rounds > 1 else {"train1": "trained retriever"})}
+  trained = trained if config.rounds > 1 else {"train1": "trained retriever"}
+  return {"bm25": "BM25", **untuned, **trained, RERANKED: "reranked by the cross-encoder"}
 
 
 def _origin(config: ConfigDict, layout: Layout) -> str:

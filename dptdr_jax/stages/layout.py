@@ -56,14 +56,6 @@ class Layout:
     """Vectors of the corpus or of the training queries by the retriever that mining round `number` searches with."""
     return self.mine(number) / "vectors" / part
 
-  def mined_run(self, number: int, source: str) -> pathlib.Path:
-    """What a source of mining round `number` found for the training queries."""
-    return self.mine(number) / "runs" / source
-
-  def merged(self, number: int) -> pathlib.Path:
-    """All sources of mining round `number` in one pool, before denoising."""
-    return self.mine(number) / "merged"
-
   def pool(self, number: int) -> pathlib.Path:
     """The negatives that training after mining round `number` draws from."""
     return self.mine(number) / "pool"
@@ -74,6 +66,10 @@ class Layout:
 
   def train(self, number: int) -> pathlib.Path:
     return self.root / f"train{number}"
+
+  def generation(self, number: int, which: int) -> pathlib.Path:
+    """What is mined while round `number` trains, from its state after `which` times train.refresh_every steps."""
+    return self.train(number) / "generations" / str(which)
 
   def retriever(self, number: int) -> pathlib.Path:
     """The retriever that round `number` of training chose."""

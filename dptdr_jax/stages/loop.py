@@ -61,6 +61,16 @@ class Loop(abc.ABC):
   def restored(self, metadata: Mapping[str, Any]) -> None:  # noqa: B027 — most kinds of training keep nothing
     """Takes up what `metadata` gave."""
 
+  def begin(self, step: int) -> None:  # noqa: B027 — most kinds of training have nothing to do there
+    """Called once, with the state that training begins or resumes with."""
+
+  def is_marked(self, step: int) -> bool:
+    """Whether `mark` wants the state after `step` steps."""
+    return False
+
+  def mark(self, step: int) -> None:  # noqa: B027 — as `begin`
+    """Does what is to be done with a state before that state is saved; after a kill, again."""
+
   def figures(self, metrics: Mapping[str, float], written: bool) -> dict[str, float]:
     """A step's metrics as they are written; called for every step, `written` or not."""
     return dict(metrics)
@@ -79,6 +89,7 @@ class Loop(abc.ABC):
     writer = MetricWriter(directory, first)
     if self.tries_first and not first:
       self._try(writer, 0)
+    self.begin(first)
     waiting: collections.deque = collections.deque()  # metrics are fetched one step behind, so the devices never wait
     with progress.bar(self.name, self.steps, "step", initial=first) as shown:
       loaded = batches.load(first, self.steps, self.settings.loader_workers)
@@ -90,11 +101,14 @@ class Loop(abc.ABC):
         last = step == self.steps
         tried = self.tries and (last or step % self.settings.evaluate_every == 0)
         saved = last or step % self.settings.checkpoint_every == 0 or preemption.asked()
-        if tried or saved:
+        marked = not last and self.is_marked(step)
+        if tried or saved or marked:
           while waiting:  # nothing that is not finite is ever kept
             self._record(writer, shown, *waiting.popleft())
         if tried:
           self._try(writer, step)
+        if marked:
+          self.mark(step)
         if saved:
           checkpoints.save(step, self.state, self.metadata(step))
         if preemption.asked():

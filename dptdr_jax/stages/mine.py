@@ -18,14 +18,15 @@ from dptdr_jax.core import files, preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retrieval import pool_checks, runs
-from dptdr_jax.retrieval.denoise import MarginRule, Rule, denoise
+from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.denoise import CrossEncoderRule, MarginRule, Rule, denoise
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retrieval.texts import TextRule
 from dptdr_jax.retriever import Retriever
-from dptdr_jax.stages import common, encode, negatives_shown, search
+from dptdr_jax.stages import common, cross, encode, negatives_shown, search
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ def check(config: ConfigDict) -> None:
   missing = [path for path in mine.runs if not pathlib.Path(path).is_file()]
   if missing:
     raise InputError("no such run file", path=missing[0])
+  if mine.cross_encoder and not config.cross.enabled:
+    raise InputError("mine.cross_encoder wants a cross-encoder", fix="Set cross.enabled to True")
+  if mine.pseudo_positives and not mine.cross_encoder:
+    raise InputError("mine.pseudo_positives are the cross-encoder's", fix="Set mine.cross_encoder to True")
   _margins(config, (DENSE,))
 
 
@@ -58,41 +63,63 @@ def outside_files(config: ConfigDict) -> list[files.Path]:
 def run(config: ConfigDict, workdir: files.Path, number: int = 0) -> None:
   """Writes DIR/mineN/pool: negatives for each training query, best first, with what each source says of them."""
   layout = Layout.of(workdir)
-  data = PreparedData(layout.prepared)
+  retriever = common.trained(config, layout, number) if number and config.mine.dense.depth else None
+  mine(config, layout, PreparedData(layout.prepared), layout.mine(number), retriever)
+
+
+def mine(
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever | None
+) -> Pool:
+  """Mines into `directory`: vectors/, runs/, merged/, pool/ and mining.json; what is there is not made again.
+
+  Args:
+    retriever: the dense source; None: there is none.
+  """
   positives = common.qrels(data.splits[config.data.train_split])
-  sources = _sources(config, layout, data, positives, number)
-  if not (layout.merged(number) / "manifest.json").exists():
-    pool_from_runs(layout.merged(number), sources, positives, width=config.mine.width or None)
-  preemption.check(f"mining stands before denoising in round {number}")
-  rules = _rules(config, data, positives, list(sources))
-  pool = denoise(layout.pool(number), layout.merged(number), rules)
+  sources = _sources(config, layout, data, positives, directory, retriever)
+  if not (directory / "merged" / "manifest.json").exists():
+    pool_from_runs(directory / "merged", sources, positives, width=config.mine.width or None)
+  preemption.check(f"mining stands before denoising, in {directory}")
+  pool = _denoise(config, layout, directory, _rules(config, data, positives, list(sources)), retriever is not None)
   warnings = pool_checks.suspicions(pool)
   for warning in warnings:
-    _log.warning("mine%d: %s", number, warning)
-  files.write_json(layout.mining(number), negatives_shown.summary(config, data, pool, warnings))
+    _log.warning("%s: %s", directory, warning)
+  files.write_json(directory / "mining.json", negatives_shown.summary(config, data, pool, warnings))
+  return pool
+
+
+def _denoise(config: ConfigDict, layout: Layout, directory: pathlib.Path, rules: list[Rule], crossed: bool) -> Pool:
+  """Applies the cheap rules, then the cross-encoder to what they leave; `crossed`: there is one by now."""
+  options = config.mine
+  if not (crossed and options.cross_encoder):
+    return denoise(directory / "pool", directory / "merged", rules)
+  cleaned = directory / "cleaned"
+  pool = Pool.open(cleaned) if (cleaned / "manifest.json").exists() else denoise(cleaned, directory / "merged", rules)
+  scores = cross.score_pool(config, layout, pool, directory / "scores")
+  rule = CrossEncoderRule(scores, options.negative_below, options.positive_above)
+  return denoise(directory / "pool", cleaned, [rule])
 
 
 def _sources(
-  config: ConfigDict, layout: Layout, data: PreparedData, positives: Qrels, number: int
-) -> dict[str, Source]:
+  config: ConfigDict, layout: Layout, data: PreparedData, positives: Qrels, directory: pathlib.Path,
+  retriever: Retriever | None,
+) -> dict[str, Source]:  # fmt: skip
   mine, found = config.mine, {}
   split = data.splits[config.data.train_split]
 
   def searched(name: str, make: Callable[[int], Run], options: ConfigDict, scores: np.ndarray | None = None) -> None:
-    path = layout.mined_run(number, name)
+    path, depth = directory / "runs" / name, min(options.depth, len(data.ids))
     if not path.exists():
-      make(min(options.depth, len(data.ids))).save(path)
-      preemption.check(f"mining stands after the search by {name} in round {number}")
-    depth = min(options.depth, len(data.ids))
+      make(depth).save(path)
+      preemption.check(f"mining stands after the search by {name}, in {directory}")
     found[name] = Source(Run.open(path), depth, options.first, options.quota or None, scores)
 
   if mine.bm25.depth:
     searched("bm25", lambda depth: common.bm25(layout, data).search([q.text for q in split.queries.read()], depth),
              mine.bm25)  # fmt: skip
-  if number and mine.dense.depth:
-    queries, passages = _encode(config, layout, data, number)
-    index = layout.mine(number) / "index"
-    searched(DENSE, lambda depth: search.dense(config, queries, passages, depth, index), mine.dense,
+  if retriever is not None:
+    queries, passages = _encode(config, layout, data, directory, retriever)
+    searched(DENSE, lambda depth: search.dense(config, queries, passages, depth, directory / "index"), mine.dense,
              positive_scores(queries, passages, positives))  # fmt: skip
   if mine.runs:
     query_rows = {name: row for row, name in enumerate(split.ids.ids(range(len(split))))}
@@ -103,14 +130,16 @@ def _sources(
   return found
 
 
-def _encode(config: ConfigDict, layout: Layout, data: PreparedData, number: int) -> tuple[Embeddings, Embeddings]:
-  """Vectors of the training queries and of the corpus by the retriever of round `number`."""
+def _encode(
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever
+) -> tuple[Embeddings, Embeddings]:
+  """Vectors of the training queries and of the corpus."""
   split = config.data.train_split
-  retriever: Retriever = common.trained(config, layout, number)
   ids = {split: data.splits[split].ids, "corpus": data.ids}
+  places = {part: directory / "vectors" / part for part in ids}
   for part, kind in ((split, "query"), ("corpus", "passage")):
-    encode.encode(config, layout, layout.mined_vectors(number, part), part, retriever, kind, ids[part])
-  return Embeddings(layout.mined_vectors(number, split)), Embeddings(layout.mined_vectors(number, "corpus"))
+    encode.encode(config, layout, places[part], part, retriever, kind, ids[part])
+  return Embeddings(places[split]), Embeddings(places["corpus"])
 
 
 def positive_scores(queries: Embeddings, passages: Embeddings, positives: Qrels) -> np.ndarray:

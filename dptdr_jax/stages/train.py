@@ -19,6 +19,7 @@ from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.stages import common, steps
+from dptdr_jax.stages.generations import Generations
 from dptdr_jax.stages.layout import Layout
 from dptdr_jax.stages.loop import Loop
 from dptdr_jax.stages.trial import DevTrial
@@ -31,18 +32,24 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
   directory = layout.train(number)
   data = PreparedData(layout.prepared)
   backbone = common.load_backbone(config, layout)
-  batches = common.train_batches(config, layout, data, number)
+  groups = generations = None
+  if config.train.refresh_every:
+    groups = generations = Generations(config, layout, data, number, backbone)
+  batches = common.train_batches(config, layout, data, number, groups)
   num_steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
   trial = DevTrial.build(config, layout, data, config.train.evaluate_every)
   before = None
   if number > 1 and not config.train.restart:
     before = common.trained(config, layout, number - 1, backbone)
-  loop = TrainLoop(config, backbone, num_steps, common.frequent_tokens(config, layout), trial, directory, before)
+  words = common.frequent_tokens(config, layout)
+  loop = TrainLoop(config, backbone, num_steps, words, trial, directory, before, generations)
   checkpoints = Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints)
   try:
     loop.run(batches, checkpoints, directory)
   finally:
     checkpoints.close()
+    if generations is not None:
+      generations.close()
   if trial is None:
     loop.retriever().save(directory / "retriever")
 
@@ -54,14 +61,16 @@ class TrainLoop(Loop):
 
   def __init__(
     self, config: ConfigDict, backbone: Backbone, num_steps: int, word_ids: np.ndarray | None, trial: DevTrial | None,
-    directory: pathlib.Path, before: Retriever | None = None,
+    directory: pathlib.Path, before: Retriever | None = None, generations: Generations | None = None,
   ):  # fmt: skip
     """Makes the jitted step and the first state, replicated on the mesh.
 
-    Prompts may start from `word_ids`, or from those of the retriever `before`.
+    Prompts may start from `word_ids`, or from those of the retriever `before`; `generations` of negatives are mined as
+    training goes on.
     """
     train = config.train
     self._config, self._backbone, self._trial, self._directory = config, backbone, trial, directory
+    self._generations = generations
     self._best = {"step": 0, "value": -math.inf}
     self._model = steps.tower_model(config, backbone.config, backbone.compute_dtype)
     self._mesh = meshes.make_mesh()
@@ -87,6 +96,18 @@ class TrainLoop(Loop):
       retriever.save(self._directory / "retriever")
       self._best = {"step": step, "value": value}
     return figures
+
+  def begin(self, step: int) -> None:
+    if self._generations is not None and step:
+      self._generations.resume(step)
+    elif self._generations is not None:
+      self.mark(0)
+
+  def is_marked(self, step: int) -> bool:
+    return self._generations is not None and step % self._generations.every == 0
+
+  def mark(self, step: int) -> None:
+    self._generations.begin(step, self.retriever())
 
   def metadata(self, step: int) -> dict:
     return self._best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import json
 import os
 import pathlib
 import random
@@ -25,13 +26,32 @@ LIVES = (
 )
 
 
-# Pretraining: ten deaths in one stage, each counted from where the one before let the run go on. A step has one
-# progress event and a save some renames, so that a life of five deaths leaves steps to do; of a rerun's own renames
-# the second is the export's.
-PRETRAIN_LIVES = (
-  ("pretrain:rename:1", "pretrain:progress:2", "pretrain:checkpoint:1", "pretrain:progress:1", "pretrain:checkpoint:0"),
-  ("pretrain:progress:0", "pretrain:checkpoint:2", "pretrain:progress:2", "pretrain:checkpoint:1", "pretrain:rename:1"),
-)
+# Ten deaths in one stage, each counted from where the one before let the run go on. A step has one progress event and a
+# save some renames, so that a life of five deaths leaves steps to do.
+STAGES = {
+  # Of a rerun's own renames the second is the export's.
+  "pretrain": (
+    ("rename:1", "progress:2", "checkpoint:1", "progress:1", "checkpoint:0"),
+    ("progress:0", "checkpoint:2", "progress:2", "checkpoint:1", "rename:1"),
+  ),
+  # Negatives mined while training goes on: progress and renames are those of both threads.
+  "train1": (
+    ("rename:3", "progress:9", "checkpoint:1", "rename:5", "progress:3"),
+    ("progress:14", "rename:7", "checkpoint:2", "progress:6", "rename:2"),
+  ),
+}
+FLAGS = {
+  "pretrain": ("pretrain.enabled=True", "pretrain.steps=12", "pretrain.spans=16", "pretrain.span_tokens=16",
+               "pretrain.shortest=2", "pretrain.log_every=1", "pretrain.checkpoint_every=1",
+               "pretrain.evaluate_every=0", "pretrain.learning_rate=1e-3"),
+  "train1": ("train.refresh_every=3", "train.passages=3", "train.negatives=source", "train.checkpoint_every=1",
+             "train.evaluate_every=0", "mine.dense.depth=12"),
+}  # fmt: skip
+MADE = {
+  "pretrain": ("backbone/model.safetensors", "backbone/manifest.json", "metrics.jsonl"),
+  "train1": ("retriever/prompts.safetensors", "metrics.jsonl",
+             *(f"generations/{which}/pool/rows.npy" for which in range(3))),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +115,23 @@ def test_killed_anywhere_ends_the_same(command, tmp_path):
     assert made(workdir) == expected, points
 
 
-def test_pretraining_killed_at_10_points_ends_the_same(command, tmp_path):
-  flags = [f"--config.pretrain.{field}" for field in (
-    "enabled=True", "steps=12", "spans=16", "span_tokens=16", "shortest=2", "log_every=1", "checkpoint_every=1",
-    "evaluate_every=0", "learning_rate=1e-3",
-  )]  # fmt: skip
-  flags.append("--stages=prepare,pretrain")
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_10_times_in_one_stage_it_ends_the_same(command, tmp_path, stage):
+  flags = [*(f"--config.{field}" for field in FLAGS[stage]), f"--stages=prepare,{stage}"]
+  lives = [[f"{stage}:{point}" for point in life] for life in STAGES[stage]]
   undisturbed = tmp_path / "undisturbed"
   assert command(undisturbed, "none", *flags) == 0
-  with concurrent.futures.ThreadPoolExecutor(len(PRETRAIN_LIVES)) as pool:
-    ended = list(pool.map(lambda points: live(command, tmp_path, points, *flags), PRETRAIN_LIVES))
+  with concurrent.futures.ThreadPoolExecutor(len(lives)) as pool:
+    ended = list(pool.map(lambda points: live(command, tmp_path, points, *flags), lives))
   assert sum(deaths for deaths, _ in ended) == 10
-  for points, (_, workdir) in zip(PRETRAIN_LIVES, ended, strict=True):
-    for name in ("model.safetensors", "manifest.json"):
-      assert (workdir / "pretrain/backbone" / name).read_bytes() == (
-        undisturbed / "pretrain/backbone" / name
-      ).read_bytes(), points
+  for points, (_, workdir) in zip(lives, ended, strict=True):
+    for name in MADE[stage]:
+      assert lines(workdir / stage / name) == lines(undisturbed / stage / name), (points, name)
+
+
+def lines(path: pathlib.Path) -> list[bytes] | bytes:
+  """A file's bytes; of metrics, all but what the clock says."""
+  if path.name != "metrics.jsonl":
+    return path.read_bytes()
+  found = [json.loads(line) for line in path.read_text().splitlines()]
+  return [json.dumps({k: v for k, v in line.items() if k != "tokens_per_second"}).encode() for line in found]

@@ -1,0 +1,296 @@
+"""`python -m dptdr_jax.plan --config=configs/NAME.py --topology=v5e:4x4`: a run's steps, compiled for absent chips.
+
+The compiler is the TPU's own, from the libtpu package (`pip install dptdr_jax[plan]`); `--topology=cpu:8` takes the
+CPU's, for any number of simulated devices. Nothing runs. Printed for each step, a chip: memory against what the chip
+has, operations, collectives with their bytes, and a time by roofline. Exit status 0: everything fits; 1: something does
+not (what would is printed); 2: an error of input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from dptdr_jax.core import progress
+from dptdr_jax.core.errors import DptdrError, InputError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, …, or cpu:N.")
+_STEPS = flags.DEFINE_list("steps", [], "Which of pretrain, train and encode; default: those that the config has.")
+_PASSAGES = flags.DEFINE_integer("passages", 0, "Passages of the corpus; 0: those of MS MARCO or NQ by data.source.")
+_QUERIES = flags.DEFINE_integer("queries", 0, "Training queries; 0: those of MS MARCO or NQ by data.source.")
+_MEMORY = flags.DEFINE_float("memory_gib", 0, "Memory of a chip in GiB, where it is not what the topology says.")
+
+GIB = 2**30
+_SIZES = {"msmarco": (8_841_823, 502_939), "nq": (21_015_324, 58_880)}  # passages, training queries
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a chip has: bfloat16 operations a second, bytes of memory, bytes a second of memory and of all its links.
+
+  From Google Cloud's system architecture pages of the four generations.
+  """
+
+  flops: float
+  memory: float
+  bandwidth: float
+  links: float
+
+
+CHIPS = {
+  "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9),
+  "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
+  "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
+  "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+  """One compiled step, a chip.
+
+  Attributes:
+    arguments, temporaries: bytes; results lie where the donated arguments were.
+    operations: of the matrix products.
+    traffic: bytes between memory and chip.
+    collectives: (kind, bytes, times, where).
+  """
+
+  arguments: int
+  temporaries: int
+  operations: float
+  traffic: int
+  collectives: tuple
+
+  @property
+  def memory(self) -> int:
+    """Bytes in all."""
+    return self.arguments + self.temporaries
+
+  def seconds(self, chip: Chip) -> dict[str, float]:
+    """Time by what would bound it; a step takes the longest at least, and their sum at most."""
+    moved = sum(size * times for _, size, times, _ in self.collectives)
+    return {
+      "compute": self.operations / chip.flops, "memory": self.traffic / chip.bandwidth, "links": moved / chip.links
+    }  # fmt: skip
+
+
+class DoesNotFit(DptdrError):
+  """The compiler gave up: bytes needed, where it says so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A step that can be compiled: `lower()` for a config; the field that cuts it smaller, with its largest value."""
+
+  name: str
+  lower: Callable[[ConfigDict], tuple[Any, Any]]  # → (traced, lowered)
+  chunk: str
+  rows: int  # a chip's share of the batch
+  repeats: Callable[[ConfigDict], float]  # how often it runs
+
+
+def main(argv: list[str]) -> int:
+  """Prints the plan; returns the exit status."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  try:
+    sizes = _PASSAGES.value, _QUERIES.value
+    return plan(_CONFIG.value, _TOPOLOGY.value, _STEPS.value, sizes=sizes, memory_gib=_MEMORY.value)
+  except DptdrError as error:
+    sys.stderr.write(f"error: {error}\n")
+    return 2
+
+
+def plan(
+  config: ConfigDict, topology: str, only: Sequence[str] = (), *, sizes: tuple[int, int] = (0, 0), memory_gib: float = 0
+) -> int:
+  """Compiles the steps of a config for a topology and prints what they take; 1 where one does not fit, else 0.
+
+  Args:
+    only: names of steps; empty: all of the config.
+    sizes: passages of the corpus and training queries; 0: those of the benchmark that the config is for.
+    memory_gib: of a chip; 0: as the topology has it.
+  """
+  family, devices = find_devices(topology)
+  chip = CHIPS.get(family)
+  memory = memory_gib * GIB if memory_gib else (chip.memory if chip else math.inf)
+  if family != "cpu" and config.compute_dtype == "auto":
+    config.compute_dtype = "bfloat16"
+  fits = True
+  for step in find_steps(config, devices, only, sizes):
+    progress.say(f"{step.name}: {len(devices)} × {family}, {step.chunk}={_get(config, step.chunk)}")
+    try:
+      figures = measure(step, config, len(devices))
+      enough = figures.memory <= memory
+      report(step, config, figures, chip, memory)
+    except DoesNotFit as error:
+      enough = False
+      progress.say(f"  does not fit: {error}")
+    if not enough:
+      fits = False
+      suggest(step, config, len(devices), memory)
+  return 0 if fits else 1
+
+
+def find_devices(topology: str) -> tuple[str, list]:
+  """The family ('v5e', …, 'cpu') and the devices, of which none need be here."""
+  family, _, shape = topology.partition(":")
+  if family == "cpu" and shape.isdigit():
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={shape} {os.environ.get('XLA_FLAGS', '')}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    return family, jax.devices("cpu")[: int(shape)]
+  if family not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+    raise InputError("unknown topology", value=topology, fix=f"Name one of {', '.join(CHIPS)} and a shape: v5e:4x4")
+  # Without these libtpu looks for the machine that it believes to be on.
+  os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+  from jax.experimental import topologies
+
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  except Exception as error:  # of many kinds: no libtpu, a shape that does not exist
+    reason = str(error).splitlines()[0]
+    raise InputError(f"the TPU compiler cannot be had ({reason})", value=topology,
+                     fix="pip install 'dptdr_jax[plan]', and a shape that the platform offers") from error  # fmt: skip
+  return family, list(found.devices)
+
+
+def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tuple[int, int] = (0, 0)) -> list[Step]:
+  """The config's steps, each with the shapes of a full batch."""
+  import numpy as np
+  from jax.sharding import Mesh
+
+  from dptdr_jax.stages import common, shapes
+
+  def mesh(fsdp: int) -> Mesh:
+    if len(devices) % fsdp:
+      raise InputError("fsdp does not divide the number of chips", value=(fsdp, len(devices)))
+    return Mesh(np.array(devices).reshape(-1, fsdp), ("data", "fsdp"))
+
+  encoder = common.encoder_config(config)
+  passages, queries = (
+    given or usual for given, usual in zip(sizes, _SIZES.get(config.data.source, (0, 0)), strict=True)
+  )
+  train, pretrain, count = config.train, config.pretrain, len(devices)
+  encoded = max(1, config.encode.batch_tokens // config.text.passage_length)
+  known = {
+    "pretrain": Step(
+      "pretrain", lambda c: shapes.pretrain(c, encoder, mesh(c.pretrain.fsdp)), "pretrain.chunk",
+      pretrain.spans // count, lambda c: c.pretrain.steps or c.pretrain.epochs * passages * 2 / c.pretrain.spans,
+    ),
+    "train": Step(
+      "train", lambda c: shapes.train(c, encoder, mesh(1)), "train.passage_chunk",
+      train.queries * train.passages // count, lambda c: c.train.steps or c.train.epochs * queries / c.train.queries,
+    ),
+    "encode": Step(
+      "encode", lambda c: shapes.encode(c, encoder, mesh(1)), "encode.batch_tokens",
+      config.encode.batch_tokens, lambda c: passages / (encoded * count),
+    ),
+  }  # fmt: skip
+  wanted = list(only) or [name for name in known if name != "pretrain" or pretrain.enabled]
+  if unknown := [name for name in wanted if name not in known]:
+    raise InputError("no such step", value=unknown, fix=f"Known: {', '.join(known)}")
+  return [known[name] for name in wanted]
+
+
+def measure(step: Step, config: ConfigDict, chips: int) -> Figures:
+  """Compiles a step.
+
+  Raises:
+    DoesNotFit: the compiler ran out of the chip's memory.
+  """
+  import jax
+
+  from dptdr_jax.runtime import programs
+
+  traced, lowered = step.lower(config)
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    needed = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
+    raise DoesNotFit(f"the compiler needs {needed[1]} of {needed[2]}" if needed else "out of memory") from None
+  memory = compiled.memory_analysis()
+  program = programs.Program(compiled.as_text())
+  found = tuple((made.kind, made.size, made.times, made.where) for made in program.collectives())
+  return Figures(
+    memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    memory.temp_size_in_bytes, programs.operations(traced) / chips, program.traffic(), found,
+  )  # fmt: skip
+
+
+def report(step: Step, config: ConfigDict, figures: Figures, chip: Chip | None, memory: float) -> None:
+  """Prints what a step takes."""
+  share = f" of {memory / GIB:.0f} GiB" if math.isfinite(memory) else ""
+  progress.say(
+    f"  memory   {figures.memory / GIB:.2f} GiB{share}: arguments {figures.arguments / GIB:.2f}, "
+    f"temporaries {figures.temporaries / GIB:.2f}"
+  )
+  progress.say(f"  work     {figures.operations / 1e12:.2f} TFLOP, {figures.traffic / GIB:.1f} GiB moved at most")
+  for kind, size, times, where in figures.collectives:
+    progress.say(f"  {kind:<17}{size / 2**20:9.2f} MiB × {times}  ({where})")
+  if chip is None:
+    return
+  seconds, repeats = figures.seconds(chip), step.repeats(config)
+  bound = max(seconds, key=seconds.get)
+  low, high = max(seconds.values()), sum(seconds.values())
+  parts = ", ".join(f"{name} {value:.4f}" for name, value in seconds.items())
+  progress.say(f"  time     {low:.3f} to {high:.3f} s a step by roofline ({parts}); bound by {bound}")
+  if repeats:
+    progress.say(f"  run      {repeats:,.0f} steps: {low * repeats / 3600:.2f} to {high * repeats / 3600:.2f} h")
+
+
+def suggest(step: Step, config: ConfigDict, chips: int, memory: float) -> None:
+  """Looks for the largest chunk that fits, by halves, and prints it, or what else there is."""
+  now = _get(config, step.chunk) or step.rows
+  sizes = [size for size in _smaller(step.rows) if size < now]
+  for size in sizes:
+    tried = config.copy_and_resolve_references()
+    _set(tried, step.chunk, size)
+    try:
+      figures = measure(step, tried, chips)
+    except DoesNotFit:
+      continue
+    if figures.memory <= memory:
+      progress.say(f"  fits with --config.{step.chunk}={size}: {figures.memory / GIB:.2f} GiB")
+      return
+  others = {"pretrain": "pretrain.remat=True, a larger pretrain.fsdp, fewer pretrain.spans",
+            "train": "a smaller train.query_chunk, shorter texts, a shorter prompt",
+            "encode": "shorter texts"}[step.name]  # fmt: skip
+  progress.say(f"  no chunk of {sizes} fits. What else helps: {others}; more chips; a chip with more memory")
+
+
+def _smaller(rows: int) -> list[int]:
+  """Divisors of a chip's rows, each about half of the one before, largest first."""
+  found = [rows]
+  for size in range(rows - 1, 0, -1):
+    if rows % size == 0 and 2 * size <= found[-1]:
+      found.append(size)
+  return found
+
+
+def _get(config: ConfigDict, name: str) -> Any:
+  section, field = name.split(".")
+  return config[section][field]
+
+
+def _set(config: ConfigDict, name: str, value: Any) -> None:
+  section, field = name.split(".")
+  config[section][field] = value
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "topology"])
+  app.run(main)

@@ -1,0 +1,104 @@
+"""Negatives that are mined anew while training goes on (ANCE, arXiv 2007.00808), each exactly where it belongs.
+
+With N = train.refresh_every, generation g is mined with the state after g·N steps, by a thread of the host while the
+devices train on, and holds from step (g + 1)·N to step (g + 2)·N; before step N the round's own negatives hold.
+Training waits where mining is late. Every batch thus stays a function of seed and step: what is killed finds the
+retrievers of the generations it was at, saved before the step after, and mines the same again.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+
+from ml_collections import ConfigDict
+
+from dptdr_jax.backbone import Backbone
+from dptdr_jax.core import preemption
+from dptdr_jax.core.errors import DptdrError
+from dptdr_jax.data.groups import TrainGroups
+from dptdr_jax.data.prepare import PreparedData
+from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retriever import Retriever
+from dptdr_jax.stages import common, mine
+from dptdr_jax.stages.layout import Layout
+
+_log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0  # seconds between two looks for a SIGTERM while training waits for negatives
+
+
+class Generations:
+  """The generations of one round of training.
+
+  Attributes:
+    every: N.
+  """
+
+  def __init__(self, config: ConfigDict, layout: Layout, data: PreparedData, number: int, backbone: Backbone):
+    """Of round `number`, on the backbone that all share; where its weights are tuned each generation has its own."""
+    self.every = config.train.refresh_every
+    self._config, self._layout, self._data, self._number = config, layout, data, number
+    self._shared = None if config.prompt.kind == "none" else backbone
+    first = common.train_groups(config, layout, data, number)
+    self._groups, self.group_size = {-1: first}, first.group_size
+    self._ready = threading.Condition()
+    self._failed: BaseException | None = None
+    self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    threading.Thread(target=self._mine_what_is_asked, name="mining", daemon=True).start()
+
+  def at(self, step: int) -> TrainGroups:
+    """What draws the groups of the batch after `step` steps; waits for its generation.
+
+    Raises:
+      DptdrError: mining it failed.
+    """
+    wanted = step // self.every - 1
+    with self._ready:
+      while wanted not in self._groups:
+        if self._failed is not None:
+          raise DptdrError(f"mining while round {self._number} trains failed: {self._failed}") from self._failed
+        preemption.check(f"round {self._number} waits for negatives of generation {wanted}")
+        self._ready.wait(_LOOK_S)
+      return self._groups[wanted]
+
+  def resume(self, step: int) -> None:
+    """Asks for the generations that training after `step` steps may still want, of those whose retriever is saved."""
+    for which in range(max(0, step // self.every - 1), step // self.every + 1):
+      if (self._layout.generation(self._number, which) / "retriever" / "retriever.json").exists():
+        self._asked.put(which)
+
+  def begin(self, step: int, retriever: Retriever) -> None:
+    """Begins generation step / N with the retriever of that step."""
+    which = step // self.every
+    retriever.save(self._layout.generation(self._number, which) / "retriever")
+    self._asked.put(which)
+
+  def close(self) -> None:
+    """Lets the thread end after what it is at."""
+    self._asked.put(None)
+
+  def _mine_what_is_asked(self) -> None:
+    while (which := self._asked.get()) is not None:
+      try:
+        negatives = common.pool_negatives(self._config, self._mine(which))
+        groups = common.train_groups(self._config, self._layout, self._data, self._number, negatives)
+      except preemption.Preempted:
+        return  # training looks for itself
+      except BaseException as error:  # for the thread that waits, which raises it
+        with self._ready:
+          self._failed = error
+          self._ready.notify_all()
+        return
+      with self._ready:
+        self._groups[which] = groups
+        self._ready.notify_all()
+
+  def _mine(self, which: int) -> Pool:
+    directory = self._layout.generation(self._number, which)
+    if (directory / "mining.json").exists():
+      return Pool.open(directory / "pool")
+    _log.info("mining generation %d while training goes on", which)
+    retriever = Retriever.load(directory / "retriever", self._shared)
+    return mine.mine(self._config, self._layout, self._data, directory, retriever)

@@ -1,0 +1,51 @@
+"""The plan of a run: what its steps take on chips that are not here, and what fits."""
+
+from __future__ import annotations
+
+import pytest
+from test_rounds import make_config
+
+from dptdr_jax import plan
+from dptdr_jax.core.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  made = make_config(tmp_path_factory.mktemp("plan"), train__queries=16, train__passages=4)
+  made.pretrain.update({"enabled": True, "spans": 32, "span_tokens": 16, "shortest": 2})
+  return made
+
+
+def test_all_steps_of_a_config_are_planned(config, capsys):
+  assert plan.plan(config, "cpu:8", sizes=(1000, 100)) == 0
+  printed = capsys.readouterr().out
+  for step in ("pretrain: 8 × cpu", "train: 8 × cpu", "encode: 8 × cpu"):
+    assert step in printed
+  train = printed[printed.index("train: 8 × cpu, train") : printed.index("encode: 8")]
+  # Two gathers of vectors and one sum of the prompts' gradient: 16 and 64 vectors of 32 float32, 2 · 2 layers · 4 · 32.
+  assert train.count("all-gather") == 2 and train.count("all-reduce") == 1 and "all-to-all" not in train
+  assert f"{16 * 32 * 4 / 2**20:9.2f} MiB × 1" in train
+
+
+def test_what_does_not_fit_is_told_with_what_does(config, capsys):
+  (step,) = plan.find_steps(config, plan.find_devices("cpu:8")[1], ["train"])
+  whole = plan.measure(step, config, 8).memory
+  assert plan.plan(config, "cpu:8", ["train"], memory_gib=0.97 * whole / plan.GIB) == 1
+  assert "fits with --config.train.passage_chunk=" in capsys.readouterr().out
+  assert plan.plan(config, "cpu:8", ["train"], memory_gib=1e-6) == 1
+  assert "no chunk of" in capsys.readouterr().out
+
+
+def test_roofline():
+  figures = plan.Figures(0, 0, 2e12, 3 * 10**9, (("all-gather", 10**6, 2, ""),))
+  seconds = figures.seconds(plan.Chip(1e12, 1, 1e9, 1e6))
+  assert seconds == {"compute": 2.0, "memory": 3.0, "links": 2.0}
+
+
+@pytest.mark.parametrize(
+  ("topology", "only", "message"),
+  [("v9:2x2", [], "unknown topology"), ("v5e:16", [], "unknown topology"), ("cpu:8", ["mine"], "no such step")],
+)
+def test_what_cannot_be_planned(config, topology, only, message):
+  with pytest.raises(InputError, match=message):
+    plan.plan(config, topology, only)
