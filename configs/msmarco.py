@@ -11,7 +11,7 @@ from configs import base
 
 
 def get_config():
-  """RIP, then stage 1 of the paper: training on BM25 negatives (method: recipes)."""
+  """RIP, stage 1 on BM25 negatives, UNM, stage 2 from fresh prompts (method: recipes)."""
   c = base.get_config()
   c.backbone.path = "roberta-large"
   c.data.source = "msmarco"
@@ -29,6 +29,10 @@ def get_config():
   c.train.evaluate_every = 5000
   c.train.evaluate_passages = 100_000
   c.train.evaluate_queries = 6980
+  c.rounds = 2  # UNM: the negatives of round 2 are BM25's and those of round 1's retriever in one pool, denoised
+  c.mine.bm25.depth = 200
+  c.mine.dense.depth = 200
+  c.mine.dense.relative_margin = 0.95
   c.evaluate.splits = ("dev",)
   c.evaluate.graded_splits = ("dl19", "dl20")
   c.evaluate.msmarco_format = True

@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config():
-  """RIP, then stage 1 of the paper: training on the BM25 negatives of DPR's files (method: recipes)."""
+  """RIP, stage 1 on the BM25 negatives of DPR's files, UNM, stage 2 from fresh prompts (method: recipes)."""
   c = base.get_config()
   c.backbone.path = "roberta-large"
   c.data.source = "nq"
@@ -28,6 +28,10 @@ def get_config():
   c.train.evaluate_every = 2000
   c.train.evaluate_passages = 100_000
   c.train.evaluate_queries = 6515
+  c.rounds = 2  # UNM: the negatives of round 2 are BM25's and those of round 1's retriever in one pool, denoised
+  c.mine.bm25.depth = 200
+  c.mine.dense.depth = 200
+  c.mine.dense.relative_margin = 0.95
   c.encode.dtype = "float16"
   c.evaluate.splits = ("test",)
   c.evaluate.measures = ("Success@5", "Success@20", "Success@100")

@@ -70,7 +70,7 @@ def stored_passages(config, workdir: pathlib.Path) -> list[str]:
 def test_msmarco_measures_are_those_of_ir_measures_on_the_official_files(msmarco):
   config, workdir = msmarco
   results = results_of(workdir)
-  assert list(results) == ["bm25", "backbone", "pretrain", "train1"]
+  assert list(results) == ["bm25", "backbone", "pretrain", "train1", "train2"]
   files = {"dev": "qrels.dev.small.tsv", "dl19": "2019qrels-pass.txt", "dl20": "2020qrels-pass.txt"}
   for split, name in files.items():
     graded = "(rel=2)" if split != "dev" else ""
