@@ -53,6 +53,7 @@ class Stage:
 # Fields of a stage that cannot change what it makes; they stay out of its key.
 NEUTRAL = (
   "train.loader_workers", "train.log_every", "train.keep_checkpoints",
+  "cross.loader_workers", "cross.log_every", "cross.keep_checkpoints",
   "pretrain.loader_workers", "pretrain.log_every", "pretrain.keep_checkpoints", "pretrain.evaluate_every",
 )  # fmt: skip
 
@@ -102,7 +103,7 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
     inputs = (*inputs, f"train{number}")
     if number == 1 and config.cross.enabled:
       yield crossed
-      inputs = (*inputs, "cross")
+      inputs = (*inputs, "cross") if config.mine.cross_encoder else inputs
 
 
 def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verify: bool = False) -> None:
