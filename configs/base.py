@@ -172,7 +172,7 @@ def _mined_from(depth: int) -> dict:
     depth=depth,  # ranks of it that are candidates; 0: not asked
     first=0,  # ranks skipped on top, where false negatives stand
     quota=0,  # candidates it gives to a query at most; 0: all
-    relative_margin=0.0,  # take out what it scores above this share of its positive (NV-Retriever: .95); 0: off
+    relative_margin=0.0,  # take out what it scores above this share of its positive (cosines: .95); 0: off
     absolute_margin=0.0,  # or above its positive's score less this; 0: off
   )
 
