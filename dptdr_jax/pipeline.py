@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from dptdr_jax.core import files, manifest, progress
+from dptdr_jax.core import files, lock, manifest, progress
 from dptdr_jax.core.errors import DptdrError
 from dptdr_jax.stages import (
   common,
@@ -114,8 +114,15 @@ def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verif
     workdir: directory of the run.
     only: names of stages to run ('train' means all of its rounds); empty: all.
     verify: hash the files from outside again instead of trusting their size and time.
+
+  Raises:
+    InputError: another run is at work in the directory, or what can be known to fail before any work is done.
   """
-  layout = Layout.of(workdir)
+  with lock.exclusive(workdir):
+    _run(config, Layout.of(workdir), only, verify)
+
+
+def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool) -> None:
   planned = plan(config, layout, verify)
   chosen = _choose([item.stage.name for item in planned], only)
   for item in planned:
