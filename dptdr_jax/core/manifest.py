@@ -67,6 +67,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     before, after = old.get(name), new.get(name)
     if isinstance(before, Mapping) and isinstance(after, Mapping):
       lines += differences(before, after, f"{prefix}{name}.")
-    elif before != after:
+    elif json.dumps(before) != json.dumps(after):  # as stored: a tuple comes back as a list
       lines.append(f"{prefix}{name}: {before!r} → {after!r}")
   return lines
