@@ -24,14 +24,6 @@ from dptdr_jax.core import files, preemption, progress
 from dptdr_jax.core.errors import DptdrError, InputError
 from dptdr_jax.stages import comparison
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field of all arms.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs and of the comparison.")
-_ARMS = flags.DEFINE_list("arms", [], "Names of arms, the first one is what the others are compared with.")
-_ARM = flags.DEFINE_multi_string("arm", [], "An arm of your own: 'NAME: field=value, field=value'.")
-_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of each arm.")
-_ONE_SEED = flags.DEFINE_list("one_seed", [], "Arms that run with the first seed alone.")
-_MEASURE = flags.DEFINE_string("measure", "RR@10", "What the tests and the plot are about.")
-
 _PLAIN = {"pretrain.enabled": False, "rounds": 1}
 _TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
 ARMS: dict[str, dict] = {
@@ -58,9 +50,11 @@ def main(argv: list[str]) -> int:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   preemption.install()
   try:
-    arms = chosen(_ARMS.value, _ARM.value)
-    seeds = [int(seed) for seed in _SEEDS.value]
-    ablate(_CONFIG.value, pathlib.Path(_WORKDIR.value), arms, seeds, _ONE_SEED.value, _MEASURE.value)
+    arms = chosen(flags.FLAGS.arms, flags.FLAGS.arm)
+    seeds = [int(seed) for seed in flags.FLAGS.seeds]
+    ablate(
+      flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), arms, seeds, flags.FLAGS.one_seed, flags.FLAGS.measure
+    )
   except preemption.Preempted as stop:
     sys.stderr.write(f"stopped by SIGTERM: {stop}; the same command goes on from there\n")
     return preemption.EXIT_STATUS
@@ -161,6 +155,18 @@ def _safe(name: str) -> str:
   return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
+def define() -> None:
+  """Defines the flags: not on import, where two commands in one process would clash."""
+  config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field of all arms.")
+  flags.DEFINE_string("workdir", None, "Directory of all runs and of the comparison.")
+  flags.DEFINE_list("arms", [], "Names of arms, the first one is what the others are compared with.")
+  flags.DEFINE_multi_string("arm", [], "An arm of your own: 'NAME: field=value, field=value'.")
+  flags.DEFINE_list("seeds", ["0"], "Seeds of each arm.")
+  flags.DEFINE_list("one_seed", [], "Arms that run with the first seed alone.")
+  flags.DEFINE_string("measure", "RR@10", "What the tests and the plot are about.")
+
+
 if __name__ == "__main__":
+  define()
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)

@@ -20,40 +20,22 @@ from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import DptdrError, InputError
 from dptdr_jax.stages import handover
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "export: directory of the run.")
-_ROUND = flags.DEFINE_integer("round", 1, "export: round of mining.")
-_FORMAT = flags.DEFINE_enum("format", "original", ["original", "ntuples"], "export: layout of the lines.")
-_COUNT = flags.DEFINE_integer(
-  "count", 8, "export: negatives of an n-tuple; of 'original' all that are left are written."
-)
-_OUT = flags.DEFINE_string("out", None, "File or directory to write.")
-_PASSAGES = flags.DEFINE_string("passages", None, "mine: .npy, float [C, H].")
-_QUERIES = flags.DEFINE_string("queries", None, "mine: .npy, float [Q, H].")
-_PASSAGE_IDS = flags.DEFINE_string("passage_ids", "", "mine: text file, an id a line, by row.")
-_QUERY_IDS = flags.DEFINE_string("query_ids", "", "mine: text file, an id a line, by row.")
-_QRELS = flags.DEFINE_string("qrels", None, "mine: judged positives, BEIR's or TREC's qrels by these ids.")
-_DEPTH = flags.DEFINE_integer("depth", 200, "mine: ranks that are candidates.")
-_FIRST = flags.DEFINE_integer("first", 0, "mine: ranks skipped on top.")
-_RELATIVE = flags.DEFINE_float(
-  "relative_margin", 0.95, "mine: take out what scores above this share of its positive; 0: off."
-)
-_ABSOLUTE = flags.DEFINE_float("absolute_margin", 0.0, "mine: or above its positive's score less this; 0: off.")
-
 
 def main(argv: list[str]) -> int:
   """Runs one of the two commands; exit status 0, or 2 after an error of input."""
   preemption.install()
+  given = flags.FLAGS
   try:
     if argv[1:] == ["export"]:
       _need("workdir", "out")
-      counts = handover.export(_WORKDIR.value, _ROUND.value, _OUT.value, _FORMAT.value, _COUNT.value)
+      counts = handover.export(given.workdir, given.round, given.out, given.format, given.count)
     elif argv[1:] == ["mine"]:
       _need("passages", "queries", "qrels", "out")
-      counts = handover.mine(
-        handover.Vectors(_PASSAGES.value, _PASSAGE_IDS.value), handover.Vectors(_QUERIES.value, _QUERY_IDS.value),
-        _QRELS.value, _OUT.value, depth=_DEPTH.value, first=_FIRST.value,
-        relative=_RELATIVE.value or None, absolute=_ABSOLUTE.value or None,
-      )  # fmt: skip
+      passages = handover.Vectors(given.passages, given.passage_ids)
+      queries = handover.Vectors(given.queries, given.query_ids)
+      margins = {"relative": given.relative_margin or None, "absolute": given.absolute_margin or None}
+      options = {"depth": given.depth, "first": given.first, **margins}
+      counts = handover.mine(passages, queries, given.qrels, given.out, **options)
     else:
       raise app.UsageError("say export or mine")
   except DptdrError as error:
@@ -69,5 +51,24 @@ def _need(*names: str) -> None:
     raise InputError(f"--{missing[0]} is missing", fix="See python -m dptdr_jax.negatives --help")
 
 
+def define() -> None:
+  """Defines the flags: not on import, where two commands in one process would clash."""
+  flags.DEFINE_string("workdir", None, "export: directory of the run.")
+  flags.DEFINE_integer("round", 1, "export: round of mining.")
+  flags.DEFINE_enum("format", "original", ["original", "ntuples"], "export: layout of the lines.")
+  flags.DEFINE_integer("count", 8, "export: negatives of an n-tuple; of 'original' all that are left are written.")
+  flags.DEFINE_string("out", None, "File or directory to write.")
+  flags.DEFINE_string("passages", None, "mine: .npy, float [C, H].")
+  flags.DEFINE_string("queries", None, "mine: .npy, float [Q, H].")
+  flags.DEFINE_string("passage_ids", "", "mine: text file, an id a line, by row.")
+  flags.DEFINE_string("query_ids", "", "mine: text file, an id a line, by row.")
+  flags.DEFINE_string("qrels", None, "mine: judged positives, BEIR's or TREC's qrels by these ids.")
+  flags.DEFINE_integer("depth", 200, "mine: ranks that are candidates.")
+  flags.DEFINE_integer("first", 0, "mine: ranks skipped on top.")
+  flags.DEFINE_float("relative_margin", 0.95, "mine: take out what scores above this share of its positive; 0: off.")
+  flags.DEFINE_float("absolute_margin", 0.0, "mine: or above its positive's score less this; 0: off.")
+
+
 if __name__ == "__main__":
+  define()
   app.run(main)

@@ -22,13 +22,6 @@ from ml_collections import ConfigDict, config_flags
 from dptdr_jax.core import progress
 from dptdr_jax.core.errors import DptdrError, InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, …, or cpu:N.")
-_STEPS = flags.DEFINE_list("steps", [], "Which of pretrain, train and encode; default: those that the config has.")
-_PASSAGES = flags.DEFINE_integer("passages", 0, "Passages of the corpus; 0: those of MS MARCO or NQ by data.source.")
-_QUERIES = flags.DEFINE_integer("queries", 0, "Training queries; 0: those of MS MARCO or NQ by data.source.")
-_MEMORY = flags.DEFINE_float("memory_gib", 0, "Memory of a chip in GiB, where it is not what the topology says.")
-
 GIB = 2**30
 _SIZES = {"msmarco": (8_841_823, 502_939), "nq": (21_015_324, 58_880)}  # passages, training queries
 
@@ -104,8 +97,10 @@ def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   try:
-    sizes = _PASSAGES.value, _QUERIES.value
-    return plan(_CONFIG.value, _TOPOLOGY.value, _STEPS.value, sizes=sizes, memory_gib=_MEMORY.value)
+    sizes = flags.FLAGS.passages, flags.FLAGS.queries
+    return plan(
+      flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.steps, sizes=sizes, memory_gib=flags.FLAGS.memory_gib
+    )
   except DptdrError as error:
     sys.stderr.write(f"error: {error}\n")
     return 2
@@ -291,6 +286,17 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
   config[section][field] = value
 
 
+def define() -> None:
+  """Defines the flags: not on import, where two commands in one process would clash."""
+  config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
+  flags.DEFINE_string("topology", None, "Chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, …, or cpu:N.")
+  flags.DEFINE_list("steps", [], "Which of pretrain, train and encode; default: those that the config has.")
+  flags.DEFINE_integer("passages", 0, "Passages of the corpus; 0: those of MS MARCO or NQ by data.source.")
+  flags.DEFINE_integer("queries", 0, "Training queries; 0: those of MS MARCO or NQ by data.source.")
+  flags.DEFINE_float("memory_gib", 0, "Memory of a chip in GiB, where it is not what the topology says.")
+
+
 if __name__ == "__main__":
+  define()
   flags.mark_flags_as_required(["config", "topology"])
   app.run(main)

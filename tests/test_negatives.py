@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from absl import flags
 from test_rounds import make_config
 
-from dptdr_jax import negatives, pipeline
+from dptdr_jax import pipeline
+from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.sources.original_jsonl import OriginalJsonl
+from dptdr_jax.stages import handover
 
 
-def call(*arguments: str) -> int:
-  flags.FLAGS.unparse_flags()
-  flags.FLAGS(["negatives"])
-  for flag in flags.FLAGS.flags_by_module_dict()["dptdr_jax.negatives"]:
-    flag.unparse()
-  return negatives.main(flags.FLAGS(["negatives", *arguments]))
+def call(*arguments: str) -> tuple[int, str]:
+  """Runs the command: exit status and what it says of errors."""
+  command = [sys.executable, "-m", "dptdr_jax.negatives", *arguments]
+  ended = subprocess.run(command, capture_output=True, text=True, check=False)
+  return ended.returncode, ended.stderr
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +32,21 @@ def workdir(tmp_path_factory):
 
 
 def test_the_exports_are_read_as_they_are_meant(workdir, tmp_path):
-  assert call("export", f"--workdir={workdir}", "--round=0", f"--out={tmp_path}/o/train.jsonl") == 0
+  assert handover.export(workdir, 0, tmp_path / "o/train.jsonl", "original", 0)["queries"] == 32
   source = OriginalJsonl(tmp_path / "o")
   assert len(list(source.queries("train"))) == 32
-  assert (
-    call("export", f"--workdir={workdir}", "--round=0", "--format=ntuples", "--count=3", f"--out={tmp_path}/n.jsonl")
-    == 0
-  )
+  out = f"--out={tmp_path}/n.jsonl"
+  assert call("export", f"--workdir={workdir}", "--round=0", "--format=ntuples", "--count=3", out)[0] == 0
   lines = [json.loads(line) for line in (tmp_path / "n.jsonl").read_text().splitlines()]
   assert lines and all(list(line) == ["anchor", "positive", "negative_1", "negative_2", "negative_3"] for line in lines)
 
 
-def test_a_round_that_is_not_there(workdir, tmp_path, capsys):
-  assert call("export", f"--workdir={workdir}", "--round=3", f"--out={tmp_path}/x.jsonl") == 2
-  assert "round 3 of mining is not done" in capsys.readouterr().err
+def test_a_round_that_is_not_there(workdir, tmp_path):
+  with pytest.raises(InputError, match="round 3 of mining is not done"):
+    handover.export(workdir, 3, tmp_path / "x.jsonl", "original", 0)
 
 
-def test_vectors_from_elsewhere(tmp_path, capsys):
+def test_vectors_from_elsewhere(tmp_path):
   generator = np.random.default_rng(0)
   passages = generator.standard_normal((50, 8)).astype(np.float32)
   queries = passages[:6] + 0.1 * generator.standard_normal((6, 8)).astype(np.float32)
@@ -59,7 +59,7 @@ def test_vectors_from_elsewhere(tmp_path, capsys):
   command = ["mine", f"--passages={tmp_path}/p.npy", f"--queries={tmp_path}/q.npy", f"--qrels={tmp_path}/qrels.tsv",
              f"--passage_ids={tmp_path}/ids.txt", f"--out={tmp_path}/out", "--depth=10",
              "--relative_margin=0.5"]  # fmt: skip
-  assert call(*command) == 0
+  assert call(*command)[0] == 0
   lines = [json.loads(line) for line in (tmp_path / "out/negatives.jsonl").read_text().splitlines()]
   scores = queries @ passages.astype(np.float16).astype(np.float32).T
   for row, line in enumerate(lines):
@@ -67,5 +67,5 @@ def test_vectors_from_elsewhere(tmp_path, capsys):
     wanted = [f"d{passage}" for passage in ranked if passage != row and scores[row, passage] <= 0.5 * scores[row, row]]
     assert line["query"] == str(row) and line["negatives"] == wanted
   (tmp_path / "qrels.tsv").write_text("0\td0\t1\n7\td1\t1\n")
-  assert call(*command) == 2
-  assert "qrels.tsv:2: unknown query id: '7'" in capsys.readouterr().err
+  status, said = call(*command)
+  assert status == 2 and "qrels.tsv:2: unknown query id: '7'" in said

@@ -33,7 +33,7 @@ class MetricWriter:
     if not hosts.is_main():
       return
     self._path = pathlib.Path(directory, "metrics.jsonl")
-    kept = [record for record in read_metrics(self._path) if 0 < record["step"] <= resume_step]
+    kept = [record for record in read_metrics(self._path) if resume_step and record["step"] <= resume_step]
     with files.atomic_path(self._path) as partial:
       partial.write_text("".join(map(_line, kept)), encoding="utf-8")
     self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)

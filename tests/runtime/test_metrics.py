@@ -25,6 +25,14 @@ def test_resume_drops_what_lies_beyond_and_what_was_cut(tmp_path):
   assert [record["step"] for record in read_metrics(tmp_path / "killed" / "metrics.jsonl")] == list(range(1, 9))
 
 
+def test_what_was_tried_before_the_first_step_stays(tmp_path):
+  writer = run(tmp_path, [])
+  writer.write(0, {"dev/RR@10": 0.5})
+  writer.write(1, {"loss": 1.0})
+  run(tmp_path, [], resume_step=1).close()
+  assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
 def test_events_follow_the_file(tmp_path):
   run(tmp_path, range(1, 7)).close()
   run(tmp_path, [5], resume_step=4).close()
