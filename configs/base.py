@@ -8,6 +8,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     dict(
       seed=0,  # of everything random: prompts, order of examples, negatives, dropout
+      wait_seconds=3600.0,  # several processes: how long one waits for the others before it gives up
       compute_dtype="auto",  # matrix products: 'float32', 'bfloat16'; 'auto': bfloat16 on accelerators, float32 on CPU
       backbone=dict(
         path="",  # a hub id, a local directory in Hugging Face layout, or 'package:NAME' (weights in a Python package)

@@ -14,6 +14,11 @@ from dptdr_jax.core.errors import DptdrError
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. A rerun goes on where the last one ended.")
 _STAGES = flags.DEFINE_list("stages", [], "Stages to run, by name ('train' means all rounds); default: all.")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "Several processes: host:port of the first (TPU, SLURM: found)."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "Several processes: how many there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "Several processes: which one this is, from 0.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Hash the input files again instead of trusting their size and time.")
 
 
@@ -21,12 +26,13 @@ def main(argv: list[str]) -> int:
   """Runs what is not yet done; returns the exit status: 0, 2 after an error of input, 75 after SIGTERM."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  from dptdr_jax import pipeline
   from dptdr_jax.runtime import hosts
 
-  preemption.install()
-  hosts.initialize()
   try:
+    hosts.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    preemption.install()  # after jax.distributed, which takes SIGTERM for itself
+    from dptdr_jax import pipeline  # after the processes have met: nothing may touch a device before
+
     pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGES.value, _VERIFY.value)
   except preemption.Preempted as stop:
     sys.stderr.write(f"stopped by SIGTERM: {stop}; the same command goes on from there\n")

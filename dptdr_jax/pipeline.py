@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, lock, manifest, progress
 from dptdr_jax.core.errors import DptdrError
+from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import (
   common,
   corpora,
@@ -41,13 +42,22 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage: its function (config, workdir), the config fields it reads, and the stages whose files it reads."""
+  """One stage.
+
+  Attributes:
+    run: its function (config, workdir).
+    fields: the config fields it reads.
+    inputs: the stages whose files it reads.
+    files: the files from outside that it depends on.
+    together: all processes of the run work in it; else the first one alone, and the others wait.
+  """
 
   name: str
   run: Callable[[ConfigDict, files.Path], None]
   fields: tuple[str, ...]
   inputs: tuple[str, ...] = ()
   files: Callable[[ConfigDict], Sequence[files.Path]] = lambda config: ()
+  together: bool = True
 
 
 # Fields of a stage that cannot change what it makes; they stay out of its key.
@@ -67,7 +77,7 @@ def stages(config: ConfigDict) -> list[Stage]:
   wanted = ("pretrain.tokenizer", "pretrain.vocabulary", "pretrain.shape", "pretrain.corpora", "seed")
   baselines = ("evaluate.backbone", "evaluate.other_poolings")
   made = wanted if scratch.is_wanted(config) else ()  # then prepare trains the tokenizer
-  prepared = Stage("prepare", prepare.run, ("data", "backbone", *texts, *made), files=prepare.outside_files)
+  prepared = Stage("prepare", prepare.run, ("data", "backbone", *texts, *made), (), prepare.outside_files, False)
   pretrained = []
   if config.pretrain.enabled:
     fields = ("seed", "pretrain", "compute_dtype", "backbone", "text.separator", "vector.pooling")
@@ -79,8 +89,10 @@ def stages(config: ConfigDict) -> list[Stage]:
     *pretrained,
     *rounds,
     Stage("encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), names),
-    Stage("evaluate", evaluate.run, ("evaluate", "index", "rounds", "cross.enabled"), (*names, "encode")),
-    Stage("report", report.run, (), (*names, "evaluate")),
+    Stage(
+      "evaluate", evaluate.run, ("evaluate", "index", "rounds", "cross.enabled"), (*names, "encode"), together=False
+    ),
+    Stage("report", report.run, (), (*names, "evaluate"), together=False),
   ]
 
 
@@ -118,16 +130,19 @@ def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verif
   Raises:
     InputError: another run is at work in the directory, or what can be known to fail before any work is done.
   """
-  with lock.exclusive(workdir):
+  hosts.be_patient(config.wait_seconds)
+  with lock.exclusive(workdir) if hosts.is_main() else contextlib.nullcontext():
     _run(config, Layout.of(workdir), only, verify)
 
 
 def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool) -> None:
-  planned = plan(config, layout, verify)
+  with hosts.first_goes_first("plan"):  # it hashes the files from outside, the others find that done
+    planned = plan(config, layout, verify)
   chosen = _choose([item.stage.name for item in planned], only)
   for item in planned:
     stage = item.stage
     done = _is_done(layout, stage, item.key)
+    hosts.barrier(f"before {stage.name}")  # nobody begins while another one looks
     if stage.name not in chosen:
       if not done and any(stage.name in later.stage.inputs for later in planned if later.stage.name in chosen):
         raise DptdrError(f"stage {stage.name} is not done, and {', '.join(chosen)} needs it; add it to --stages")
@@ -135,7 +150,7 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool) 
       _log.info("%s: done before", stage.name)
     else:
       _execute(stage, config, layout, item.made_from, item.key)
-  if layout.results.exists():
+  if layout.results.exists() and hosts.is_main():
     progress.say(report.table(layout, seconds(layout, config)))
 
 
@@ -224,6 +239,17 @@ def _is_done(layout: Layout, stage: Stage, key: str) -> bool:
 
 
 def _execute(stage: Stage, config: ConfigDict, layout: Layout, description: dict, key: str) -> None:
+  if hosts.is_main():
+    _execute_first(stage, config, layout, description, key)
+  else:
+    hosts.barrier(f"{stage.name} is begun")
+    if stage.together:
+      stage.run(config, layout.root)
+  hosts.barrier(f"after {stage.name}")
+
+
+def _execute_first(stage: Stage, config: ConfigDict, layout: Layout, description: dict, key: str) -> None:
+  """The first process runs a stage, with the others where it is for all, and keeps the books."""
   directory = layout.stage(stage.name)
   begun = directory / "begun.json"
   spent = 0.0
@@ -242,6 +268,7 @@ def _execute(stage: Stage, config: ConfigDict, layout: Layout, description: dict
   record = {"stage": stage.name, "key": key, "made_from": description, "seconds": spent}
   (directory / manifest.NAME).unlink(missing_ok=True)
   files.write_json(begun, record)
+  hosts.barrier(f"{stage.name} is begun")
   started = time.monotonic()
   try:
     stage.run(config, layout.root)

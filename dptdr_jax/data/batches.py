@@ -97,10 +97,11 @@ class TrainBatches(GroupBatches):
 
   A batch, of B global examples and G passages each, on host p of n (M = B·G, b = B / n, m = M / n):
     query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
-    targets int32 [b]: column of each query's positive in the global batch,
-    blocked bool [b, M]: columns that must not count as negatives: the query's positives, and all but the first
+    targets int32 [B]: column of each query's positive in the global batch,
+    blocked bool [B, M]: columns that must not count as negatives: the query's positives, and all but the first
       occurrence of a passage; never the target.
-  With n = 1 it is the global batch; slices of all hosts, one below the other, are the same.
+  The last two speak of all pairs, and every host has them whole. Slices of tokens of all hosts, one below the other,
+  are the global batch.
 
   Args:
     queries, passages: token stores.
@@ -131,7 +132,7 @@ class TrainBatches(GroupBatches):
     rows = self.rows(step)
     size = self._groups.group_size
     mine = rows.queries[self._examples]
-    targets = np.arange(self._batch_size, dtype=np.int32)[self._examples] * size
+    targets = np.arange(self._batch_size, dtype=np.int32) * size
     query_width = self._queries.width(rows.queries, self._query_tokens, self._bucket)
     width = self._passages.width(rows.passages.ravel(), self._passage_tokens, self._bucket)
     query_tokens, query_lengths = self._queries.batch(mine, self._query_tokens, width=query_width)
@@ -143,7 +144,7 @@ class TrainBatches(GroupBatches):
       "passage_tokens": passage_tokens,
       "passage_lengths": passage_lengths,
       "targets": targets,
-      "blocked": blocked(rows.passages.ravel(), [self._positives(int(query)) for query in mine], targets),
+      "blocked": blocked(rows.passages.ravel(), [self._positives(int(query)) for query in rows.queries], targets),
     }
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dptdr_jax.core.errors import DptdrError, InputError
 
 # Set by the platforms that start several processes and that jax.distributed can read by itself.
 _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
+
+
+_patience_s = 3600.0
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, index: int | None = None) -> None:
@@ -57,18 +67,30 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
-def barrier(name: str, timeout_s: float = 3600.0) -> None:
+def process_index() -> int:
+  """Which one this is, from 0."""
+  return jax.process_index()
+
+
+def be_patient(seconds: float) -> None:
+  """Sets how long `barrier` waits where it is not told."""
+  global _patience_s
+  _patience_s = seconds
+
+
+def barrier(name: str, timeout_s: float | None = None) -> None:
   """Waits until every process has come to the point called `name`.
 
   Args:
     name: the same in every process; different names at one barrier are an error in all of them.
-    timeout_s: seconds after which waiting is given up.
+    timeout_s: seconds after which waiting is given up; None: those of `be_patient`.
 
   Raises:
     DptdrError: not all processes came within `timeout_s`.
   """
   if process_count() == 1:
     return
+  timeout_s = _patience_s if timeout_s is None else timeout_s
   failure: list[BaseException] = []
 
   def meet() -> None:
@@ -88,3 +110,59 @@ def barrier(name: str, timeout_s: float = 3600.0) -> None:
     )
   if failure:
     raise DptdrError(f"the processes did not meet at '{name}': {failure[0]}") from failure[0]
+
+
+@contextlib.contextmanager
+def first_goes_first(name: str) -> Iterator[None]:
+  """Process 0 goes through the block, then the others."""
+  if not is_main():
+    barrier(f"{name}: the first")
+  yield
+  if is_main():
+    barrier(f"{name}: the first")
+
+
+def first_says(make: Callable[[], Any]) -> Any:
+  """What `make` gives in process 0, in every process; something that JSON can hold. The others don't call it."""
+  if process_count() == 1:
+    return make()
+  said = np.frombuffer(json.dumps(make()).encode() if is_main() else b"", np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+  sent = np.zeros(length, np.uint8)
+  sent[: len(said)] = said
+  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes().decode())
+
+
+def fetch(tree: Any) -> Any:
+  """A tree of global arrays as numpy arrays, whole in every process; all processes must call it."""
+
+  def whole(leaf):
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+      return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+  return jax.tree.map(whole, tree)
+
+
+class Agreement:
+  """Whether any process wants something (to stop, say), answered for all of them at the same step.
+
+  The question goes to the devices behind the step that was dispatched before it, and the answer is that of the question
+  before: nobody waits for it.
+  """
+
+  def __init__(self):
+    if process_count() == 1:
+      return
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    self._rows, self._local = NamedSharding(mesh, PartitionSpec("all")), len(mesh.local_devices)
+    self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    self._answer: jax.Array | None = None
+
+  def ask(self, wanted: bool) -> bool:
+    """Every process asks at the same steps; whether one of them wanted, at this step or (several) at the one before."""
+    if process_count() == 1:
+      return wanted
+    before, mine = self._answer, np.full((self._local,), wanted, np.int32)
+    self._answer = self._any(jax.make_array_from_process_local_data(self._rows, mine))
+    return before is not None and bool(before > 0)

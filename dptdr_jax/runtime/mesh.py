@@ -46,6 +46,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """The whole of a tree on every device of a mesh; every process has the same values of it."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, replicated(mesh))
+  whole = replicated(mesh)
+
+  return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(whole, np.asarray(leaf), leaf.shape), tree)
+
+
 def put_batch(
   batch: Mapping[str, np.ndarray], mesh: Mesh, whole: Sequence[str] = ("targets", "blocked")
 ) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retriever import Retriever, VectorSettings
+from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import corpora, scratch, steps
 from dptdr_jax.stages.layout import Layout
 
@@ -152,7 +153,7 @@ def train_batches(
     TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), trainable,
     groups or train_groups(config, layout, data, number), split.positives, batch_size=train.queries,
     query_tokens=config.text.query_length, passage_tokens=config.text.passage_length, seed=config.seed,
-    stage=f"train{number}",
+    stage=f"train{number}", host=hosts.process_index(), num_hosts=hosts.process_count(),
   )  # fmt: skip
 
 

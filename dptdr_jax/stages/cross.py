@@ -24,6 +24,7 @@ from dptdr_jax.models.prompts import PromptSpec, check_lengths
 from dptdr_jax.reranker import CrossEncoder, PairSettings
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.runs import Run
+from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.stages import common, steps
@@ -85,7 +86,7 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
     loop.run(batches, checkpoints, directory)
   finally:
     checkpoints.close()
-  if trial is None:
+  if trial is None and hosts.is_main():
     loop.encoder().save(model_of(layout))
 
 
@@ -101,7 +102,8 @@ def make_batches(config: ConfigDict, layout: Layout, data: PreparedData, backbon
   form = PairFormat.of(backbone.tokenizer, config.text.query_length, cross.pair_length)
   return PairBatches(
     TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), trainable, groups, form,
-    batch_size=cross.queries, seed=config.seed, stage="cross",
+    batch_size=cross.queries, seed=config.seed, stage="cross", host=hosts.process_index(),
+    num_hosts=hosts.process_count(),
   )  # fmt: skip
 
 
@@ -138,18 +140,21 @@ class CrossLoop(Loop):
     optimizer = steps.optimizer(cross, num_steps)
     self._step = make_cross_step(model, optimizer, seed=config.seed, chunk=cross.chunk, mesh=self._mesh)
     trainable = model.init_trainable(jax.random.key(config.seed), backbone.params, word_ids)
-    state = jax.device_put(init_state(trainable, optimizer), meshes.replicated(self._mesh))
+    state = meshes.replicate(init_state(trainable, optimizer), self._mesh)
+    self._frozen = meshes.replicate(backbone.params, self._mesh)
     super().__init__("cross", cross, num_steps, state, trial is not None)
 
   def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    self.state, metrics = self._step(self.state, self._backbone.params, meshes.put_batch(batch, self._mesh))
+    self.state, metrics = self._step(self.state, self._frozen, meshes.put_batch(batch, self._mesh))
     return metrics
 
-  def attempt(self, step: int) -> Mapping[str, float]:
-    encoder = self.encoder()
-    figures = self._trial.evaluate(encoder)
+  def candidate(self) -> CrossEncoder:
+    return self.encoder()
+
+  def attempt(self, step: int, candidate: CrossEncoder) -> Mapping[str, float]:
+    figures = self._trial.evaluate(candidate)
     if figures["RR@10"] > self._best["value"]:
-      encoder.save(self._directory / "model")
+      candidate.save(self._directory / "model")
       self._best = {"step": step, "value": figures["RR@10"]}
     return figures
 
@@ -165,7 +170,7 @@ class CrossLoop(Loop):
     settings = PairSettings(
       text.query_length, config.cross.pair_length, text.separator, text.query_template, text.passage_template
     )
-    trainable = jax.tree.map(np.asarray, self.state.trainable)
+    trainable = hosts.fetch(self.state.trainable)
     return CrossEncoder(self._backbone, prompt_spec(config), trainable, settings)
 
 

@@ -12,6 +12,7 @@ from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import common
 from dptdr_jax.stages.layout import Layout
 
@@ -25,7 +26,9 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   for system, retriever in common.retrievers(config, layout).items():
     for split in config.evaluate.splits:
       encode(config, layout, layout.embeddings(system, split), split, retriever, "query", data.splits[split].ids)
-    _take_over(config, layout, system, retriever)
+    if hosts.is_main():
+      _take_over(config, layout, system, retriever)
+    hosts.barrier(f"{system}: what mining has encoded")
     encode(config, layout, layout.embeddings(system, "corpus"), "corpus", retriever, "passage", data.ids)
 
 
@@ -46,15 +49,23 @@ def _source(retriever: Retriever, kind: str) -> dict:
 
 
 def encode(
-  config: ConfigDict, layout: Layout, directory: files.Path, part: str, retriever: Retriever, kind: str, ids: IdTable
-) -> None:
-  """Vectors of the corpus ('corpus') or of a split's queries, into `directory`; whole shards are kept."""
+  config: ConfigDict, layout: Layout, directory: files.Path, part: str, retriever: Retriever, kind: str, ids: IdTable,
+  together: bool = True,
+) -> None:  # fmt: skip
+  """Vectors of the corpus ('corpus') or of a split's queries, into `directory`; whole shards are kept.
+
+  Several processes take turns at the shards; without `together` this one makes all.
+  """
+  count, index = (hosts.process_count(), hosts.process_index()) if together else (1, 0)
+  meet = hosts.barrier if together else lambda name: None
   store = TokenStore(layout.store(part))
-  writer = EmbeddingWriter(
-    directory, count=len(store), width=retriever.backbone.config.hidden_size, source=_source(retriever, kind),
-    shard_rows=config.encode.shard_passages, dtype=config.encode.dtype,
-  )  # fmt: skip
-  for shard in writer.missing():
+  if index == 0:  # what lies there of another retriever is cleared once
+    _writer(config, directory, len(store), retriever, kind)
+  meet(f"encode {part}: begun")
+  writer = _writer(config, directory, len(store), retriever, kind)
+  missing = writer.missing()
+  meet(f"encode {part}: shared out")
+  for shard in missing[index::count]:
     rows = writer.rows(shard)
     _log.info("%s, shard %d of %d", directory, shard + 1, writer.num_shards)
     vectors = retriever.encode_store(
@@ -62,4 +73,14 @@ def encode(
     )
     writer.write(shard, vectors)
     preemption.check(f"encoding stands after shard {shard + 1} of {writer.num_shards} in {directory}")
-  writer.finish(ids.ids(range(len(ids))))
+  meet(f"encode {part}: all shards")
+  if index == 0:
+    writer.finish(ids.ids(range(len(ids))))
+  meet(f"encode {part}: done")
+
+
+def _writer(config: ConfigDict, directory: files.Path, count: int, retriever: Retriever, kind: str) -> EmbeddingWriter:
+  return EmbeddingWriter(
+    directory, count=count, width=retriever.backbone.config.hidden_size, source=_source(retriever, kind),
+    shard_rows=config.encode.shard_passages, dtype=config.encode.dtype,
+  )  # fmt: skip

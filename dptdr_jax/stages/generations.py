@@ -1,7 +1,8 @@
 """Negatives that are mined anew while training goes on (ANCE, arXiv 2007.00808), each exactly where it belongs.
 
 With N = train.refresh_every, generation g is mined with the state after g·N steps, by a thread of the host while the
-devices train on, and holds from step (g + 1)·N to step (g + 2)·N; before step N the round's own negatives hold.
+devices train on, and holds from step (g + 1)·N to step (g + 2)·N; before step N the round's own negatives hold. Of
+several processes the first one mines, the others wait for its files.
 Training waits where mining is late. Every batch thus stays a function of seed and step: what is killed finds the
 retrievers of the generations it was at, saved before the step after, and mines the same again.
 """
@@ -21,6 +22,7 @@ from dptdr_jax.data.groups import TrainGroups
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import common, mine
 from dptdr_jax.stages.layout import Layout
 
@@ -46,7 +48,8 @@ class Generations:
     self._ready = threading.Condition()
     self._failed: BaseException | None = None
     self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    threading.Thread(target=self._mine_what_is_asked, name="mining", daemon=True).start()
+    if hosts.is_main():
+      threading.Thread(target=self._mine_what_is_asked, name="mining", daemon=True).start()
 
   def at(self, step: int) -> TrainGroups:
     """What draws the groups of the batch after `step` steps; waits for its generation.
@@ -60,6 +63,9 @@ class Generations:
         if self._failed is not None:
           raise DptdrError(f"mining while round {self._number} trains failed: {self._failed}") from self._failed
         preemption.check(f"round {self._number} waits for negatives of generation {wanted}")
+        if not hosts.is_main() and (self._layout.generation(self._number, wanted) / "mining.json").exists():
+          self._groups[wanted] = self._draws_from(wanted)
+          continue
         self._ready.wait(_LOOK_S)
       return self._groups[wanted]
 
@@ -72,7 +78,8 @@ class Generations:
   def begin(self, step: int, retriever: Retriever) -> None:
     """Begins generation step / N with the retriever of that step."""
     which = step // self.every
-    retriever.save(self._layout.generation(self._number, which) / "retriever")
+    if hosts.is_main():
+      retriever.save(self._layout.generation(self._number, which) / "retriever")
     self._asked.put(which)
 
   def close(self) -> None:
@@ -82,8 +89,8 @@ class Generations:
   def _mine_what_is_asked(self) -> None:
     while (which := self._asked.get()) is not None:
       try:
-        negatives = common.pool_negatives(self._config, self._mine(which))
-        groups = common.train_groups(self._config, self._layout, self._data, self._number, negatives)
+        self._mine(which)
+        groups = self._draws_from(which)
       except preemption.Preempted:
         return  # training looks for itself
       except BaseException as error:  # for the thread that waits, which raises it
@@ -95,10 +102,15 @@ class Generations:
         self._groups[which] = groups
         self._ready.notify_all()
 
-  def _mine(self, which: int) -> Pool:
+  def _draws_from(self, which: int) -> TrainGroups:
+    pool = Pool.open(self._layout.generation(self._number, which) / "pool")
+    negatives = common.pool_negatives(self._config, pool)
+    return common.train_groups(self._config, self._layout, self._data, self._number, negatives)
+
+  def _mine(self, which: int) -> None:
     directory = self._layout.generation(self._number, which)
     if (directory / "mining.json").exists():
-      return Pool.open(directory / "pool")
+      return
     _log.info("mining generation %d while training goes on", which)
     retriever = Retriever.load(directory / "retriever", self._shared)
-    return mine.mine(self._config, self._layout, self._data, directory, retriever)
+    mine.mine(self._config, self._layout, self._data, directory, retriever)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import DptdrError
+from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.runtime.metrics import MetricWriter
 from dptdr_jax.training.state import TrainState
@@ -51,8 +52,12 @@ class Loop(abc.ABC):
     """Replaces the state by the one after `batch`; returns the step's metrics, still on the devices."""
 
   @abc.abstractmethod
-  def attempt(self, step: int) -> Mapping[str, float]:
-    """Tries the state on dev; returns measures. After a kill it may be asked again, and does the same."""
+  def candidate(self) -> Any:
+    """The state as what is tried and kept; every process makes it."""
+
+  @abc.abstractmethod
+  def attempt(self, step: int, candidate: Any) -> Mapping[str, float]:
+    """Tries a candidate on dev, in the first process; returns measures. After a kill it may be asked again."""
 
   def metadata(self, step: int) -> dict:
     """What a checkpoint keeps beside the state."""
@@ -90,6 +95,7 @@ class Loop(abc.ABC):
     if self.tries_first and not first:
       self._try(writer, 0)
     self.begin(first)
+    stop = hosts.Agreement()
     waiting: collections.deque = collections.deque()  # metrics are fetched one step behind, so the devices never wait
     with progress.bar(self.name, self.steps, "step", initial=first) as shown:
       loaded = batches.load(first, self.steps, self.settings.loader_workers)
@@ -99,8 +105,9 @@ class Loop(abc.ABC):
           self._record(writer, shown, *waiting.popleft())
         shown.advance()
         last = step == self.steps
+        stopped = stop.ask(preemption.asked())
         tried = self.tries and (last or step % self.settings.evaluate_every == 0)
-        saved = last or step % self.settings.checkpoint_every == 0 or preemption.asked()
+        saved = last or step % self.settings.checkpoint_every == 0 or stopped
         marked = not last and self.is_marked(step)
         if tried or saved or marked:
           while waiting:  # nothing that is not finite is ever kept
@@ -111,14 +118,16 @@ class Loop(abc.ABC):
           self.mark(step)
         if saved:
           checkpoints.save(step, self.state, self.metadata(step))
-        if preemption.asked():
+        if stopped:
           checkpoints.wait()
-          preemption.check(f"{self.name} stands at step {step} of {self.steps}")
+          raise preemption.Preempted(f"{self.name} stands at step {step} of {self.steps}")
     checkpoints.wait()
     writer.close()
 
   def _try(self, writer: MetricWriter, step: int) -> None:
-    writer.write(step, {f"dev/{name}": value for name, value in self.attempt(step).items()})
+    candidate = self.candidate()
+    figures = hosts.first_says(lambda: dict(self.attempt(step, candidate)))
+    writer.write(step, {f"dev/{name}": value for name, value in figures.items()})
 
   def _record(self, writer: MetricWriter, shown: progress.Bar, step: int, metrics: Mapping) -> None:
     found = {name: float(value) for name, value in metrics.items()}

@@ -26,6 +26,7 @@ from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retrieval.texts import TextRule
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import common, cross, encode, negatives_shown, search
 from dptdr_jax.stages.layout import Layout
 
@@ -63,8 +64,12 @@ def outside_files(config: ConfigDict) -> list[files.Path]:
 def run(config: ConfigDict, workdir: files.Path, number: int = 0) -> None:
   """Writes DIR/mineN/pool: negatives for each training query, best first, with what each source says of them."""
   layout = Layout.of(workdir)
+  data, directory = PreparedData(layout.prepared), layout.mine(number)
   retriever = common.trained(config, layout, number) if number and config.mine.dense.depth else None
-  mine(config, layout, PreparedData(layout.prepared), layout.mine(number), retriever)
+  if retriever is not None:
+    encode_both(config, layout, data, directory, retriever)
+  if hosts.is_main():  # the search and what follows are the host's
+    mine(config, layout, data, directory, retriever)
 
 
 def mine(
@@ -118,7 +123,7 @@ def _sources(
     searched("bm25", lambda depth: common.bm25(layout, data).search([q.text for q in split.queries.read()], depth),
              mine.bm25)  # fmt: skip
   if retriever is not None:
-    queries, passages = _encode(config, layout, data, directory, retriever)
+    queries, passages = encode_both(config, layout, data, directory, retriever, together=False)
     searched(DENSE, lambda depth: search.dense(config, queries, passages, depth, directory / "index"), mine.dense,
              positive_scores(queries, passages, positives))  # fmt: skip
   if mine.runs:
@@ -130,15 +135,16 @@ def _sources(
   return found
 
 
-def _encode(
-  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever
-) -> tuple[Embeddings, Embeddings]:
-  """Vectors of the training queries and of the corpus."""
+def encode_both(
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever,
+  together: bool = True,
+) -> tuple[Embeddings, Embeddings]:  # fmt: skip
+  """Vectors of the training queries and of the corpus; `together`: all processes make them."""
   split = config.data.train_split
   ids = {split: data.splits[split].ids, "corpus": data.ids}
   places = {part: directory / "vectors" / part for part in ids}
   for part, kind in ((split, "query"), ("corpus", "passage")):
-    encode.encode(config, layout, places[part], part, retriever, kind, ids[part])
+    encode.encode(config, layout, places[part], part, retriever, kind, ids[part], together)
   return Embeddings(places[split]), Embeddings(places["corpus"])
 
 

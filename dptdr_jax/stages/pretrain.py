@@ -22,6 +22,7 @@ from dptdr_jax.data.spans import SpanBatches, SpanLengths
 from dptdr_jax.data.store import TokenStore, write_token_store
 from dptdr_jax.models import convert, mlm
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.stages import common, corpora, steps
@@ -59,7 +60,9 @@ def make_batches(config: ConfigDict, stores: list[TokenStore], backbone: Backbon
   pretrain = config.pretrain
   masking = Masking.of(backbone.tokenizer, pretrain.mask_rate) if pretrain.mlm_weight else None
   lengths = SpanLengths(pretrain.span_tokens, pretrain.shortest, pretrain.short_share)
-  return SpanBatches(stores, pretrain.weights, lengths, masking, batch_size=pretrain.spans, seed=config.seed)
+  return SpanBatches(stores, pretrain.weights, lengths, masking, batch_size=pretrain.spans, seed=config.seed,
+    host=hosts.process_index(), num_hosts=hosts.process_count(),
+  )  # fmt: skip
 
 
 def steps_of(config: ConfigDict, batches: SpanBatches) -> int:
@@ -78,7 +81,8 @@ def _stores(config: ConfigDict, layout: Layout, backbone: Backbone) -> list[Toke
   for number, corpus in enumerate(corpora.open_corpora(config, layout)):
     path = layout.pretrain / "tokens" / str(number)
     options = {"max_tokens": config.pretrain.max_stored_tokens, "words": True}
-    stores.append(write_token_store(corpus.texts, corpus.count(), backbone.tokenizer, path, **options))
+    with hosts.first_goes_first(f"tokens of {corpus.name}"):
+      stores.append(write_token_store(corpus.texts, corpus.count(), backbone.tokenizer, path, **options))
   return stores
 
 
@@ -86,7 +90,9 @@ def _export(
   config: ConfigDict, layout: Layout, loop: PretrainLoop, stores: list[TokenStore], batches: SpanBatches
 ) -> None:
   """Writes the backbone, with its language-model head if it has one, and what it was made from."""
-  trained = jax.device_get(loop.state.trainable)
+  trained = hosts.fetch(loop.state.trainable)
+  if not hosts.is_main():
+    return
   parent = loop.backbone
   with files.atomic_directory(layout.pretrained) as partial:
     made = backbones.export(partial, trained["backbone"], parent.config, parent.tokenizer, trained.get("mlm_head"))
@@ -146,8 +152,11 @@ class PretrainLoop(Loop):
     self.state, metrics = self._step(self.state, meshes.put_batch(batch, self._mesh, whole=("groups",)))
     return metrics
 
-  def attempt(self, step: int) -> Mapping[str, float]:
-    figures = self._trial.evaluate(self.retriever())
+  def candidate(self) -> Retriever:
+    return self.retriever()
+
+  def attempt(self, step: int, candidate: Retriever) -> Mapping[str, float]:
+    figures = self._trial.evaluate(candidate)
     self._seen, self._clock = 0.0, time.monotonic()
     return figures
 
@@ -166,5 +175,5 @@ class PretrainLoop(Loop):
   def retriever(self) -> Retriever:
     """The backbone as it is, untuned."""
     compute = dataclasses.replace(self.backbone, compute_dtype=backbones.resolve_dtype(self._config.compute_dtype))
-    params = jax.tree.map(np.asarray, self.state.trainable["backbone"])
+    params = hosts.fetch(self.state.trainable["backbone"])
     return Retriever.untuned(compute.with_params(params), **self._config.vector, **self._config.text)

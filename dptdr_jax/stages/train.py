@@ -16,6 +16,7 @@ from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.stages import common, steps
@@ -50,7 +51,7 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
     checkpoints.close()
     if generations is not None:
       generations.close()
-  if trial is None:
+  if trial is None and hosts.is_main():
     loop.retriever().save(directory / "retriever")
 
 
@@ -81,19 +82,22 @@ class TrainLoop(Loop):
       trainable = self._model.init_trainable(jax.random.key(config.seed), backbone.params, tied=tied, word_ids=word_ids)
     else:
       trainable = _trainable_of(before, tied)
-    state = jax.device_put(init_state(trainable, optimizer), meshes.replicated(self._mesh))
+    state = meshes.replicate(init_state(trainable, optimizer), self._mesh)
+    self._frozen = meshes.replicate(backbone.params, self._mesh)
     super().__init__("train", train, num_steps, state, trial is not None)
 
   def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    self.state, metrics = self._step(self.state, self._backbone.params, meshes.put_batch(batch, self._mesh))
+    self.state, metrics = self._step(self.state, self._frozen, meshes.put_batch(batch, self._mesh))
     return metrics
 
-  def attempt(self, step: int) -> Mapping[str, float]:
-    retriever = self.retriever()
-    figures = self._trial.evaluate(retriever)
+  def candidate(self) -> Retriever:
+    return self.retriever()
+
+  def attempt(self, step: int, candidate: Retriever) -> Mapping[str, float]:
+    figures = self._trial.evaluate(candidate)
     value = figures[self.settings.select_by]
     if value > self._best["value"]:
-      retriever.save(self._directory / "retriever")
+      candidate.save(self._directory / "retriever")
       self._best = {"step": step, "value": value}
     return figures
 
@@ -117,7 +121,7 @@ class TrainLoop(Loop):
 
   def retriever(self) -> Retriever:
     """The retriever of the state as it is."""
-    trainable = jax.tree.map(np.asarray, self.state.trainable)
+    trainable = hosts.fetch(self.state.trainable)
     return common.make_retriever(self._config, self._backbone, self._model.prompt, trainable)
 
 

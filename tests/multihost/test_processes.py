@@ -1,0 +1,89 @@
+"""The main job as several processes: what it ends with is what one process ends with, and any of them may be told to
+stop."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support import cluster, tiny
+
+STAGES = ("train1", "train2")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("processes")
+  data, backbone = tiny.beir(directory / "data"), tiny.backbone(directory / "backbone")
+  return [
+    f"--config={cluster.ROOT}/configs/beir.py", f"--config.data.dir={data}", f"--config.backbone.path={backbone}",
+    "--config.train.steps=5", "--config.train.queries=8", "--config.train.checkpoint_every=2",
+    "--config.train.evaluate_every=5", "--config.train.log_every=1", "--config.train.learning_rate=0.05",
+    "--config.prompt.length=4", "--config.text.passage_length=32", "--config.encode.shard_passages=16",
+    "--config.evaluate.examples=2", "--config.rounds=2", "--config.wait_seconds=120",
+    "--config.pretrain.enabled=True", "--config.pretrain.steps=2", "--config.pretrain.spans=16",
+    "--config.pretrain.span_tokens=16", "--config.pretrain.shortest=2", "--config.pretrain.log_every=1",
+  ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory):
+  """The directory of a run by one process on one device."""
+  workdir = tmp_path_factory.mktemp("alone")
+  cluster.run([*flags, f"--workdir={workdir}"], processes=1, devices=1)
+  return workdir
+
+
+def metrics(workdir: pathlib.Path, stage: str) -> dict[str, np.ndarray]:
+  records = [json.loads(line) for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+  return {name: np.array([record[name] for record in records if name in record]) for name in ("loss", "gradient_norm")}
+
+
+def compare(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+  for stage in STAGES:
+    mine, theirs = (load_file(path / stage / "retriever/prompts.safetensors") for path in (workdir, expected))
+    for name, table in theirs.items():
+      assert np.linalg.norm(mine[name] - table) <= 1e-4 * np.linalg.norm(table), (stage, name)
+  results = [json.loads((path / "results.json").read_text()) for path in (workdir, expected)]
+  assert list(results[0]) == list(results[1])
+  for system, splits in results[1].items():
+    for name, value in splits["dev"].items():  # 16 queries: a flip of one is 1 / 16 at most
+      assert abs(results[0][system]["dev"][name] - value) <= 3 / 16, (system, name)
+
+
+def test_two_processes_end_as_one(flags, alone, tmp_path):
+  printed = cluster.run([*flags, f"--workdir={tmp_path}/work", "--config.pretrain.fsdp=2"], processes=2)
+  for stage in ("pretrain", *STAGES):
+    mine, theirs = metrics(tmp_path / "work", stage), metrics(alone, stage)
+    for name, values in theirs.items():
+      # Equal states in `pretrain` alone; what follows starts from weights that are off by its rounding.
+      np.testing.assert_allclose(mine[name], values, rtol=2e-6 if stage == "pretrain" else 1e-4, err_msg=stage)
+  compare(tmp_path / "work", alone)
+  assert "report.html" in printed[0] and "report.html" not in printed[1]
+  shards = [text.count("encode/train2/corpus, shard") for text in printed]
+  assert shards == [2, 2]
+
+
+def test_a_sigterm_to_one_stops_both_and_one_goes_on(flags, alone, tmp_path):
+  arguments = [*flags, f"--workdir={tmp_path}/work", "--config.train.loader_workers=1"]
+  running = cluster.start(arguments, processes=2)
+  try:
+    progress = tmp_path / "work/train1/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (progress.exists() and progress.read_text().count("\n") >= 1) and time.monotonic() < deadline:
+      time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    printed = [process.communicate(timeout=60)[0] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  assert [process.returncode for process in running] == [75, 75], printed[0][-3000:] + printed[1][-3000:]
+  assert time.monotonic() - asked < 30
+  cluster.run(arguments, processes=1, devices=1)
+  compare(tmp_path / "work", alone)
