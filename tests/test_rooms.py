@@ -12,7 +12,7 @@ DOORS = {
   "plan": {"stages", "runtime", "core"},
   "ablate": {"pipeline", "stages", "core"},
   "negatives": {"stages", "core"},
-  "pipeline": {"stages", "core"},
+  "pipeline": {"stages", "runtime", "core"},
   "stages": {
     "stages", "retriever", "reranker", "backbone", "training", "models", "data", "retrieval", "runtime", "core",
   },
