@@ -101,7 +101,7 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
   inputs = before
   for number in range(1, config.rounds + 1):
     if number > 1 or "bm25" in (config.train.negatives, config.cross.enabled and config.cross.negatives):
-      fields = ("mine", "data.train_split", "evaluate.examples")
+      fields = ("mine", "data.train_split")
       fields += ("encode", "index", "cross.depth", *model) if number > 1 else ()
       mined = functools.partial(mine.run, number=number - 1)
       yield Stage(f"mine{number - 1}", mined, fields, inputs, mine.outside_files)

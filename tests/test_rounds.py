@@ -63,7 +63,7 @@ def test_both_rounds_are_measured_and_shown(finished):
   for words in ("Training, round 2", "Negatives of round 2", "dense: score over the positive", "from bm25 + dense"):
     assert words in page
   about = json.loads((workdir / "mine1/mining.json").read_text())
-  assert about["sources"] == ["bm25", "dense"] and len(about["examples"]) == 3
+  assert about["sources"] == ["bm25", "dense"] and len(about["examples"]) == 12
   assert sum(step["removed"].get("RELATIVE_MARGIN", {}).get("all", 0) for step in about["denoising"]) > 0
 
 

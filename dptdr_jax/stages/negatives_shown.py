@@ -15,6 +15,7 @@ from dptdr_jax.stages import drawing
 from dptdr_jax.stages.examples import shown
 
 EDGES = np.linspace(0, 1.5, 31)  # of score over positive; what lies outside counts in the first or the last bin
+_QUERIES = 12  # of the sample
 _SHOWN = 4  # negatives of a query, and candidates that were taken out
 
 
@@ -52,7 +53,7 @@ def _histogram(pool: Pool, source: int) -> dict[str, list[int]]:
 def _examples(config: ConfigDict, data: PreparedData, pool: Pool) -> list[dict]:
   split = data.splits[config.data.train_split]
   trained = [query for query in range(len(split)) if len(split.positives(query))]
-  chosen = [trained[place * len(trained) // config.evaluate.examples] for place in range(config.evaluate.examples)]
+  chosen = [trained[place * len(trained) // _QUERIES] for place in range(_QUERIES)]
   return [_example(data, pool, split, query) for query in sorted(set(chosen))]
 
 
