@@ -8,7 +8,8 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     dict(
       seed=0,  # of everything random: prompts, order of examples, negatives, dropout
-      wait_seconds=3600.0,  # several processes: how long one waits for the others before it gives up
+      fsdp=1,  # devices over which a frozen backbone is split that does not fit one; all devices split the batch
+      wait_seconds=86_400.0,  # several processes: how long one waits for the others before it gives up
       compute_dtype="auto",  # matrix products: 'float32', 'bfloat16'; 'auto': bfloat16 on accelerators, float32 on CPU
       backbone=dict(
         path="",  # a hub id, a local directory in Hugging Face layout, or 'package:NAME' (weights in a Python package)
@@ -86,8 +87,8 @@ def _pretrain() -> dict:
     temperature=1.0,  # the contrast divides scores by it; about .05 with normalize
     dropout=-1.0,  # the backbone's; -1: config.json's own rates; 0: none
     chunk=0,  # gradient cache, spans a device at a time; 0: all at once
-    remat=False,  # compute layers again in the backward pass: less memory, a third more work
-    fsdp=1,  # devices over which parameters and optimiser are split; the others split the batch alone
+    remat="none",  # what the backward pass computes again to save memory: 'none', 'attention', 'layer' (1/3 more work)
+    fsdp=1,  # devices over which parameters and optimiser are split; all devices split the batch
     learning_rate=1e-4,  # peak (coCondenser)
     schedule="linear",  # decay after the warm-up: 'linear', 'cosine' or 'constant'
     warmup=0.1,  # share of the steps
@@ -134,6 +135,7 @@ def _train() -> dict:
     restart=True,  # each round from fresh prompts (the paper's stage 2); False: from those of the round before
     query_chunk=0,  # gradient cache, queries a device at a time; 0: all at once
     passage_chunk=0,  # gradient cache, passages a device at a time; 0: all at once
+    remat="none",  # what the backward pass computes again to save memory: 'none', 'attention', 'layer' (1/2 more work)
     both_directions=False,  # also tell each passage's query from the others
     backbone_dropout=-1.0,  # -1: config.json's own rates, as the original; 0: none
     learning_rate=7e-3,  # peak (the paper's; runs of some hundred steps want 2e-2 and more)

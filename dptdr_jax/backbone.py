@@ -22,6 +22,7 @@ from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.models import convert, mlm
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.runtime import mesh as meshes
+from dptdr_jax.runtime.shardings import by_rules
 
 BESIDE = "./backbone"  # the path of a backbone that is stored within its retriever's directory
 _TOKENIZER_FILES = (
@@ -33,7 +34,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-  """A frozen encoder in memory, replicated on this process's devices; any number of retrievers share it.
+  """A frozen encoder in memory, on this process's devices; any number of retrievers share it.
 
   Attributes:
     path: as it was named: hub id, directory or 'package:NAME'.
@@ -54,13 +55,14 @@ class Backbone:
   mesh: jax.sharding.Mesh = dataclasses.field(repr=False)
 
   @classmethod
-  def load(cls, path: files.Path, *, compute_dtype: str = "auto", sha256: str = "") -> Backbone:
+  def load(cls, path: files.Path, *, compute_dtype: str = "auto", sha256: str = "", fsdp: int = 1) -> Backbone:
     """Loads a backbone.
 
     Args:
       path: a local directory in Hugging Face layout, 'package:NAME' (weights in an installed package) or a hub id.
       compute_dtype: 'float32', 'bfloat16' or 'auto' (bfloat16 on accelerators, float32 on CPU).
       sha256: of model.safetensors, checked when given.
+      fsdp: of this process's devices, over which the weights are split; 1: whole on each.
 
     Raises:
       InputError: nothing there, another checksum, a truncated file, a tensor missing, unused or of another shape.
@@ -69,19 +71,25 @@ class Backbone:
     if sha256:
       check_sha256(directory, sha256)
     tensors = convert.load_backbone_tensors(directory)
-    return cls.from_tensors(str(path), directory, tensors, compute_dtype)
+    return cls.from_tensors(str(path), directory, tensors, compute_dtype, fsdp)
 
   @classmethod
-  def from_tensors(cls, path: str, directory: pathlib.Path, tensors: dict, compute_dtype: str = "auto") -> Backbone:
-    """Makes a backbone of tensors by their Hugging Face names; config and tokenizer come from `directory`."""
+  def from_tensors(
+    cls, path: str, directory: pathlib.Path, tensors: dict, compute_dtype: str = "auto", fsdp: int = 1,
+    on_host: bool = False,
+  ) -> Backbone:  # fmt: skip
+    """Makes a backbone of tensors by their Hugging Face names; config and tokenizer come from `directory`.
+
+    With `on_host` its weights stay there, for whoever puts them elsewhere.
+    """
     dtype = resolve_dtype(compute_dtype)
     config = EncoderConfig.from_file(directory / "config.json")
     params = convert.from_huggingface(tensors, config, dtype=jnp.dtype(dtype), source=directory)
     tokenizer = Tokenizer(directory) if _has_tokenizer(directory) else None
     if tokenizer is not None:
       tokenizer.check_model(config.vocab_size, directory)
-    mesh = meshes.make_mesh(devices=jax.local_devices())
-    params = jax.device_put(params, meshes.replicated(mesh))
+    mesh = meshes.make_mesh(fsdp=fsdp, devices=jax.local_devices())
+    params = params if on_host else jax.device_put(params, by_rules(params, mesh))
     return cls(path, config, params, tokenizer, hash_tensors(encoder_tensors(tensors)), dtype, mesh)
 
   def with_params(self, params: Any) -> Backbone:
@@ -89,7 +97,7 @@ class Backbone:
     dtype = jnp.dtype(self.compute_dtype)
     params = convert.from_huggingface(convert.to_huggingface(params, self.config), self.config, dtype=dtype)
     tensors = convert.to_huggingface(params, self.config)  # of the weights as they compute and are stored
-    placed = jax.device_put(params, meshes.replicated(self.mesh))
+    placed = jax.device_put(params, by_rules(params, self.mesh))
     return dataclasses.replace(self, path=BESIDE, params=placed, hash=hash_tensors(encoder_tensors(tensors)))
 
   @property

@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
 
     pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGES.value, _VERIFY.value)
   except preemption.Preempted as stop:
+    if not stop.agreed:
+      hosts.leave()
     sys.stderr.write(f"stopped by SIGTERM: {stop}; the same command goes on from there\n")
     return preemption.EXIT_STATUS
   except DptdrError as error:

@@ -60,8 +60,11 @@ class Stage:
   together: bool = True
 
 
-# Fields of a stage that cannot change what it makes; they stay out of its key.
+# Fields of a stage that cannot change what it makes, but for the order in which sums are rounded, as the number of
+# devices does too; they stay out of its key.
 NEUTRAL = (
+  "train.query_chunk", "train.passage_chunk", "train.remat", "cross.chunk",
+  "pretrain.chunk", "pretrain.remat", "pretrain.fsdp",
   "train.loader_workers", "train.log_every", "train.keep_checkpoints",
   "cross.loader_workers", "cross.log_every", "cross.keep_checkpoints",
   "pretrain.loader_workers", "pretrain.log_every", "pretrain.keep_checkpoints", "pretrain.evaluate_every",
@@ -245,7 +248,7 @@ def _execute(stage: Stage, config: ConfigDict, layout: Layout, description: dict
     hosts.barrier(f"{stage.name} is begun")
     if stage.together:
       stage.run(config, layout.root)
-  hosts.barrier(f"after {stage.name}")
+  hosts.barrier(f"after {stage.name}", whom="the others" if stage.together else "process 0")
 
 
 def _execute_first(stage: Stage, config: ConfigDict, layout: Layout, description: dict, key: str) -> None:

@@ -148,8 +148,9 @@ def find_devices(topology: str) -> tuple[str, list]:
     return family, jax.devices("cpu")[: int(shape)]
   if family not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
     raise InputError("unknown topology", value=topology, fix=f"Name one of {', '.join(CHIPS)} and a shape: v5e:4x4")
-  # Without these libtpu looks for the machine that it believes to be on.
+  # Without these libtpu looks for the machine that it believes to be on, and for a lock on chips that nobody uses here.
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+  os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   from jax.experimental import topologies
 
   try:
@@ -185,11 +186,12 @@ def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tu
       pretrain.spans // count, lambda c: c.pretrain.steps or c.pretrain.epochs * passages * 2 / c.pretrain.spans,
     ),
     "train": Step(
-      "train", lambda c: shapes.train(c, encoder, mesh(1)), "train.passage_chunk",
-      train.queries * train.passages // count, lambda c: c.train.steps or c.train.epochs * queries / c.train.queries,
+      "train", lambda c: shapes.train(c, encoder, mesh(c.fsdp)), "train.passage_chunk",
+      math.ceil(train.queries * train.passages / count),
+      lambda c: c.train.steps or c.train.epochs * queries / c.train.queries,
     ),
     "encode": Step(
-      "encode", lambda c: shapes.encode(c, encoder, mesh(1)), "encode.batch_tokens",
+      "encode", lambda c: shapes.encode(c, encoder, mesh(c.fsdp)), "encode.batch_tokens",
       config.encode.batch_tokens, lambda c: passages / (encoded * count),
     ),
   }  # fmt: skip
@@ -261,9 +263,9 @@ def suggest(step: Step, config: ConfigDict, chips: int, memory: float) -> None:
     if figures.memory <= memory:
       progress.say(f"  fits with --config.{step.chunk}={size}: {figures.memory / GIB:.2f} GiB")
       return
-  others = {"pretrain": "pretrain.remat=True, a larger pretrain.fsdp, fewer pretrain.spans",
-            "train": "a smaller train.query_chunk, shorter texts, a shorter prompt",
-            "encode": "shorter texts"}[step.name]  # fmt: skip
+  others = {"pretrain": "pretrain.remat=layer, a larger pretrain.fsdp, fewer pretrain.spans",
+            "train": "train.remat=attention, a smaller train.query_chunk, shorter texts, a shorter prompt, fsdp",
+            "encode": "shorter texts, fsdp"}[step.name]  # fmt: skip
   progress.say(f"  no chunk of {sizes} fits. What else helps: {others}; more chips; a chip with more memory")
 
 

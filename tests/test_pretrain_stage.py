@@ -140,7 +140,7 @@ def test_several_corpora_a_token_budget_and_contrast_alone(directory, finished, 
   lines.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in tiny.sentences(20, 12, 7)))
   config = make_config(
     directory, corpora=(str(finished[1]), str(lines)), weights=(1.0, 1.0), steps=0, tokens=400, mlm_weight=0.0,
-    evaluate_every=0, chunk=1, remat=True, fsdp=2, normalize=True, temperature=0.1,
+    evaluate_every=0, chunk=1, remat="layer", fsdp=2, normalize=True, temperature=0.1,
   )  # fmt: skip
   pipeline.run(config, tmp_path / "work", ["prepare", "pretrain"])
   about = json.loads((tmp_path / "work/pretrain/backbone/manifest.json").read_text())

@@ -11,7 +11,15 @@ _asked = threading.Event()
 
 
 class Preempted(Exception):
-  """Raised at a point where everything is saved, after SIGTERM."""
+  """Raised at a point where everything is saved, after SIGTERM.
+
+  Attributes:
+    agreed: all processes of the run raise it together; else this one has still to tell the others.
+  """
+
+  def __init__(self, where: str, agreed: bool = False):
+    super().__init__(where)
+    self.agreed = agreed
 
 
 def install() -> None:

@@ -6,6 +6,7 @@ import abc
 import collections
 import concurrent.futures
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class GroupBatches(abc.ABC):
     groups: draws their passages; its group size is G. What `groups.at(step)` gives draws those of a step.
     batch_size: B, queries of the global batch.
     host, num_hosts: which slice.
+    devices: of all hosts. Rows that they cannot share evenly are filled up with copies of the first.
   """
 
   def __init__(
@@ -50,15 +52,13 @@ class GroupBatches(abc.ABC):
     stage: str,
     host: int = 0,
     num_hosts: int = 1,
+    devices: int = 1,
   ):
     if not len(query_rows):
       raise InputError("no training query left")
-    if batch_size % num_hosts:
-      raise InputError(f"a batch of {batch_size} cannot be divided among {num_hosts} hosts")
     self._query_rows, self._groups, self._batch_size = np.asarray(query_rows, np.int64), groups, batch_size
     self._seed, self._stage = seed, stage
-    share = batch_size // num_hosts
-    self._examples = slice(host * share, (host + 1) * share)
+    self._host, self._num_hosts, self._multiple = host, num_hosts, math.lcm(devices, num_hosts)
     self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
   @abc.abstractmethod
@@ -86,6 +86,16 @@ class GroupBatches(abc.ABC):
     """Yields the batches of start_step … stop_step − 1, some of them made ahead; see `load_ahead`."""
     return load_ahead(self.__getitem__, start_step, stop_step, workers, ahead)
 
+  def own(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` rows of the global batch are this host's, int64, and which of those are real, bool.
+
+    The others fill up: they are the first row again.
+    """
+    share = -(-count // self._multiple) * self._multiple // self._num_hosts
+    places = np.arange(self._host * share, (self._host + 1) * share)
+    real = places < count
+    return np.where(real, places, 0), real
+
   def _permutation(self, epoch: int) -> np.ndarray:
     return generator(self._seed, self._stage, "order", epoch, 0).permutation(len(self._query_rows))
 
@@ -95,13 +105,13 @@ class TrainBatches(GroupBatches):
 
   T is the bucket that the global batch needs, so that hosts agree on shapes.
 
-  A batch, of B global examples and G passages each, on host p of n (M = B·G, b = B / n, m = M / n):
+  A batch, of B global examples and G passages each, on host p of n (M = B·G; b = B / n, m = M / n, both after filling):
     query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
     targets int32 [B]: column of each query's positive in the global batch,
     blocked bool [B, M]: columns that must not count as negatives: the query's positives, and all but the first
       occurrence of a passage; never the target.
   The last two speak of all pairs, and every host has them whole. Slices of tokens of all hosts, one below the other,
-  are the global batch.
+  are the global batch; what fills it up comes last.
 
   Args:
     queries, passages: token stores.
@@ -131,13 +141,13 @@ class TrainBatches(GroupBatches):
   def __getitem__(self, step: int) -> Batch:
     rows = self.rows(step)
     size = self._groups.group_size
-    mine = rows.queries[self._examples]
     targets = np.arange(self._batch_size, dtype=np.int32) * size
     query_width = self._queries.width(rows.queries, self._query_tokens, self._bucket)
     width = self._passages.width(rows.passages.ravel(), self._passage_tokens, self._bucket)
+    mine = rows.queries[self.own(self._batch_size)[0]]
     query_tokens, query_lengths = self._queries.batch(mine, self._query_tokens, width=query_width)
-    own = rows.passages[self._examples].ravel()
-    passage_tokens, passage_lengths = self._passages.batch(own, self._passage_tokens, width=width)
+    mine = rows.passages.ravel()[self.own(rows.passages.size)[0]]
+    passage_tokens, passage_lengths = self._passages.batch(mine, self._passage_tokens, width=width)
     return {
       "query_tokens": query_tokens,
       "query_lengths": query_lengths,

@@ -145,8 +145,8 @@ class Pairs:
 class PairBatches(GroupBatches):
   """`batches[step]` → this host's slice of the global batch of pairs, each query with its positive and negatives.
 
-  A batch, of B queries with G passages each, on host p of n (m = B·G / n, the positive first of every G):
-    tokens int32 [m, T], lengths int32 [m], relevant bool [m].
+  A batch, of B queries with G passages each, on host p of n (m = B·G / n after filling, the positive first of every G):
+    tokens int32 [m, T], lengths int32 [m], relevant bool [m], real bool [m]: False where it fills the devices up.
   T is the bucket that the global batch needs.
 
   Args:
@@ -177,6 +177,5 @@ class PairBatches(GroupBatches):
     pairs = Pairs(self._queries, self._passages, np.repeat(rows.queries, size), rows.passages.ravel(), self._form)
     longest = int(pairs.lengths().max())
     width = min(-(-longest // self._bucket) * self._bucket, self._form.pair_length)
-    mine = slice(self._examples.start * size, self._examples.stop * size)
-    relevant = np.arange(len(pairs))[mine] % size == 0
-    return {**pairs.batch(mine, width), "relevant": relevant}
+    mine, real = self.own(len(pairs))
+    return {**pairs.batch(mine, width), "relevant": mine % size == 0, "real": real}

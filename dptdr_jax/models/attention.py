@@ -37,6 +37,7 @@ def attend(
   layer: jax.Array | int = 0,
   first_row: int = 0,
   method: str = "auto",
+  remember: bool = True,
 ) -> jax.Array:
   """Softmax attention of each query row over the prompt and the visible tokens.
 
@@ -49,6 +50,8 @@ def attend(
     bias: [N, B, R, T] float32 added to the scaled scores of tokens (DeBERTa), or None.
     noise: dropout on probabilities and prompt; `layer` tells the layers' masks apart. None: no dropout.
     method: 'split', 'concat' or 'auto'; see `choose_method`.
+    remember: keep the probabilities for the backward pass rather than compute them again: N·S numbers a row, at P = T
+      as much as the rest that a frozen layer keeps.
 
   Returns:
     [B, R, N, D] in the dtype of `query`. Scores and softmax statistics are float32.
@@ -56,7 +59,7 @@ def attend(
   method = choose_method(method, query, key, prompt, bias, noise)
   # What the backward pass needs is computed again from the arguments (and the stored probabilities), so that neither a
   # copy of the prompt for each example nor a mask is kept.
-  policy = jax.checkpoint_policies.save_only_these_names(_PROBABILITIES)
+  policy = jax.checkpoint_policies.save_only_these_names(*([_PROBABILITIES] if remember else []))
   core = jax.checkpoint(
     functools.partial(_concat if method == "concat" else _split, scale=scale, first_row=first_row),
     policy=policy,

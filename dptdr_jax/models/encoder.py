@@ -17,6 +17,7 @@ from dptdr_jax.models import dropout as drop
 from dptdr_jax.models.config import EncoderConfig
 
 Array = jax.Array
+REMAT = ("none", "attention", "layer")
 
 
 def _gelu(x: Array) -> Array:
@@ -85,12 +86,14 @@ class Layer(nn.Module):
 
   Attributes:
     row: compute this row of the output alone (keys and values are still those of all rows), or None for all.
+    remember: see `attention.attend`.
   """
 
   config: EncoderConfig
   dtype: Any
   method: str
   row: int | None = None
+  remember: bool = True
 
   @nn.compact
   def __call__(
@@ -128,7 +131,7 @@ class Layer(nn.Module):
       bias = self._relative_bias(query, key, relative_positions, first_row)
     mixed = attention.attend(
       query, key, value, lengths, scale=scale, prompt=prompt, bias=bias,
-      noise=noise, layer=layer, first_row=first_row, method=self.method,
+      noise=noise, layer=layer, first_row=first_row, method=self.method, remember=self.remember,
     )  # fmt: skip
     return mixed.reshape(*rows.shape[:2], config.hidden_size)
 
@@ -165,8 +168,8 @@ class Encoder(nn.Module):
     method: of attention, see `attention.choose_method`.
     row: the only row of the result that is wanted, or None for all.
     position_shift: how much later than usual the positions start (deep prompts of the original: P).
-    remat: keep only the layers' inputs for the backward pass and compute the rest again: far less memory where all
-      weights are trained, for a forward pass more.
+    remat: what the backward pass computes again instead of keeping it: 'none' (next to nothing), 'attention' (the
+      probabilities), 'layer' (all but the layers' inputs: a forward pass more).
   """
 
   config: EncoderConfig
@@ -174,7 +177,7 @@ class Encoder(nn.Module):
   method: str = "auto"
   row: int | None = None
   position_shift: int = 0
-  remat: bool = False
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -195,7 +198,7 @@ class Encoder(nn.Module):
     Returns:
       [B, T, H] in `dtype` (with a shallow prompt [B, P + T, H], the prompt's rows in front), or the one `row` of it.
     """
-    config = self.config
+    config, remember = self.config, self.remat == "none"
     embeddings = Embeddings(config, self.dtype, name="embeddings")
     x = embeddings(tokens, config.first_position + self.position_shift, noise)
     if shallow is not None:
@@ -211,15 +214,15 @@ class Encoder(nn.Module):
     last = config.num_layers - 1
     if last:
       scanned = nn.scan(
-        nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+        nn.remat(Layer, prevent_cse=False) if self.remat == "layer" else Layer,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=last,
       )
       lower = None if deep is None else (deep[0][:-1], deep[1][:-1])
-      layers = scanned(config, self.dtype, self.method, name="layers")
+      layers = scanned(config, self.dtype, self.method, remember=remember, name="layers")
       x, _ = layers(x, jnp.arange(last), lower, lengths, noise, relative)
     upper = None if deep is None else (deep[0][-1], deep[1][-1])
-    layer = Layer(config, self.dtype, self.method, self.row, name="last_layer")
+    layer = Layer(config, self.dtype, self.method, self.row, remember, name="last_layer")
     return layer(x, last, upper, lengths, noise, relative)[0]

@@ -34,7 +34,7 @@ def represent(
   dropout: Dropout | None = None,
   compute_dtype: Any = jnp.float32,
   attention: str = "auto",
-  remat: bool = False,
+  remat: str = "none",
 ) -> jax.Array:
   """One vector for each sequence.
 
@@ -101,7 +101,7 @@ def hidden_states(
   dropout: Dropout | None = None,
   compute_dtype: Any = jnp.float32,
   attention: str = "auto",
-  remat: bool = False,
+  remat: str = "none",
 ) -> jax.Array:
   """The last layer's vectors of the tokens, [B, T, H] in `compute_dtype`; arguments as in `represent`."""
   hidden = _encode(

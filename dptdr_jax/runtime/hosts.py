@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,13 +18,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import DptdrError, InputError
+
+_log = logging.getLogger(__name__)
 
 # Set by the platforms that start several processes and that jax.distributed can read by itself.
 _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
 
 
-_patience_s = 3600.0
+_NOTICE_S = 30.0  # a wait that is longer is told
+_patience_s = 86_400.0
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, index: int | None = None) -> None:
@@ -72,51 +79,86 @@ def process_index() -> int:
   return jax.process_index()
 
 
+def share() -> dict[str, int]:
+  """What `data.batches` wants to know of this process: which of how many it is, and the devices of all."""
+  return {"host": process_index(), "num_hosts": process_count(), "devices": jax.device_count()}
+
+
 def be_patient(seconds: float) -> None:
   """Sets how long `barrier` waits where it is not told."""
   global _patience_s
   _patience_s = seconds
 
 
-def barrier(name: str, timeout_s: float | None = None) -> None:
+def barrier(name: str, timeout_s: float | None = None, whom: str = "the others") -> None:
   """Waits until every process has come to the point called `name`.
 
   Args:
     name: the same in every process; different names at one barrier are an error in all of them.
     timeout_s: seconds after which waiting is given up; None: those of `be_patient`.
+    whom: is waited for, as messages say it.
 
   Raises:
     DptdrError: not all processes came within `timeout_s`.
+    Preempted: in all processes, where one of them had been told to stop when it came.
   """
   if process_count() == 1:
     return
-  timeout_s = _patience_s if timeout_s is None else timeout_s
-  failure: list[BaseException] = []
+  found = _meet(name, preemption.asked(), _patience_s if timeout_s is None else timeout_s, whom)
+  if found[:, 0].any():
+    raise preemption.Preempted(f"all processes stop at '{name}'", agreed=True)
+  if (found[:, 1] != found[0, 1]).any():
+    raise DptdrError(f"process {process_index()} is at '{name}', others are elsewhere")
+
+
+def leave(timeout_s: float = 20.0) -> None:
+  """Tells the others at the barrier that they come to next that this process stops; says so for `timeout_s` at most.
+
+  For a process that was told to stop (see core.preemption) and that the others wait for. Where they don't come, they
+  are in the middle of something that they cannot finish alone: the process ends at once, without the farewell of the
+  runtime, and the run resumes from what is saved.
+  """
+  if process_count() == 1:
+    return
+  try:
+    _meet("leave", True, timeout_s, "the others")
+  except DptdrError:
+    sys.stderr.flush()
+    os._exit(preemption.EXIT_STATUS)
+
+
+def _meet(name: str, stops: bool, timeout_s: float, whom: str) -> np.ndarray:
+  """What every process said, int [processes, 2]: whether it stops, and a number for the name of the place."""
+  said, answers = np.array([stops, zlib.crc32(name.encode()) & 0x7FFFFFFF], np.int32), []
 
   def meet() -> None:
     try:
-      multihost_utils.sync_global_devices(name)
+      answers.append(multihost_utils.process_allgather(said))
     except Exception as error:  # carried to the waiting thread, where it is raised
-      failure.append(error)
+      answers.append(error)
 
   # The collective itself knows no time limit, so it waits in a thread that does not outlive the process.
   meeting = threading.Thread(target=meet, name=f"barrier {name}", daemon=True)
   meeting.start()
-  meeting.join(timeout_s)
-  if meeting.is_alive():
+  meeting.join(min(timeout_s, _NOTICE_S))
+  if meeting.is_alive() and timeout_s > _NOTICE_S:
+    _log.info("process %d waits at '%s' for %s", process_index(), name, whom)
+    meeting.join(timeout_s - _NOTICE_S)
+  if not answers:
     raise DptdrError(
-      f"process {jax.process_index()} of {process_count()} waited {timeout_s:g} s at '{name}' for the others. "
+      f"process {process_index()} of {process_count()} waited {timeout_s:g} s at '{name}' for {whom}. "
       "Look into the logs of the other processes, then start the run again: it resumes"
     )
-  if failure:
-    raise DptdrError(f"the processes did not meet at '{name}': {failure[0]}") from failure[0]
+  if isinstance(answers[0], Exception):
+    raise DptdrError(f"the processes did not meet at '{name}': {answers[0]}") from answers[0]
+  return answers[0]
 
 
 @contextlib.contextmanager
 def first_goes_first(name: str) -> Iterator[None]:
   """Process 0 goes through the block, then the others."""
   if not is_main():
-    barrier(f"{name}: the first")
+    barrier(f"{name}: the first", whom="process 0")
   yield
   if is_main():
     barrier(f"{name}: the first")

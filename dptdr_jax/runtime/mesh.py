@@ -46,13 +46,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-  """The whole of a tree on every device of a mesh; every process has the same values of it."""
-  if jax.process_count() == 1:
-    return jax.device_put(tree, replicated(mesh))
-  whole = replicated(mesh)
+def place(tree: Any, shardings: Any) -> Any:
+  """A tree on a mesh, leaf by leaf as `shardings` say (a tree like it, or one for all).
 
-  return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(whole, np.asarray(leaf), leaf.shape), tree)
+  Every process has the same values and gives its own devices their parts; a part that lies on its device already is
+  not copied.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda leaf: shardings, tree)
+  return jax.tree.map(_place_parts, tree, shardings)
+
+
+def _place_parts(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+  here = {shard.device: shard for shard in leaf.addressable_shards} if isinstance(leaf, jax.Array) else {}
+  parts = []
+  for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+    if device in here and here[device].index == index:
+      parts.append(here[device].data)
+    else:
+      parts.append(jax.device_put(np.asarray(leaf[index]), device))
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
 
 def put_batch(

@@ -1,4 +1,4 @@
-"""How the parameters of full training lie on the mesh: one table of rules over their names."""
+"""How the parameters of a backbone lie on the mesh: one table of rules over their names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def state_shardings(state: Any, mesh: Mesh, rules: tuple[tuple[str, tuple[str | None, ...]], ...] = RULES) -> Any:
-  """Shardings of a training state, a tree like it: each leaf by the one rule that its name matches, scalars whole.
+def by_rules(tree: Any, mesh: Mesh, rules: tuple[tuple[str, tuple[str | None, ...]], ...] = RULES) -> Any:
+  """Shardings of a backbone or of a state that trains one, a tree like it: each leaf by the one rule that its name
+  matches, scalars whole.
 
   The optimiser's moments carry their parameters' names, so the same rules hold for them.
 
   Args:
-    state: a tree of arrays or of jax.ShapeDtypeStruct.
+    tree: of arrays or of jax.ShapeDtypeStruct.
 
   Raises:
     InputError: a rule that matches nothing, a leaf that no rule covers, a dimension that does not divide.
@@ -50,8 +51,15 @@ def state_shardings(state: Any, mesh: Mesh, rules: tuple[tuple[str, tuple[str | 
         )
     return NamedSharding(mesh, spec)
 
-  placed = jax.tree_util.tree_map_with_path(place, state)
+  placed = jax.tree_util.tree_map_with_path(place, tree)
   idle = [pattern for number, (pattern, _) in enumerate(rules) if number not in used]
   if idle:
     raise InputError("a sharding rule matches no parameter", value=idle)
   return placed
+
+
+def of_state(state: Any, mesh: Mesh) -> Any:
+  """Shardings of a TrainState: by the rules where all weights are trained; prompts are small and whole everywhere."""
+  if "backbone" in state.trainable:
+    return by_rules(state, mesh)
+  return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), state)

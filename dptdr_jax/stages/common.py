@@ -18,6 +18,7 @@ from dptdr_jax.data.groups import Negatives, Sampling, TrainGroups
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.encoder import REMAT
 from dptdr_jax.models.prompts import PromptSpec, check_lengths
 from dptdr_jax.retrieval import measures
 from dptdr_jax.retrieval.bm25 import Bm25
@@ -48,6 +49,9 @@ def check(config: ConfigDict) -> None:
     raise InputError("unknown train.negatives", value=config.train.negatives, fix=f"Use {', '.join(NEGATIVES)}")
   if config.train.positive not in ("rotate", "first"):
     raise InputError("unknown train.positive", value=config.train.positive, fix="Use rotate or first")
+  for section in ("train", "pretrain"):
+    if config[section].remat not in REMAT:
+      raise InputError(f"unknown {section}.remat", value=config[section].remat, fix=f"Use {', '.join(REMAT)}")
   sampling(config)
   if config.pretrain.enabled:
     steps.pretrain_model(config, encoder)
@@ -73,15 +77,15 @@ def base_directory(config: ConfigDict, layout: Layout) -> pathlib.Path:
 def base_backbone(config: ConfigDict, layout: Layout) -> Backbone:
   """The backbone that the run starts from, in the config's compute_dtype."""
   if scratch.is_wanted(config):
-    return Backbone.load(layout.scratch, compute_dtype=config.compute_dtype)
+    return Backbone.load(layout.scratch, compute_dtype=config.compute_dtype, fsdp=config.fsdp)
   named = config.backbone
-  return Backbone.load(named.path, compute_dtype=config.compute_dtype, sha256=named.sha256)
+  return Backbone.load(named.path, compute_dtype=config.compute_dtype, sha256=named.sha256, fsdp=config.fsdp)
 
 
 def load_backbone(config: ConfigDict, layout: Layout) -> Backbone:
   """The backbone that prompts are trained on: after pretraining, where the config has it."""
   if config.pretrain.enabled:
-    return Backbone.load(layout.pretrained.resolve(), compute_dtype=config.compute_dtype)
+    return Backbone.load(layout.pretrained.resolve(), compute_dtype=config.compute_dtype, fsdp=config.fsdp)
   return base_backbone(config, layout)
 
 
@@ -153,7 +157,7 @@ def train_batches(
     TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), trainable,
     groups or train_groups(config, layout, data, number), split.positives, batch_size=train.queries,
     query_tokens=config.text.query_length, passage_tokens=config.text.passage_length, seed=config.seed,
-    stage=f"train{number}", host=hosts.process_index(), num_hosts=hosts.process_count(),
+    stage=f"train{number}", **hosts.share(),
   )  # fmt: skip
 
 

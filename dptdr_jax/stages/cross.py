@@ -24,7 +24,7 @@ from dptdr_jax.models.prompts import PromptSpec, check_lengths
 from dptdr_jax.reranker import CrossEncoder, PairSettings
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.runs import Run
-from dptdr_jax.runtime import hosts
+from dptdr_jax.runtime import hosts, shardings
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.stages import common, steps
@@ -102,8 +102,7 @@ def make_batches(config: ConfigDict, layout: Layout, data: PreparedData, backbon
   form = PairFormat.of(backbone.tokenizer, config.text.query_length, cross.pair_length)
   return PairBatches(
     TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), trainable, groups, form,
-    batch_size=cross.queries, seed=config.seed, stage="cross", host=hosts.process_index(),
-    num_hosts=hosts.process_count(),
+    batch_size=cross.queries, seed=config.seed, stage="cross", **hosts.share(),
   )  # fmt: skip
 
 
@@ -130,18 +129,20 @@ class CrossLoop(Loop):
     self, config: ConfigDict, backbone: Backbone, num_steps: int, word_ids: np.ndarray | None, trial: PairTrial | None,
     directory: pathlib.Path,
   ):  # fmt: skip
-    """Makes the jitted step and the first state, replicated on the mesh."""
+    """Makes the jitted step and the first state, on the mesh."""
     cross, spec = config.cross, prompt_spec(config)
     self._config, self._backbone, self._trial, self._directory = config, backbone, trial, directory
     self._best = {"step": 0, "value": -math.inf}
-    self._mesh = meshes.make_mesh()
+    self._mesh = meshes.make_mesh(fsdp=config.fsdp)
     rates = steps.dropout(cross.backbone_dropout)
     model = CrossModel(backbone.config, spec, compute_dtype=backbone.compute_dtype, dropout=rates)
     optimizer = steps.optimizer(cross, num_steps)
-    self._step = make_cross_step(model, optimizer, seed=config.seed, chunk=cross.chunk, mesh=self._mesh)
+    frozen = shardings.by_rules(backbone.params, self._mesh)
+    options = {"seed": config.seed, "chunk": cross.chunk, "mesh": self._mesh, "frozen": frozen}
+    self._step = make_cross_step(model, optimizer, **options)
     trainable = model.init_trainable(jax.random.key(config.seed), backbone.params, word_ids)
-    state = meshes.replicate(init_state(trainable, optimizer), self._mesh)
-    self._frozen = meshes.replicate(backbone.params, self._mesh)
+    state = meshes.place(init_state(trainable, optimizer), meshes.replicated(self._mesh))
+    self._frozen = meshes.place(backbone.params, frozen)
     super().__init__("cross", cross, num_steps, state, trial is not None)
 
   def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -120,7 +120,7 @@ class Loop(abc.ABC):
           checkpoints.save(step, self.state, self.metadata(step))
         if stopped:
           checkpoints.wait()
-          raise preemption.Preempted(f"{self.name} stands at step {step} of {self.steps}")
+          raise preemption.Preempted(f"{self.name} stands at step {step} of {self.steps}", agreed=True)
     checkpoints.wait()
     writer.close()
 

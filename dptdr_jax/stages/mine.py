@@ -7,6 +7,7 @@ adds what the retriever of round N finds.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import pathlib
 from collections.abc import Callable, Iterable
@@ -68,7 +69,9 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 0) -> None:
   retriever = common.trained(config, layout, number) if number and config.mine.dense.depth else None
   if retriever is not None:
     encode_both(config, layout, data, directory, retriever)
-  if hosts.is_main():  # the search and what follows are the host's
+  if hosts.process_count() > 1:
+    _search_together(config, layout, data, directory, retriever)
+  if hosts.is_main():  # what follows is one host's
     mine(config, layout, data, directory, retriever)
 
 
@@ -112,27 +115,65 @@ def _sources(
   mine, found = config.mine, {}
   split = data.splits[config.data.train_split]
 
-  def searched(name: str, make: Callable[[int], Run], options: ConfigDict, scores: np.ndarray | None = None) -> None:
-    path, depth = directory / "runs" / name, min(options.depth, len(data.ids))
+  def searched(name: str, make: Callable[[], Run], options: ConfigDict, scores: np.ndarray | None = None) -> None:
+    path = directory / "runs" / name
     if not path.exists():
-      make(depth).save(path)
+      make().save(path)
       preemption.check(f"mining stands after the search by {name}, in {directory}")
+    depth = min(options.depth, len(data.ids))
     found[name] = Source(Run.open(path), depth, options.first, options.quota or None, scores)
 
-  if mine.bm25.depth:
-    searched("bm25", lambda depth: common.bm25(layout, data).search([q.text for q in split.queries.read()], depth),
-             mine.bm25)  # fmt: skip
+  searches = _searches(config, layout, data, directory, retriever)
+  everything = slice(0, len(split))
+  if "bm25" in searches:
+    searched("bm25", functools.partial(searches["bm25"], everything), mine.bm25)
   if retriever is not None:
     queries, passages = encode_both(config, layout, data, directory, retriever, together=False)
-    searched(DENSE, lambda depth: search.dense(config, queries, passages, depth, directory / "index"), mine.dense,
-             positive_scores(queries, passages, positives))  # fmt: skip
+    scores = positive_scores(queries, passages, positives)
+    searched(DENSE, functools.partial(searches[DENSE], everything), mine.dense, scores)
   if mine.runs:
     query_rows = {name: row for row, name in enumerate(split.ids.ids(range(len(split))))}
     passage_rows = {name: row for row, name in enumerate(data.ids.ids(range(len(data.ids))))}
+    depth = min(mine.outside.depth, len(data.ids))
     for path in mine.runs:
-      read = lambda depth, path=path: runs.read_trec(path, query_rows, passage_rows, depth)  # noqa: E731
+      read = functools.partial(runs.read_trec, path, query_rows, passage_rows, depth)
       searched(pathlib.Path(path).name, read, mine.outside)
   return found
+
+
+def _searches(
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever | None
+) -> dict[str, Callable[[slice], Run]]:
+  """The retrievers that are asked here: each searches for some rows of the training queries."""
+  split, deepest, found = data.splits[config.data.train_split], len(data.ids), {}
+
+  def by_bm25(rows: slice) -> Run:
+    texts = [query.text for query in itertools.islice(split.queries.read(), rows.start, rows.stop)]
+    return common.bm25(layout, data).search(texts, min(config.mine.bm25.depth, deepest))
+
+  def by_retriever(rows: slice) -> Run:
+    queries, passages = (Embeddings(directory / "vectors" / part) for part in (config.data.train_split, "corpus"))
+    return search.dense(config, queries, passages, min(config.mine.dense.depth, deepest), directory / "index", rows)
+
+  if config.mine.bm25.depth:
+    found["bm25"] = by_bm25
+  if retriever is not None:
+    found[DENSE] = by_retriever
+  return found
+
+
+def _search_together(
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever | None
+) -> None:
+  """All processes search, each for its share of the training queries; indexes are the first one's to build."""
+  searches = _searches(config, layout, data, directory, retriever)
+  with hosts.first_goes_first("indexes"):
+    if hosts.is_main() and "bm25" in searches:
+      common.bm25(layout, data)
+    if hosts.is_main() and DENSE in searches:
+      search.build(config, Embeddings(directory / "vectors" / "corpus"), directory / "index")
+  for name, make in searches.items():
+    search.shared(directory / "runs" / name, len(data.splits[config.data.train_split]), make)
 
 
 def encode_both(

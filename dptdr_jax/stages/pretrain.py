@@ -40,9 +40,8 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   directory = common.base_directory(config, layout)
   tensors = convert.load_backbone_tensors(directory)
   named = config.backbone.path or str(layout.scratch)
-  backbone = Backbone.from_tensors(named, directory, tensors, "float32")
   # On the host: the state is a copy that is sharded, and a whole one beside it might not fit the devices.
-  backbone = dataclasses.replace(backbone, params=jax.device_get(backbone.params))
+  backbone = Backbone.from_tensors(named, directory, tensors, "float32", config.fsdp, on_host=True)
   stores = _stores(config, layout, backbone)
   batches = make_batches(config, stores, backbone)
   trial = DevTrial.build(config, layout, PreparedData(layout.prepared), config.pretrain.evaluate_every)
@@ -142,9 +141,15 @@ class PretrainLoop(Loop):
     self._mesh = meshes.make_mesh(fsdp=pretrain.fsdp)
     optimizer = steps.optimizer(pretrain, num_steps)
     head = mlm.head_from_huggingface(tensors, backbone.config, backbone.path) if pretrain.mlm_weight else None
-    state = init_state(model.init_trainable(jax.random.key(config.seed), backbone.params, head), optimizer)
-    self._step, shardings = steps.pretrain_step(config, model, optimizer, state, self._mesh)
-    super().__init__("pretrain", pretrain, num_steps, jax.device_put(state, shardings), trial is not None)
+
+    def first_state(params):
+      return init_state(model.init_trainable(jax.random.key(config.seed), params, head), optimizer)
+
+    abstract = jax.eval_shape(first_state, backbone.params)
+    self._step, shardings = steps.pretrain_step(config, model, optimizer, abstract, self._mesh)
+    params = meshes.place(backbone.params, shardings.trainable["backbone"])
+    state = jax.jit(first_state, out_shardings=shardings)(params)
+    super().__init__("pretrain", pretrain, num_steps, state, trial is not None)
     self.tries_first = self.tries  # what pretraining gives shows beside what was there
     self._seen, self._clock = 0.0, time.monotonic()  # tokens since the clock was started
 

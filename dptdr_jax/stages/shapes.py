@@ -16,6 +16,7 @@ from dptdr_jax.data.masking import most_masked
 from dptdr_jax.models import convert, prompts
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.runtime import mesh as meshes
+from dptdr_jax.runtime.shardings import by_rules
 from dptdr_jax.stages import steps
 from dptdr_jax.training.state import init_state
 
@@ -37,13 +38,15 @@ def train(config: ConfigDict, encoder: EncoderConfig, mesh: Mesh) -> Lowered:
 
   state = jax.eval_shape(first_state, backbone)
   queries, passages, text = config.train.queries, config.train.queries * config.train.passages, config.text
+  filled = [-(-rows // mesh.size) * mesh.size for rows in (queries, passages)]
   batch = {
-    "query_tokens": _ids(queries, text.query_length), "query_lengths": _ids(queries),
-    "passage_tokens": _ids(passages, text.passage_length), "passage_lengths": _ids(passages),
+    "query_tokens": _ids(filled[0], text.query_length), "query_lengths": _ids(filled[0]),
+    "passage_tokens": _ids(filled[1], text.passage_length), "passage_lengths": _ids(filled[1]),
     "targets": _ids(queries), "blocked": jax.ShapeDtypeStruct((queries, passages), bool),
   }  # fmt: skip
   frozen = {} if config.prompt.kind == "none" else backbone
-  return _lower(steps.train_step(config, model, updates, mesh), state, frozen, batch)
+  step, _, _ = steps.train_step(config, model, updates, state, frozen, mesh)
+  return _lower(step, state, frozen, batch)
 
 
 def pretrain(config: ConfigDict, encoder: EncoderConfig, mesh: Mesh) -> Lowered:
@@ -78,7 +81,8 @@ def encode(config: ConfigDict, encoder: EncoderConfig, mesh: Mesh) -> Lowered:
   static = dict(
     config=encoder, spec=spec, pooling=config.vector.pooling, normalize=config.vector.normalize, compute_dtype=dtype
   )
-  backbone = place(convert.abstract_params(encoder, dtype), whole)
+  backbone = convert.abstract_params(encoder, dtype)
+  backbone = jax.tree.map(place, backbone, by_rules(backbone, mesh))
   texts = place(_ids(batch, width), rows), place(_ids(batch), rows)
   return _lower(retriever.vectors_of, backbone, place(prompt, whole), *texts, **static)
 

@@ -11,7 +11,7 @@ from dptdr_jax import backbone as backbones
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
-from dptdr_jax.runtime.shardings import state_shardings
+from dptdr_jax.runtime import shardings
 from dptdr_jax.training.contrastive import make_train_step
 from dptdr_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from dptdr_jax.training.pretrain import PretrainModel, make_pretrain_step
@@ -37,7 +37,7 @@ def tower_model(config: ConfigDict, encoder: EncoderConfig, compute_dtype: str) 
   """How training turns texts into vectors."""
   return TowerModel(
     encoder, prompt_spec(config), config.vector.pooling, config.vector.normalize, compute_dtype=compute_dtype,
-    dropout=dropout(config.train.backbone_dropout),
+    dropout=dropout(config.train.backbone_dropout), remat=config.train.remat,
   )  # fmt: skip
 
 
@@ -57,20 +57,25 @@ def optimizer(section: ConfigDict, steps: int) -> Optimizer:
   return make_optimizer(schedule, clip=section.clip, weight_decay=section.weight_decay)
 
 
-def train_step(config: ConfigDict, model: TowerModel, updates: Optimizer, mesh: Mesh) -> Any:
-  """The step of training; see `training.contrastive.make_train_step`."""
+def train_step(
+  config: ConfigDict, model: TowerModel, updates: Optimizer, state: TrainState, backbone: Any, mesh: Mesh
+) -> tuple[Any, Any, Any]:
+  """The step of training (see `training.contrastive.make_train_step`), and shardings of the state and the frozen
+  backbone ({} where all weights are trained); both may be of shapes alone."""
   train = config.train
-  return make_train_step(
+  placed = shardings.of_state(state, mesh), shardings.by_rules(backbone, mesh) if backbone else {}
+  step = make_train_step(
     model, updates, seed=config.seed, query_chunk=train.query_chunk, passage_chunk=train.passage_chunk,
-    temperature=config.vector.temperature, both_directions=train.both_directions, mesh=mesh,
+    temperature=config.vector.temperature, both_directions=train.both_directions, mesh=mesh, shardings=placed,
   )  # fmt: skip
+  return step, *placed
 
 
 def pretrain_step(config: ConfigDict, model: PretrainModel, updates: Optimizer, state: TrainState, mesh: Mesh) -> tuple:
   """The step of pretraining and the state's shardings; `state` may be of shapes alone."""
-  shardings = state_shardings(state, mesh)
-  options = {"seed": config.seed, "chunk": config.pretrain.chunk, "mesh": mesh, "shardings": shardings}
-  return make_pretrain_step(model, updates, **options), shardings
+  placed = shardings.of_state(state, mesh)
+  options = {"seed": config.seed, "chunk": config.pretrain.chunk, "mesh": mesh, "shardings": placed}
+  return make_pretrain_step(model, updates, **options), placed
 
 
 def dropout(rate: float) -> Dropout | None:

@@ -64,7 +64,7 @@ class TrainLoop(Loop):
     self, config: ConfigDict, backbone: Backbone, num_steps: int, word_ids: np.ndarray | None, trial: DevTrial | None,
     directory: pathlib.Path, before: Retriever | None = None, generations: Generations | None = None,
   ):  # fmt: skip
-    """Makes the jitted step and the first state, replicated on the mesh.
+    """Makes the jitted step and the first state, on the mesh.
 
     Prompts may start from `word_ids`, or from those of the retriever `before`; `generations` of negatives are mined as
     training goes on.
@@ -74,16 +74,16 @@ class TrainLoop(Loop):
     self._generations = generations
     self._best = {"step": 0, "value": -math.inf}
     self._model = steps.tower_model(config, backbone.config, backbone.compute_dtype)
-    self._mesh = meshes.make_mesh()
+    self._mesh = meshes.make_mesh(fsdp=config.fsdp)
     optimizer = steps.optimizer(train, num_steps)
-    self._step = steps.train_step(config, self._model, optimizer, self._mesh)
     tied = config.prompt.tied or config.prompt.kind == "none"
     if before is None:
       trainable = self._model.init_trainable(jax.random.key(config.seed), backbone.params, tied=tied, word_ids=word_ids)
     else:
       trainable = _trainable_of(before, tied)
-    state = meshes.replicate(init_state(trainable, optimizer), self._mesh)
-    self._frozen = meshes.replicate(backbone.params, self._mesh)
+    state, frozen = init_state(trainable, optimizer), {} if "backbone" in trainable else backbone.params
+    self._step, *shardings = steps.train_step(config, self._model, optimizer, state, frozen, self._mesh)
+    state, self._frozen = (meshes.place(*pair) for pair in zip((state, frozen), shardings, strict=True))
     super().__init__("train", train, num_steps, state, trial is not None)
 
   def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

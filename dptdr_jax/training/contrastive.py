@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dptdr_jax.training.chunks import WHOLE, chunk_count, on_devices, split
+from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_all, on_data, share_inner, split
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
 from dptdr_jax.training.state import TrainState, apply_gradient
@@ -54,12 +54,14 @@ def make_train_step(
   temperature: float,
   both_directions: bool,
   mesh: Mesh,
+  shardings: tuple[Any, Any] | None = None,
 ) -> Callable[[TrainState, Any, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds the jitted step: (state, backbone_params, batch) → (state, metrics).
 
-  The state is donated, the backbone never. The batch (see `runtime.mesh.put_batch`): query_tokens [B, Tq] int32,
-  query_lengths [B], passage_tokens [M, Tp], passage_lengths [M], rows sharded; targets [B] and blocked [B, M] bool,
-  replicated. It compiles once for each set of shapes.
+  The state is donated, the backbone never. `shardings` of the two, leaf by leaf; None: whole on every device. The batch
+  (see `runtime.mesh.put_batch`): query_tokens [B, Tq] int32, query_lengths [B], passage_tokens [M, Tp] and
+  passage_lengths [M], rows sharded; targets [B] and blocked [B, M] bool, replicated. Rows of tokens beyond B and M fill
+  the devices up and count for nothing. It compiles once for each set of shapes.
 
   Metrics are float32 scalars: loss, accuracy, positive_score, gradient_norm (before clipping), learning_rate. Where the
   loss or the norm is not finite the state comes back as it was, its step too: the caller stops and keeps what it had.
@@ -74,12 +76,13 @@ def make_train_step(
     state, applied = apply_gradient(state, optimizer, loss, gradient)
     return state, applied | metrics
 
-  whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  of_state, of_backbone = shardings or (whole, whole)
   batch = {f"{side}_{what}": rows for side in SIDES for what in ("tokens", "lengths")}
   return jax.jit(
     step,
-    in_shardings=(whole, whole, {**batch, "targets": whole, "blocked": whole}),
-    out_shardings=whole,
+    in_shardings=(of_state, of_backbone, {**batch, "targets": whole, "blocked": whole}),
+    out_shardings=(of_state, whole),
     donate_argnums=0,
   )
 
@@ -101,12 +104,14 @@ def loss_and_gradient(
     vectors.append(encoded)
     pullbacks.append(pullback)
 
-  def loss_of(*arguments):
-    return contrastive_loss(*arguments, temperature=config.temperature, both_directions=config.both_directions)
+  def loss_of(queries, passages, targets, blocked):
+    queries, passages = queries[: blocked.shape[0]], passages[: blocked.shape[1]]  # without what fills the devices up
+    options = {"temperature": config.temperature, "both_directions": config.both_directions}
+    return contrastive_loss(queries, passages, targets, blocked, **options)
 
-  # All of it on every device: small, the same bits everywhere, and the compiler would share it out by an all-to-all.
-  on_all = on_devices(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True), mesh, (WHOLE,) * 4, WHOLE)
-  (loss, metrics), cotangents = on_all(*vectors, batch["targets"], batch["blocked"])
+  # The compiler would share it out by an all-to-all.
+  run = on_all(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True), mesh, 4)
+  (loss, metrics), cotangents = run(*vectors, batch["targets"], batch["blocked"])
   gradients = [pullback(cotangent) for pullback, cotangent in zip(pullbacks, cotangents, strict=True)]
   return loss, metrics, jax.tree.map(jnp.add, *gradients)
 
@@ -114,9 +119,7 @@ def loss_and_gradient(
 class _Side:
   """Queries or passages of one step: their vectors, and the gradient that a cotangent of these gives.
 
-  Encoding runs under shard_map: a device cuts its own rows into chunks and adds up its own gradient, so that nothing
-  moves between devices but the vectors, once, and the gradient, once. (Left to the compiler, the gradient costs an
-  all-reduce for each layer of each chunk.)
+  Nothing moves between devices along 'data' but the vectors, once, and the gradient, once; see `training.chunks`.
   """
 
   def __init__(self, model: TowerModel, name: str, chunk: int, mesh: Mesh, key: jax.Array):
@@ -130,7 +133,7 @@ class _Side:
     frozen = (backbone, self.row_key, self.batch_key)
     if chunks == 1:
       # A replicated argument's cotangent is summed over the devices where shard_map is entered.
-      run = on_devices(self._vectors, self.mesh, (WHOLE, WHOLE, self._rows), self._rows)
+      run = on_data(self._vectors, self.mesh, (WHOLE, WHOLE, ROWS), ROWS)
       vectors, pullback = jax.vjp(lambda trained: run(trained, frozen, inputs), trainable)
       return vectors, lambda cotangent: pullback(cotangent)[0]
 
@@ -141,22 +144,19 @@ class _Side:
     def backward(trained, frozen, inputs, cotangent):
       def add(total, chunk_and_cotangent):
         chunk, cotangent = chunk_and_cotangent
+        cotangent = share_inner(cotangent)
         gradient = jax.vjp(lambda trained: self._vectors(trained, frozen, chunk), trained)[1](cotangent)[0]
         return jax.tree.map(jnp.add, total, gradient), None
 
       total = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), split((inputs, cotangent), chunks))[0]
-      return jax.lax.psum(total, self.mesh.axis_names)
+      return jax.lax.psum(total, "data")
 
-    vectors = on_devices(forward, self.mesh, (WHOLE, WHOLE, self._rows), self._rows)(trainable, frozen, inputs)
-    pull = on_devices(backward, self.mesh, (WHOLE, WHOLE, self._rows, self._rows), WHOLE)
+    vectors = on_data(forward, self.mesh, (WHOLE, WHOLE, ROWS), ROWS)(trainable, frozen, inputs)
+    pull = on_data(backward, self.mesh, (WHOLE, WHOLE, ROWS, ROWS), WHOLE)
     return vectors, lambda cotangent: pull(trainable, frozen, inputs, cotangent)
 
   def _vectors(self, trainable: Any, frozen: tuple, inputs: tuple[jax.Array, ...]) -> jax.Array:
     """Vectors of some rows, each with a key of its row in the global batch."""
-    (backbone, row_key, batch_key), (tokens, lengths, rows) = frozen, inputs
+    (backbone, row_key, batch_key), (tokens, lengths, rows) = frozen, share_inner(inputs)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, rows)
     return self.model.encode(self.name, trainable, backbone, tokens, lengths, keys=keys, batch_key=batch_key)
-
-  @property
-  def _rows(self) -> PartitionSpec:
-    return PartitionSpec(self.mesh.axis_names)

@@ -22,7 +22,7 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.cross import cross_logits, init_cross
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
-from dptdr_jax.training.chunks import WHOLE, chunk_count, on_devices, split
+from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_data, share_inner, split
 from dptdr_jax.training.optimizer import Optimizer
 from dptdr_jax.training.state import TrainState, apply_gradient
 
@@ -64,12 +64,13 @@ class CrossModel:
 
 
 def make_cross_step(
-  model: CrossModel, optimizer: Optimizer, *, seed: int, chunk: int, mesh: Mesh
+  model: CrossModel, optimizer: Optimizer, *, seed: int, chunk: int, mesh: Mesh, frozen: Any | None = None
 ) -> Callable[[TrainState, Any, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds the jitted step: (state, backbone_params, batch) → (state, metrics).
 
-  The state is donated, the backbone never. The batch, rows sharded: tokens [M, T] int32, lengths [M], relevant [M]
-  bool. `chunk` pairs a device are encoded at a time, 0 is all of them; the gradient is the same.
+  The state is donated, the backbone never; `frozen` are its shardings, leaf by leaf (None: whole on every device). The
+  batch, rows sharded: tokens [M, T] int32, lengths [M], relevant [M] bool, real [M] bool (False: fills the devices up,
+  counts for nothing). `chunk` pairs a device are encoded at a time, 0 is all of them; the gradient is the same.
 
   Metrics are float32 scalars: loss, accuracy (share of pairs on the right side of .5, both classes weighing the same,
   so that chance is .5), gradient_norm (before clipping), learning_rate. Where the loss or the norm is not finite the
@@ -85,7 +86,8 @@ def make_cross_step(
     return state, applied | {"accuracy": accuracy}
 
   whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-  shardings = (whole, whole, dict.fromkeys(("tokens", "lengths", "relevant"), rows))
+  batch = dict.fromkeys(("tokens", "lengths", "relevant", "real"), rows)
+  shardings = (whole, whole if frozen is None else frozen, batch)
   return jax.jit(step, in_shardings=shardings, out_shardings=whole, donate_argnums=0)
 
 
@@ -99,11 +101,12 @@ def loss_and_gradient(
   """
   count = batch["tokens"].shape[0]
   row_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-  inputs = {**batch, "weights": balanced(batch["relevant"]), "rows": jnp.arange(count)}
+  inputs = {name: batch[name] for name in ("tokens", "lengths", "relevant")}
+  inputs |= {"weights": balanced(batch["relevant"], batch["real"]), "rows": jnp.arange(count)}
   chunks = chunk_count(count, mesh.size, chunk, "pair")
 
   def weighed(trainable, frozen, part):
-    backbone, row_key, batch_key = frozen
+    (backbone, row_key, batch_key), part = frozen, share_inner(part)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, part["rows"])
     logits = model.logits(trainable, backbone, part["tokens"], part["lengths"], keys=keys, batch_key=batch_key)
     return weighted_loss(logits, part["relevant"], part["weights"])
@@ -115,18 +118,17 @@ def loss_and_gradient(
 
     zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
     total = jax.lax.scan(add, zero, split(inputs, chunks))[0]
-    return jax.lax.psum(total, mesh.axis_names)
+    return jax.lax.psum(total, "data")
 
-  rows = PartitionSpec(mesh.axis_names)
-  run = on_devices(on_device, mesh, (WHOLE, WHOLE, rows), WHOLE)
+  run = on_data(on_device, mesh, (WHOLE, WHOLE, ROWS), WHOLE)
   return run(state.trainable, (backbone, row_key, batch_key), inputs)
 
 
-def balanced(relevant: jax.Array) -> jax.Array:
-  """Weights of pairs [M] that add up to ½ over the relevant and to ½ over the others; float32."""
-  positives = jnp.sum(relevant, dtype=jnp.float32)
-  shares = jnp.where(relevant, positives, relevant.shape[0] - positives)
-  return 0.5 / shares
+def balanced(relevant: jax.Array, real: jax.Array) -> jax.Array:
+  """Weights of pairs [M], float32: over the real ones ½ to the relevant and ½ to the others; 0 where not real."""
+  positives = jnp.sum(relevant & real, dtype=jnp.float32)
+  shares = jnp.where(relevant, positives, jnp.sum(real, dtype=jnp.float32) - positives)
+  return jnp.where(real, 0.5 / shares, 0.0)
 
 
 def weighted_loss(logits: jax.Array, relevant: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,9 +3,6 @@
 Both losses come from one forward pass over the masked spans, as in coCondenser (Gao and Callan 2022). With the gradient
 cache the vectors are computed chunk by chunk first, for the contrast over the whole batch; the second pass, which has
 the gradient, is the one that meets the vocabulary, and every masked token of the global batch counts once.
-
-Rows of the batch lie on both axes of the mesh. Along 'data' every device adds up its own gradient and the sum crosses
-once a step (shard_map); along 'fsdp' the compiler gathers a layer's weights where they are used.
 """
 
 from __future__ import annotations
@@ -24,12 +21,11 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states, pool, represent
-from dptdr_jax.training.chunks import chunk_count
+from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_all, on_data, share_inner, split
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
 from dptdr_jax.training.state import TrainState, apply_gradient
 
-_WHOLE, _ROWS, _INNER = PartitionSpec(), PartitionSpec("data"), PartitionSpec("fsdp")
 _NO_PROMPT = PromptSpec("none")
 
 
@@ -53,7 +49,7 @@ class PretrainModel:
   compute_dtype: Any = jnp.float32
   attention: str = "auto"
   dropout: Dropout | None = None
-  remat: bool = False
+  remat: str = "none"
 
   def __post_init__(self):
     if min(self.contrast_weight, self.mlm_weight) < 0 or not self.contrast_weight + self.mlm_weight:
@@ -126,7 +122,7 @@ def make_pretrain_step(
     state, applied = apply_gradient(state, optimizer, loss, gradient)
     return state, applied | metrics
 
-  whole, rows = NamedSharding(mesh, _WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   names = ("tokens", "lengths", *(("positions", "labels") if model.mlm_weight else ()))
   return jax.jit(
     step,
@@ -147,10 +143,8 @@ def loss_and_gradient(
   masked = jnp.maximum(jnp.sum(batch["labels"] >= 0), 1).astype(jnp.float32) if model.mlm_weight else None
 
   def contrast(vectors):
-    # All of it on every device: small, and the same bits everywhere.
     function = jax.value_and_grad(lambda v, groups: span_contrast(v, groups, model.temperature), has_aux=True)
-    on_all = jax.shard_map(function, mesh=mesh, in_specs=(_WHOLE, _WHOLE), out_specs=_WHOLE, check_vma=False)
-    return on_all(vectors, batch["groups"])
+    return on_all(function, mesh, 2)(vectors, batch["groups"])
 
   def cotangent(towards):
     parts = {"vectors": model.contrast_weight * towards}
@@ -184,7 +178,7 @@ class _Passes:
 
   def direct(self, trainable: Any, spans: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Outputs of all spans at once, and the function from their cotangents to the gradient."""
-    run = self._on_data(lambda t, key, s: self.model.outputs(t, key, _inner(s)), (_WHOLE, _WHOLE, _ROWS), _ROWS)
+    run = on_data(lambda t, key, s: self.model.outputs(t, key, share_inner(s)), self.mesh, (WHOLE, WHOLE, ROWS), ROWS)
     outputs, pullback = jax.vjp(lambda trained: run(trained, self.key, spans), trainable)
     return outputs, lambda cotangents: pullback(cotangents)[0]
 
@@ -192,43 +186,27 @@ class _Passes:
     """Vectors [S, H], chunk by chunk, without a gradient."""
 
     def forward(trained, key, spans):
-      found = jax.lax.map(lambda chunk: self.model.vectors(trained, key, _inner(chunk)), self._split(spans))
+      found = jax.lax.map(lambda chunk: self.model.vectors(trained, key, share_inner(chunk)), split(spans, self.chunks))
       return found.reshape(-1, found.shape[-1])
 
-    return self._on_data(forward, (_WHOLE, _WHOLE, _ROWS), _ROWS)(trainable, self.key, spans)
+    return on_data(forward, self.mesh, (WHOLE, WHOLE, ROWS), ROWS)(trainable, self.key, spans)
 
   def again(self, trainable: Any, spans: Any, cotangents: Any) -> tuple[Any, Any]:
     """Outputs and the gradient, chunk by chunk."""
 
     def backward(trained, key, spans, cotangents):
       def add(total, chunk_and_cotangents):
-        chunk, towards = jax.tree.map(_inner, chunk_and_cotangents)
+        chunk, towards = jax.tree.map(share_inner, chunk_and_cotangents)
         outputs, pullback = jax.vjp(lambda t: self.model.outputs(t, key, chunk), trained)
         return jax.tree.map(jnp.add, total, pullback(towards)[0]), outputs
 
       zero = jax.tree.map(jnp.zeros_like, trained)
-      total, outputs = jax.lax.scan(add, zero, (self._split(spans), self._split(cotangents)))
+      total, outputs = jax.lax.scan(add, zero, split((spans, cotangents), self.chunks))
       outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
       return outputs, jax.lax.psum(total, "data")
 
-    run = self._on_data(backward, (_WHOLE, _WHOLE, _ROWS, _ROWS), (_ROWS, _WHOLE))
+    run = on_data(backward, self.mesh, (WHOLE, WHOLE, ROWS, ROWS), (ROWS, WHOLE))
     return run(trainable, self.key, spans, cotangents)
-
-  def _on_data(self, function: Callable, inputs: tuple, outputs: Any) -> Callable:
-    """`function` by each device along 'data'; 'fsdp' stays the compiler's."""
-    return jax.shard_map(
-      function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, axis_names={"data"}, check_vma=False
-    )
-
-  def _split(self, tree: Any) -> Any:
-    """[rows, …] → [chunks, rows / chunks, …] of every leaf."""
-    return jax.tree.map(lambda x: x.reshape(self.chunks, -1, *x.shape[1:]), tree)
-
-
-def _inner(tree: Any) -> Any:
-  """Rows shared out along 'fsdp' too, within a device's place along 'data'."""
-  sharding = NamedSharding(jax.sharding.get_abstract_mesh(), _INNER)
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
 
 
 def span_contrast(vectors: jax.Array, groups: jax.Array, temperature: float) -> tuple[jax.Array, dict[str, jax.Array]]:

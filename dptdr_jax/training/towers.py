@@ -25,7 +25,7 @@ class TowerModel:
   Attributes:
     encoder: the backbone's shape.
     prompt: 'none' trains all weights.
-    pooling, normalize, compute_dtype, attention, dropout: see `models.represent.represent`.
+    pooling, normalize, compute_dtype, attention, dropout, remat: see `models.represent.represent`.
   """
 
   encoder: EncoderConfig
@@ -35,6 +35,7 @@ class TowerModel:
   compute_dtype: Any = jnp.float32
   attention: str = "auto"
   dropout: Dropout | None = None
+  remat: str = "none"
 
   def encode(
     self,
@@ -63,7 +64,7 @@ class TowerModel:
     return represent(
       self.encoder, self.prompt, trainable.get("backbone", backbone), prompt, tokens, lengths,
       pooling=self.pooling, normalize=self.normalize, keys=keys, batch_key=batch_key, dropout=self.dropout,
-      compute_dtype=self.compute_dtype, attention=self.attention,
+      compute_dtype=self.compute_dtype, attention=self.attention, remat=self.remat,
     )  # fmt: skip
 
   def init_trainable(

@@ -138,5 +138,17 @@ def test_blocked_never_holds_the_target_and_counts_every_passage_once(make):
 def test_what_cannot_be_batched(make):
   with pytest.raises(InputError, match="no training query left"):
     make(query_rows=np.empty(0, np.int64))
-  with pytest.raises(InputError, match="a batch of 4 cannot be divided among 3 hosts"):
-    make(num_hosts=3)
+
+
+@pytest.mark.parametrize(("num_hosts", "devices"), [(3, 3), (3, 9), (1, 8), (2, 16)])
+def test_what_devices_cannot_share_evenly_is_filled_up(make, num_hosts, devices):
+  whole, slices = make()[1], [make(host=host, num_hosts=num_hosts, devices=devices)[1] for host in range(num_hosts)]
+  for name in ("query_tokens", "query_lengths", "passage_tokens", "passage_lengths"):
+    assert len({part[name].shape for part in slices}) == 1
+    filled = np.concatenate([part[name] for part in slices])
+    count = len(whole[name])
+    assert len(filled) % devices == 0 and len(filled) - count < devices
+    np.testing.assert_array_equal(filled[:count], whole[name])
+    np.testing.assert_array_equal(filled[count:], np.broadcast_to(whole[name][:1], filled[count:].shape))
+  for name in ("targets", "blocked"):
+    np.testing.assert_array_equal(slices[-1][name], whole[name])

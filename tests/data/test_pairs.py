@@ -74,7 +74,7 @@ def test_batches_hold_the_positive_first_and_are_a_function_of_the_step(tokenize
   batches = make(tokenizer, stores)
   rows, batch = batches.rows(2), batches[2]
   assert {name: (value.shape[0], value.dtype) for name, value in batch.items()} == {
-    "tokens": (12, np.int32), "lengths": (12, np.int32), "relevant": (12, np.bool_),
+    "tokens": (12, np.int32), "lengths": (12, np.int32), "relevant": (12, np.bool_), "real": (12, np.bool_),
   }  # fmt: skip
   assert batch["relevant"].tolist() == [True, False, False] * 4
   for at, query in enumerate(rows.queries):

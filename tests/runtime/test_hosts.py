@@ -30,6 +30,27 @@ os._exit(0)
 """
 
 
+STOPPED = """
+import os, signal, sys
+from dptdr_jax.core import preemption
+from dptdr_jax.runtime import hosts
+index, way = int(sys.argv[2]), sys.argv[3]
+hosts.initialize("localhost:" + sys.argv[1], 2, index)
+preemption.install()
+hosts.barrier("both")
+if index == 1:
+  os.kill(os.getpid(), signal.SIGTERM)
+try:
+  if index == 1 and way == "inside a stage":
+    preemption.check("after shard 3")
+  hosts.barrier("after the stage", timeout_s=60)
+except preemption.Preempted as stop:
+  if not stop.agreed:
+    hosts.leave()
+  print(stop, flush=True)
+"""
+
+
 def test_one_process_waits_for_nobody():
   hosts.initialize()
   hosts.barrier("anywhere", timeout_s=0.0)
@@ -57,17 +78,28 @@ def test_environment_says_whether_there_are_others(environment, joins):
   assert hosts._environment_has_cluster(environment) == joins
 
 
-def test_two_processes_meet_and_a_lonely_one_gives_up():
+def run_two(program, *arguments):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = str(probe.getsockname()[1])
   environment = {**os.environ, "XLA_FLAGS": ""}
   running = [
     subprocess.Popen(
-      [sys.executable, "-c", PROGRAM, port, str(index)],
+      [sys.executable, "-c", program, port, str(index), *arguments],
       env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) for index in range(2)
   ]  # fmt: skip
-  (out, err), (_, other) = (process.communicate(timeout=120) for process in running)
-  assert [process.returncode for process in running] == [0, 0], err + other
-  assert "DptdrError process 0 of 2 waited 0.5 s at 'alone'" in out
+  (out, err), (other, error) = (process.communicate(timeout=120) for process in running)
+  assert [process.returncode for process in running] == [0, 0], err + error
+  return out, other
+
+
+def test_two_processes_meet_and_a_lonely_one_gives_up():
+  assert "DptdrError process 0 of 2 waited 0.5 s at 'alone' for the others" in run_two(PROGRAM)[0]
+
+
+@pytest.mark.parametrize("way", ["at a barrier", "inside a stage"])
+def test_who_is_told_to_stop_tells_the_others(way):
+  waiting, told = (printed.splitlines()[-1] for printed in run_two(STOPPED, way))  # gloo prints too
+  assert waiting == "all processes stop at 'after the stage'"
+  assert told == (waiting if way == "at a barrier" else "after shard 3")

@@ -17,6 +17,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
 from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.runtime import shardings
 from dptdr_jax.training.contrastive import ContrastiveConfig, loss_and_gradient, make_train_step
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import make_optimizer, make_schedule
@@ -40,9 +41,9 @@ QUERIES, GROUP = 16, 3
 OPTIMIZER = make_optimizer(make_schedule(7e-3, 20))
 
 
-def mesh_of(count):
+def mesh_of(count, fsdp=1):
   devices = jax.devices()[:count]
-  return jax.make_mesh((count, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+  return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 @functools.cache
@@ -78,15 +79,21 @@ def put(tree, devices):
 
 
 @functools.cache
-def gradient_of(name, devices=1, query_chunk=0, passage_chunk=0, both_directions=False):
+def gradient_of(name, devices=1, query_chunk=0, passage_chunk=0, both_directions=False, fsdp=1):
   config = ContrastiveConfig(5, 0.5, both_directions, query_chunk, passage_chunk)
-  mesh = mesh_of(devices)
+  mesh = mesh_of(devices, fsdp)
 
   @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
   def run(state, backbone, batch):
     return loss_and_gradient(MODELS[name][0], config, mesh, state, backbone, batch)
 
-  return jax.device_get(run(make_state(name, devices), put(backbone(), devices), make_batch()))
+  state, frozen = make_state(name), backbone()
+  if fsdp == 1:
+    state, frozen = put(state, devices), put(frozen, devices)
+  else:
+    state = jax.device_put(state, shardings.of_state(state, mesh))
+    frozen = jax.device_put(frozen, shardings.by_rules(frozen, mesh))
+  return jax.device_get(run(state, frozen, make_batch()))
 
 
 def distance(left, right):
@@ -129,6 +136,26 @@ def test_eight_devices_equal_one(name, chunks):
   one, eight = gradient_of(name), gradient_of(name, 8, *chunks)
   assert distance(eight[0], one[0]) < 1e-6
   assert distance(eight[2], one[2]) < 1e-6
+
+
+@pytest.mark.parametrize(
+  ("name", "fsdp", "chunks"), [("untied", 2, (1, 3)), ("tied", 8, (0, 0)), ("fine-tuning", 4, (0, 3))]
+)
+def test_a_backbone_split_over_devices_gives_the_same(name, fsdp, chunks):
+  one, split = gradient_of(name), gradient_of(name, 8, *chunks, fsdp=fsdp)
+  assert distance(split[0], one[0]) < 1e-6
+  assert distance(split[2], one[2]) < 1e-6
+
+
+def test_rows_that_fill_the_devices_up_count_for_nothing():
+  one, batch = gradient_of("tied"), make_batch()
+  config, mesh = ContrastiveConfig(5, 0.5), mesh_of(5)
+  for name, value in batch.items():
+    if name not in ("targets", "blocked"):
+      batch[name] = np.concatenate([value, np.repeat(value[:1], -len(value) % 5, 0)])
+  run = jax.jit(functools.partial(loss_and_gradient, DEEP, config, mesh))
+  loss, _, gradient = jax.device_get(run(make_state("tied", 5), put(backbone(), 5), batch))
+  assert distance(loss, one[0]) < 1e-6 and distance(gradient, one[2]) < 1e-6
 
 
 @functools.cache

@@ -55,7 +55,12 @@ def make_batch(seed=0, queries=8):
   relevant = np.arange(count) % GROUP == 0
   tokens = rng.integers(5, 60, (count, 8), dtype=np.int32)
   tokens[:, 2] = rng.integers(5, 10, count) + 5 * ~relevant
-  return {"tokens": tokens, "lengths": rng.integers(3, 9, count, dtype=np.int32), "relevant": relevant}
+  return {
+    "tokens": tokens,
+    "lengths": rng.integers(3, 9, count, dtype=np.int32),
+    "relevant": relevant,
+    "real": np.ones_like(relevant),
+  }
 
 
 @functools.cache
@@ -78,7 +83,7 @@ def test_loss_by_numpy():
   relevant = np.array([True, False, False, True, False, False])
   probabilities = 1 / (1 + np.exp(-logits))
   positives, negatives = -np.log(probabilities[relevant]), -np.log1p(-probabilities[~relevant])
-  loss, right = weighted_loss(jnp.array(logits), relevant, balanced(relevant))
+  loss, right = weighted_loss(jnp.array(logits), relevant, balanced(relevant, np.ones_like(relevant)))
   np.testing.assert_allclose(loss, positives.mean() / 2 + negatives.mean() / 2, rtol=1e-6)
   np.testing.assert_allclose(right, 1 / 2 / 2 + 2 / 4 / 2, rtol=1e-6)
   loss, _ = weighted_loss(jnp.array([-200.0, 200.0]), jnp.array([True, False]), jnp.array([0.5, 0.5]))
@@ -88,7 +93,9 @@ def test_loss_by_numpy():
 def test_even_odds_are_what_a_constant_learns_whatever_the_number_of_negatives():
   for negatives in (1, 3, 9):
     relevant = jnp.arange(1 + negatives) == 0
-    slope = jax.grad(lambda x, known=relevant: weighted_loss(jnp.full(known.shape, x), known, balanced(known))[0])
+    slope = jax.grad(
+      lambda x, known=relevant: weighted_loss(jnp.full(known.shape, x), known, balanced(known, jnp.ones_like(known)))[0]
+    )
     assert abs(slope(0.0)) < 1e-7
 
 
@@ -113,7 +120,7 @@ def test_gradient_is_that_of_the_plain_loss():
     keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(len(batch["tokens"])))
     arguments = (trainable, backbone(), batch["tokens"], batch["lengths"])
     logits = MODEL.logits(*arguments, keys=keys, batch_key=batch_key)
-    return weighted_loss(logits, batch["relevant"], balanced(batch["relevant"]))[0]
+    return weighted_loss(logits, batch["relevant"], balanced(batch["relevant"], batch["real"]))[0]
 
   expected_loss, expected = jax.jit(jax.value_and_grad(loss))(state.trainable)
   actual_loss, _, actual = gradient_of()

@@ -16,7 +16,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
 from dptdr_jax.runtime.mesh import put_batch
-from dptdr_jax.runtime.shardings import RULES, state_shardings
+from dptdr_jax.runtime.shardings import RULES, by_rules
 from dptdr_jax.training.optimizer import make_optimizer, make_schedule
 from dptdr_jax.training.pretrain import PretrainModel, loss_and_gradient, make_pretrain_step, span_contrast
 from dptdr_jax.training.state import init_state
@@ -29,7 +29,7 @@ MODELS = {
   "both": PretrainModel(ENCODER, temperature=0.5),
   "contrast": PretrainModel(ENCODER, temperature=0.5, mlm_weight=0.0),
   "words": PretrainModel(ENCODER, temperature=0.5, contrast_weight=0.0),
-  "remat": PretrainModel(ENCODER, temperature=0.5, remat=True),
+  "remat": PretrainModel(ENCODER, temperature=0.5, remat="layer"),
 }
 OPTIMIZER = make_optimizer(make_schedule(1e-3, 20), weight_decay=0.01)
 SPANS = 32
@@ -58,7 +58,7 @@ def make_batch(seed=0, masked=True):
 def make_state(name, mesh):
   model = MODELS[name]
   state = init_state(model.init_trainable(jax.random.key(2), init_params(jax.random.key(1), ENCODER), None), OPTIMIZER)
-  return jax.device_put(state, state_shardings(state, mesh))
+  return jax.device_put(state, by_rules(state, mesh))
 
 
 @functools.cache
@@ -121,9 +121,7 @@ def test_contrast_by_hand():
 
 def test_begun_on_8_devices_and_resumed_on_4():
   def steps(mesh, state, first, last):
-    step = make_pretrain_step(
-      MODELS["both"], OPTIMIZER, seed=3, chunk=0, mesh=mesh, shardings=state_shardings(state, mesh)
-    )
+    step = make_pretrain_step(MODELS["both"], OPTIMIZER, seed=3, chunk=0, mesh=mesh, shardings=by_rules(state, mesh))
     for number in range(first, last):
       state, metrics = step(state, put_batch(make_batch(number), mesh, whole=("groups",)))
     return state, metrics
@@ -134,7 +132,7 @@ def test_begun_on_8_devices_and_resumed_on_4():
   moment = begun.opt_state[1].mu["backbone"]["embeddings"]["word"]
   assert moment.addressable_shards[0].data.shape == (60, 8)  # half of the width
   host = jax.device_get(begun)
-  moved = jax.device_put(host, state_shardings(host, four))
+  moved = jax.device_put(host, by_rules(host, four))
   stayed, metrics = steps(eight, begun, 1, 6)
   resumed, others = steps(four, moved, 1, 6)
   assert distance(jax.device_get(resumed.trainable), jax.device_get(stayed.trainable)) < 1e-4
@@ -146,13 +144,13 @@ def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
   mesh = mesh_of(8, 2)
   state = make_state("both", mesh)
   with pytest.raises(InputError, match="matches no parameter.*adapter"):
-    state_shardings(state, mesh, (*RULES, ("/adapter$", ())))
+    by_rules(state, mesh, (*RULES, ("/adapter$", ())))
   with pytest.raises(InputError, match="0 sharding rules cover a parameter.*bias"):
-    state_shardings(state, mesh, RULES[:2])
+    by_rules(state, mesh, RULES[:2])
   odd = {"layer": {"kernel": jax.ShapeDtypeStruct((15, 4), np.float32)}}
   with pytest.raises(InputError, match="does not divide over 2 devices along 'fsdp'"):
-    state_shardings(odd, mesh)
-  assert state_shardings(np.zeros(()), mesh, ()) == NamedSharding(mesh, PartitionSpec())
+    by_rules(odd, mesh)
+  assert by_rules(np.zeros(()), mesh, ()) == NamedSharding(mesh, PartitionSpec())
 
 
 def test_weights_and_chunks_that_cannot_be():
