@@ -246,7 +246,8 @@ def _describe(stage: Stage, config: ConfigDict, keys: dict[str, str], fingerprin
     if isinstance(value, dict):
       value = {key: item for key, item in value.items() if f"{name}.{key}" not in NEUTRAL}
     fields[name] = value
-  found = fingerprints.of(stage.files(config))
+  # What was fetched is named by its URL: the cache may be elsewhere on another machine.
+  found = {remote.origin(path): sha256 for path, sha256 in fingerprints.of(stage.files(config)).items()}
   if len(found) > MANY_FILES:
     found = {f"{len(found)} files": manifest.key_of(found)}
   return {"config": fields, "stages": {name: keys[name] for name in stage.inputs}, "files": found}

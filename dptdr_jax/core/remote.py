@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -43,7 +45,20 @@ def is_remote(path: files.Path) -> bool:
 
 def join(url: str, *names: str) -> str:
   """A URL with names behind it."""
-  return "/".join((url.rstrip("/"), *names))
+  return (url if url.endswith("/") else f"{url}/") + "/".join(names)
+
+
+def _split(url: str) -> tuple[str, str]:
+  """The directory of a URL, and the name in it; a bucket is in 'gs://'."""
+  protocol, _, path = url.rstrip("/").partition("://")
+  parent, _, name = path.rpartition("/")
+  return f"{protocol}://{parent}", name
+
+
+def is_file(url: str) -> bool:
+  """Whether a URL is that of a file."""
+  parent, name = _split(url)
+  return bool(insist(lambda: RemoteDirectory(parent).find(name), f"looking at {url}"))
 
 
 def open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -68,7 +83,7 @@ class RemoteDirectory:
   """A directory on a remote file system, by names relative to it. Failures are raised as they come: see `insist`."""
 
   def __init__(self, url: str):
-    self.url = url.rstrip("/")
+    self.url = url if url.endswith("://") else url.rstrip("/")
     self._fs, self._path = open_file_system(self.url)
 
   def read(self, name: str) -> bytes | None:
@@ -99,7 +114,7 @@ class RemoteDirectory:
     start = self._at(below) if below else self._path
     found = {name: about for name, about in self._fs.find(start, detail=True).items() if not name.endswith("/")}
     # Of a file that is looked for by its own name nothing is said.
-    return {name[len(self._path) + 1 :]: about or self._fs.info(name) for name, about in found.items()}
+    return {name.removeprefix(self._path).lstrip("/"): about or self._fs.info(name) for name, about in found.items()}
 
   def remove(self, names: Sequence[str]) -> None:
     """Removes files; those that are gone already are no error."""
@@ -112,7 +127,7 @@ class RemoteDirectory:
           self._fs.rm_file(self._at(name))
 
   def _at(self, name: str) -> str:
-    return f"{self._path}/{name}"
+    return f"{self._path}/{name}" if self._path else name
 
 
 def insist(
@@ -159,7 +174,7 @@ def staged(path: files.Path) -> pathlib.Path:
   if not is_remote(path):
     return pathlib.Path(path)
   url = os.fspath(path).rstrip("/")
-  parent, _, name = url.rpartition("/")
+  parent, name = _split(url)
   directory = RemoteDirectory(parent)
   for _ in range(3):
     found = insist(lambda: directory.find(name), f"looking at {url}")
@@ -173,13 +188,36 @@ def staged(path: files.Path) -> pathlib.Path:
   raise InputError("it changes while it is read", path=url, fix="Wait until what writes there has ended")
 
 
+@contextlib.contextmanager
+def written(path: files.Path, last: str = "") -> Iterator[pathlib.Path]:
+  """Yields where to write a file or a directory: a local path as it is; for a URL a place from which it then goes up.
+
+  Args:
+    last: the file of the directory that says that the others are there.
+  """
+  if not is_remote(path):
+    yield pathlib.Path(path)
+    return
+  parent, name = _split(os.fspath(path))
+  with tempfile.TemporaryDirectory(prefix="dptdr-") as directory:
+    local = pathlib.Path(directory, name)
+    yield local
+    made = sorted(child for child in (local.rglob("*") if local.is_dir() else [local]) if child.is_file())
+    for child in sorted(made, key=lambda child: child.relative_to(local).as_posix() == last):
+      pairs = [(child, child.relative_to(directory).as_posix())]
+      insist(functools.partial(RemoteDirectory(parent).put, pairs), f"writing {path}")
+
+
 def origin(path: files.Path) -> str:
-  """The URL that a path in the cache was fetched from; any other path as it is."""
+  """The URL that a path in the cache was fetched from, also one beside what was fetched; any other path as it is."""
   path, cache = pathlib.Path(path), _cache()
-  if cache not in path.parents or len(path.relative_to(cache).parts) < 2:
+  if cache not in path.parents:
     return os.fspath(path)
-  place, _, *rest = path.relative_to(cache).parts
-  return join(files.read_json(cache / place / "origin.json")["url"], *rest)
+  place, *rest = path.relative_to(cache).parts
+  base = _split(files.read_json(cache / place / "origin.json")["url"])[0]
+  for name in rest:
+    base = _split(base)[0] if name == ".." else join(base, name)
+  return base
 
 
 def _cache() -> pathlib.Path:
