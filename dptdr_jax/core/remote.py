@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from dptdr_jax.core import files, preemption, progress
 from dptdr_jax.core.errors import DptdrError, InputError
@@ -117,7 +118,7 @@ class RemoteDirectory:
     return {name.removeprefix(self._path).lstrip("/"): about or self._fs.info(name) for name, about in found.items()}
 
   def remove(self, names: Sequence[str]) -> None:
-    """Removes files; those that are gone already are no error."""
+    """Removes files; those that are gone already are no error. Directories stay that are empty then, but local ones."""
     try:
       if names:
         self._fs.rm([self._at(name) for name in names])  # many in one request, where the file system can
@@ -125,6 +126,10 @@ class RemoteDirectory:
       for name in names:
         with contextlib.suppress(FileNotFoundError):
           self._fs.rm_file(self._at(name))
+    if isinstance(self._fs, LocalFileSystem):  # a mounted file system: elsewhere a directory is but a part of names
+      for parent in {os.path.dirname(self._at(name)) for name in names}:
+        with contextlib.suppress(OSError):
+          os.removedirs(parent)
 
   def _at(self, name: str) -> str:
     return f"{self._path}/{name}" if self._path else name

@@ -306,6 +306,29 @@ def test_files_beside_and_files_that_come_later(tmp_path, memory):
   assert (tmp_path / "other/results.json").read_text() == "{}"
 
 
+def test_a_run_that_has_had_no_remote_is_copied_and_a_whole_copy_replaces_what_is_not_whole(tmp_path):
+  for machine in ("first", "second"):
+    (tmp_path / machine).mkdir()
+  write(tmp_path / "first", STATES[-1])
+  copies = Mirror(URL, tmp_path / "first")
+  copies.fetch(STAGE, "k1")
+  copies.keep(STAGE, "k1")
+  write(tmp_path / "second", STATES[0])
+  Mirror(URL, tmp_path / "second").fetch(STAGE, "k1")
+  assert read(tmp_path / "second") == STATES[-1]
+
+
+def test_a_mounted_remote_keeps_no_empty_directories(tmp_path):
+  (tmp_path / "run").mkdir()
+  copies = Mirror(f"file://{tmp_path}/there", tmp_path / "run")
+  copies.fetch(STAGE, "k1")
+  for state in STATES[:2]:
+    write(tmp_path / "run", state)
+    with pytest.raises(preemption.Preempted), copies.follow(STAGE, "k1"):
+      raise preemption.Preempted
+  assert [path.name for path in (tmp_path / "there/train1/checkpoints").iterdir()] == ["4"]
+
+
 def test_a_remote_is_a_url(tmp_path):
   with pytest.raises(InputError, match="a remote is a URL"):
     Mirror("bucket/run", tmp_path)
