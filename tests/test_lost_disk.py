@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from support import lost_disk, tiny
 
+from dptdr_jax import pipeline
+from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime.checkpoints import Checkpoints
@@ -68,6 +70,11 @@ def test_every_machine_loses_its_disk_and_the_run_ends_the_same(command, tmp_pat
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("DPTDR_CACHE", str(tmp_path / "cache"))
     look_at(remote, tmp_path / "undisturbed")
+
+
+def test_a_workdir_is_local():
+  with pytest.raises(InputError, match="memory://run: a run works on local files. Name a local --workdir and --remote"):
+    pipeline.run(None, "memory://run")
 
 
 def look_at(remote: pathlib.Path, workdir: pathlib.Path) -> None:

@@ -118,7 +118,9 @@ class StageCopy:
       places = {name: beside / name for name in entries}
       places |= {name: partial / place for name in entries if (place := name.removeprefix(f"{self.name}/")) != name}
       wanted = {entry.at: (places[name], entry.state[0]) for name, entry in entries.items()}
-      remote.download(self._remote, wanted, f"fetch {self.name}")
+      place = remote.join(self._remote.url, self.name)
+      fix = f"Run it again when the remote can be reached; if files are missing there, remove {place}"
+      remote.download(self._remote, wanted, f"fetch {self.name}", fix)
       for name, entry in entries.items():
         os.utime(places[name], ns=(entry.state[1],) * 2)
       for name in self._beside:

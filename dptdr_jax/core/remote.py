@@ -29,6 +29,7 @@ from dptdr_jax.core.errors import DptdrError, InputError
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_LATER = "Run it again when the remote can be reached"
 PATIENCE_S = 300.0  # for how long what fails is tried again
 _PART = 16  # files of one call: file systems that can move several at a time do
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
@@ -136,8 +137,8 @@ class RemoteDirectory:
 
 
 def insist(
-  action: Callable[[], T], what: str, *, fix: str = "Run it again when the remote can be reached",
-  patience_s: float = PATIENCE_S, pause: Callable[[float], None] = time.sleep,
+  action: Callable[[], T], what: str, *, fix: str = _LATER, patience_s: float = PATIENCE_S,
+  pause: Callable[[float], None] = time.sleep,
 ) -> T:  # fmt: skip
   """What `action` gives; tried again after 1, 2, 4 … seconds (a minute at most) until `patience_s` of pauses are spent.
 
@@ -256,13 +257,15 @@ def _fetch(directory: RemoteDirectory, url: str, found: dict[str, dict[str, Any]
   return True
 
 
-def download(directory: RemoteDirectory, wanted: dict[str, tuple[pathlib.Path, int | None]], what: str) -> None:
+def download(
+  directory: RemoteDirectory, wanted: dict[str, tuple[pathlib.Path, int | None]], what: str, fix: str = _LATER
+) -> None:
   """Copies files down: {name: (to, size)}, with a bar; a file of another size than it should have is an error."""
   pairs = [(name, local) for name, (local, _) in wanted.items()]
   with progress.bar(what, len(pairs), "file") as shown:
     for part in parts(pairs):
       preemption.check(f"{what} had not ended; nothing is lost")
-      insist(lambda part=part: _get(directory, part, wanted), what)
+      insist(lambda part=part: _get(directory, part, wanted), what, fix=fix)
       shown.advance(len(part))
 
 
