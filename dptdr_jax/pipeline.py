@@ -153,7 +153,7 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, 
   with hosts.first_goes_first("plan"):  # it hashes the files from outside, the others find that done
     planned = plan(config, layout, verify)
     for item in planned if mirror else ():
-      mirror.fetch(item.stage.name, item.key, item.stage.beside)
+      mirror.fetch(item.stage.name, item.key, item.made_from, item.stage.beside)
   chosen = _choose([item.stage.name for item in planned], only)
   for item in planned:
     stage = item.stage

@@ -39,6 +39,7 @@ _SLOWEST_S = 300.0  # the same, after several failures
 _LOOKS = 100  # at a directory that keeps changing; then a later look will do
 _UNFINISHED = (".partial", ".replaced", ".growing")  # ends of names that are not yet, or no longer, whole
 _UNFINISHED_CHECKPOINT = "orbax-checkpoint-tmp"
+_BEGUN = "begun.json"  # what the pipeline puts first into a stage's directory
 _GROWS = "metrics.jsonl"  # appended to at any time, and cut to the checkpoint on resuming: taken after all else
 _MANY = 100  # files that are worth a bar
 ASIDE = ".mirror"  # in the run's directory: links to what is being copied
@@ -109,6 +110,11 @@ class StageCopy:
   def is_begun(self, key: str) -> bool:
     """Whether something of the stage is there, made under `key`."""
     return self._listing.key == key
+
+  def made_from(self) -> dict[str, Any]:
+    """What the stage that is there says that it was made from; empty where it says nothing."""
+    entry = self._listing.entries.get(f"{self.name}/{_BEGUN}")
+    return json.loads((entry and self._remote.read(entry.at)) or b"{}").get("made_from", {})
 
   def fetch(self) -> None:
     """Copies all of it into the run's directory, in the place of what is there of the stage."""
@@ -249,31 +255,41 @@ class StageCopy:
     if not ended and (self._root / growing).exists():
       (aside / growing).parent.mkdir(parents=True, exist_ok=True)
       shutil.copy2(self._root / growing, aside / growing)
-      found[growing] = _state(aside / growing)[1:]
+      found[growing] = _state((aside / growing).stat())[1:]
     return found
 
   def _look(self, ended: bool) -> dict[str, tuple[int, int, int]]:
-    """(inode, size, time) of what is whole, by path from the run's directory."""
-    found = {}
-    for directory, folders, names in os.walk(self._root / self.name):
-      folders[:] = [name for name in folders if not _is_unfinished(name) and (ended or name not in _AT_THE_END)]
-      for path in (pathlib.Path(directory, name) for name in names if not _is_unfinished(name)):
-        name = path.relative_to(self._root).as_posix()
-        if name != f"{self.name}/{manifest.NAME}" and (ended or name != f"{self.name}/{_GROWS}"):
-          with contextlib.suppress(FileNotFoundError):
-            found[name] = _state(path)
+    """(inode, size, time) of what is whole, by path from the run's directory.
+
+    Raises:
+      FileNotFoundError: the directory has lost what every stage has; the copy must not lose it too.
+    """
+    found = dict(_walk(self._root / self.name, self.name, () if ended else _AT_THE_END))
+    if f"{self.name}/{_BEGUN}" not in found:
+      raise FileNotFoundError(f"{self._root / self.name / _BEGUN} is gone")
+    found.pop(f"{self.name}/{manifest.NAME}", None)
+    if not ended:
+      found.pop(f"{self.name}/{_GROWS}", None)
     for name in self._beside if ended else ():
       if (self._root / name).exists():
-        found[name] = _state(self._root / name)
+        found[name] = _state((self._root / name).stat())
     return found
 
 
-def _is_unfinished(name: str) -> bool:
-  return name.endswith(_UNFINISHED) or _UNFINISHED_CHECKPOINT in name
+def _walk(directory: files.Path, name: str, without: Sequence[str]) -> Iterator[tuple[str, tuple[int, int, int]]]:
+  """Yields the files that are whole below a directory called `name`; what goes away meanwhile is passed over."""
+  with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+    for entry in entries:
+      if entry.name.endswith(_UNFINISHED) or _UNFINISHED_CHECKPOINT in entry.name or entry.name in without:
+        continue
+      if entry.is_dir():
+        yield from _walk(entry.path, f"{name}/{entry.name}", ())
+      else:
+        with contextlib.suppress(FileNotFoundError):
+          yield f"{name}/{entry.name}", _state(entry.stat())
 
 
-def _state(path: pathlib.Path) -> tuple[int, int, int]:
-  about = path.stat()
+def _state(about: os.stat_result) -> tuple[int, int, int]:
   return about.st_ino, about.st_size, about.st_mtime_ns
 
 
@@ -304,23 +320,28 @@ class Mirror:
     self._copies: dict[str, StageCopy] = {}
     self._ended: dict[str, str] = {}  # keys of the stages that are to be kept whole
 
-  def fetch(self, name: str, key: str, beside: Sequence[str] = ()) -> None:
+  def fetch(self, name: str, key: str, made_from: Mapping[str, Any], beside: Sequence[str] = ()) -> None:
     """Brings what the copy has of a stage under `key` and the run's directory has not; comes first for every stage.
 
     A finished stage comes as a whole, and one that was begun as it stood, if nothing of it is here.
 
     Args:
+      made_from: what gives the key; the log says where it differs from what the copy was made from.
       beside: files that the stage writes at its end into the run's directory, outside of its own.
     """
     make = functools.partial(StageCopy, self._remote, self._root, name, beside)
     copy = self._copies[name] = self._insist(name, make)
     here = {}
-    for part in ("begun.json", manifest.NAME):
+    for part in (_BEGUN, manifest.NAME):
       path = self._root / name / part
       here[part] = files.read_json(path)["key"] if path.exists() else None
-    if here[manifest.NAME] != key and (copy.is_whole(key) or (copy.is_begun(key) and here["begun.json"] != key)):
+    if here[manifest.NAME] != key and (copy.is_whole(key) or (copy.is_begun(key) and here[_BEGUN] != key)):
       copy.fetch()
       _log.info("%s: fetched from %s", name, self._remote.url)
+    elif before := {} if copy.is_begun(key) else self._insist(name, copy.made_from):
+      changes = "; ".join(manifest.differences(before, made_from))
+      _log.warning("%s: the copy on %s is of another run (%s); this one's will replace it", name, self._remote.url,
+                   changes or "a newer layout")  # fmt: skip
 
   @contextlib.contextmanager
   def follow(self, name: str, key: str) -> Iterator[None]:

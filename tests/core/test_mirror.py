@@ -75,7 +75,7 @@ def fetched(directory: pathlib.Path, key: str = "k1", beside: tuple[str, ...] = 
   """What a machine gets that has nothing."""
   files.remove(directory)
   directory.mkdir()
-  Mirror(URL, directory).fetch(STAGE, key, beside)
+  Mirror(URL, directory).fetch(STAGE, key, {}, beside)
   return read(directory)
 
 
@@ -96,7 +96,7 @@ STATES = (
 def follow(root: pathlib.Path, reached: list[int]) -> None:
   """A stage's life with its copy: through all states, an update after each."""
   copies = Mirror(URL, root)
-  copies.fetch(STAGE, "k1")
+  copies.fetch(STAGE, "k1", {})
   write(root, STATES[0])
   copy = copies._copies[STAGE]
   copy.begin("k1")
@@ -171,7 +171,7 @@ def test_what_is_not_whole_stays_here(tmp_path):
 def stop(root: pathlib.Path, key: str) -> None:
   """A stage that SIGTERM stops at once."""
   copies = Mirror(URL, root)
-  copies.fetch(STAGE, key)
+  copies.fetch(STAGE, key, {})
   with copies.follow(STAGE, key):
     raise preemption.Preempted("told so")
 
@@ -193,7 +193,7 @@ def test_a_directory_that_changes_while_it_is_looked_at(tmp_path, monkeypatch):
 
 def test_curves_alone_are_no_news(log, tmp_path):
   copies = Mirror(URL, tmp_path)
-  copies.fetch(STAGE, "k1")
+  copies.fetch(STAGE, "k1", {})
   write(tmp_path, STATES[0])
   copies._copies[STAGE].begin("k1")
   copies._copies[STAGE].update("k1", ended=False)
@@ -205,7 +205,7 @@ def test_curves_alone_are_no_news(log, tmp_path):
 
 def test_the_thread_goes_on_when_the_network_fails(log, memory, tmp_path, caplog):
   copies = Mirror(URL, tmp_path)
-  copies.fetch(STAGE, "k1")
+  copies.fetch(STAGE, "k1", {})
   write(tmp_path, STATES[0])
   copy = copies._copies[STAGE]
   copy.begin("k1")
@@ -233,7 +233,7 @@ def test_the_thread_goes_on_when_the_network_fails(log, memory, tmp_path, caplog
 
 def test_a_remote_that_stays_away_is_an_error_when_the_stage_ends(log, tmp_path):
   copies = Mirror(URL, tmp_path)
-  copies.fetch(STAGE, "k1")
+  copies.fetch(STAGE, "k1", {})
   write(tmp_path, STATES[-1])
 
   def fails(operation, path):
@@ -246,7 +246,7 @@ def test_a_remote_that_stays_away_is_an_error_when_the_stage_ends(log, tmp_path)
 
 def test_a_list_that_was_written_though_it_seemed_to_fail(memory, tmp_path, monkeypatch):
   copies = Mirror(URL, tmp_path)
-  copies.fetch(STAGE, "k1")
+  copies.fetch(STAGE, "k1", {})
   copy = copies._copies[STAGE]
   write(tmp_path, STATES[0])
   copy.begin("k1")
@@ -268,7 +268,7 @@ def test_a_list_that_was_written_though_it_seemed_to_fail(memory, tmp_path, monk
 def test_two_runs_on_one_remote(tmp_path):
   (tmp_path / "a").mkdir()
   first = Mirror(URL, tmp_path / "a")
-  first.fetch(STAGE, "k1")
+  first.fetch(STAGE, "k1", {})
   write(tmp_path / "a", STATES[0])
   first._copies[STAGE].begin("k1")
   fetched(tmp_path / "b")
@@ -289,15 +289,25 @@ def test_another_key_begins_anew_and_what_is_here_is_not_replaced(memory, tmp_pa
   assert {json.loads(text)["key"] for text in [memory.cat("/run/train1/begun.json")]} == {"k2"}
   here = {"begun.json": '{"key": "k2"}', "retriever/p": "newer, of k2"}
   write(tmp_path / "other", here)
-  Mirror(URL, tmp_path / "other").fetch(STAGE, "k2")
+  Mirror(URL, tmp_path / "other").fetch(STAGE, "k2", {})
   assert read(tmp_path / "other") == here
+
+
+def test_the_log_says_why_a_copy_is_not_taken_up(tmp_path, caplog):
+  about = json.dumps({"key": "k1", "made_from": {"config": {"seed": 0}}})
+  write(tmp_path, STATES[0] | {"begun.json": about})
+  with pytest.raises(preemption.Preempted):
+    stop(tmp_path, "k1")
+  (tmp_path / "other").mkdir()
+  Mirror(URL, tmp_path / "other").fetch(STAGE, "k2", {"config": {"seed": 1}})
+  assert "train1: the copy on memory://run is of another run (config.seed: 0 → 1)" in caplog.text
 
 
 def test_files_beside_and_files_that_come_later(tmp_path, memory):
   follow(tmp_path, [])
   (tmp_path / "results.json").write_text("{}")
   copies = Mirror(URL, tmp_path)
-  copies.fetch(STAGE, "k1", ("results.json",))
+  copies.fetch(STAGE, "k1", {}, ("results.json",))
   copies.keep(STAGE, "k1")
   assert memory.cat("/run/results.json") == b"{}"
   write(tmp_path, STATES[-1] | {"bm25/index": "built by another stage"})
@@ -311,17 +321,29 @@ def test_a_run_that_has_had_no_remote_is_copied_and_a_whole_copy_replaces_what_i
     (tmp_path / machine).mkdir()
   write(tmp_path / "first", STATES[-1])
   copies = Mirror(URL, tmp_path / "first")
-  copies.fetch(STAGE, "k1")
+  copies.fetch(STAGE, "k1", {})
   copies.keep(STAGE, "k1")
   write(tmp_path / "second", STATES[0])
-  Mirror(URL, tmp_path / "second").fetch(STAGE, "k1")
+  Mirror(URL, tmp_path / "second").fetch(STAGE, "k1", {})
   assert read(tmp_path / "second") == STATES[-1]
+
+
+def test_a_directory_that_is_lost_while_the_stage_runs_does_not_take_its_copy_along(tmp_path):
+  (tmp_path / "run").mkdir()
+  copies = Mirror(URL, tmp_path / "run")
+  copies.fetch(STAGE, "k1", {})
+  write(tmp_path / "run", STATES[0])
+  with pytest.raises(InputError, match="begun.json is gone"), copies.follow(STAGE, "k1"):
+    copies._copies[STAGE].update("k1", ended=False)
+    files.remove(tmp_path / "run" / STAGE)
+    raise preemption.Preempted
+  assert fetched(tmp_path / "other") == STATES[0]
 
 
 def test_a_mounted_remote_keeps_no_empty_directories(tmp_path):
   (tmp_path / "run").mkdir()
   copies = Mirror(f"file://{tmp_path}/there", tmp_path / "run")
-  copies.fetch(STAGE, "k1")
+  copies.fetch(STAGE, "k1", {})
   for state in STATES[:2]:
     write(tmp_path / "run", state)
     with pytest.raises(preemption.Preempted), copies.follow(STAGE, "k1"):
