@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from dptdr_jax.core import files
+from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.models import convert, mlm
@@ -59,7 +59,8 @@ class Backbone:
     """Loads a backbone.
 
     Args:
-      path: a local directory in Hugging Face layout, 'package:NAME' (weights in an installed package) or a hub id.
+      path: a directory in Hugging Face layout (local or a URL), 'package:NAME' (weights in an installed package) or a
+        hub id.
       compute_dtype: 'float32', 'bfloat16' or 'auto' (bfloat16 on accelerators, float32 on CPU).
       sha256: of model.safetensors, checked when given.
       fsdp: of this process's devices, over which the weights are split; 1: whole on each.
@@ -107,14 +108,14 @@ class Backbone:
 
 
 def locate(path: str) -> pathlib.Path:
-  """Returns the directory that a backbone's name stands for; a hub id is fetched, or found in the hub's cache.
+  """Returns the directory that a backbone's name stands for; a hub id or a URL is fetched, or found in its cache.
 
   Raises:
-    InputError: nothing there; says which of the three kinds of names was tried.
+    InputError: nothing there; says which kind of name was tried.
   """
   if path.startswith("package:"):
     return _in_package(path.removeprefix("package:"))
-  directory = pathlib.Path(path)
+  directory = remote.staged(path)
   if directory.is_dir():
     if not (directory / "config.json").is_file():
       raise InputError("no config.json: not a backbone in Hugging Face layout", path=directory)
@@ -136,7 +137,7 @@ def locate(path: str) -> pathlib.Path:
 
 def name(backbone: Backbone, directory: files.Path) -> dict[str, str]:
   """How a file in `directory` names a backbone; a local one also as seen from there, so that both can be moved."""
-  local = backbone.path != BESIDE and pathlib.Path(backbone.path).is_dir()
+  local = backbone.path != BESIDE and pathlib.Path(backbone.path).is_dir() and not remote.is_remote(directory)
   seen = {"relative_path": os.path.relpath(backbone.path, directory)} if local else {}
   return {"path": backbone.path, "hash": backbone.hash, **seen}
 
@@ -160,8 +161,8 @@ def load_named(
     if named["path"] == BESIDE:
       backbone = dataclasses.replace(Backbone.load(path / "backbone"), path=BESIDE)
     else:
-      near = path / named["relative_path"] if "relative_path" in named else path
-      backbone = Backbone.load(near if (near / "config.json").is_file() else named["path"])
+      near = _near(path, named["relative_path"]) if "relative_path" in named else None
+      backbone = Backbone.load(near or named["path"])
   if backbone.hash != named["hash"]:
     raise InputError(
       f"the prompts were trained on another backbone: {named['path']} with hash {named['hash'][:12]}…, not "
@@ -175,6 +176,14 @@ def load_named(
       fix=f"The one in {tokenizer.directory} has hash {tokenizer.hash[:12]}…",
     )  # fmt: skip
   return backbone
+
+
+def _near(directory: pathlib.Path, relative: str) -> str | None:
+  """The backbone as seen from a directory, which may have been fetched from a URL; None where there is none."""
+  if (directory / relative / "config.json").is_file():
+    return os.fspath(directory / relative)
+  url = remote.origin(directory / relative)
+  return url if remote.is_remote(url) and remote.is_file(remote.join(url, "config.json")) else None
 
 
 def encoder_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -13,6 +13,9 @@ from dptdr_jax.core.errors import DptdrError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. A rerun goes on where the last one ended.")
+_REMOTE = flags.DEFINE_string(
+  "remote", None, "URL (gs://…, s3://…) of the run's safe copy: a machine whose --workdir is gone goes on from it."
+)
 _STAGES = flags.DEFINE_list("stages", [], "Stages to run, by name ('train' means all rounds); default: all.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "Several processes: host:port of the first (TPU, SLURM: found)."
@@ -33,7 +36,7 @@ def main(argv: list[str]) -> int:
     preemption.install()  # after jax.distributed, which takes SIGTERM for itself
     from dptdr_jax import pipeline  # after the processes have met: nothing may touch a device before
 
-    pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGES.value, _VERIFY.value)
+    pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGES.value, _VERIFY.value, _REMOTE.value)
   except preemption.Preempted as stop:
     if not stop.agreed:
       hosts.leave()

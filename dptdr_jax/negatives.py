@@ -8,6 +8,7 @@
 sentence-transformers' n-tuples (anchor, positive, negative_1 …). `mine` searches vectors [Q, H] in vectors [C, H],
 takes the judged positives and what scores too near to them out, and writes OUT/pool and OUT/negatives.jsonl (query,
 negatives and their scores, by id). Ids are lines of text files, by row; without them the row numbers are the ids.
+All paths but --workdir may be URLs.
 """
 
 from __future__ import annotations

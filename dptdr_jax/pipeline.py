@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from dptdr_jax.core import files, lock, manifest, progress
-from dptdr_jax.core.errors import DptdrError
+from dptdr_jax.core import files, lock, manifest, progress, remote
+from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.core.mirror import Mirror
 from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import (
   common,
@@ -50,6 +51,7 @@ class Stage:
     inputs: the stages whose files it reads.
     files: the files from outside that it depends on.
     together: all processes of the run work in it; else the first one alone, and the others wait.
+    beside: what it writes outside of its own directory, by path from the run's.
   """
 
   name: str
@@ -58,6 +60,7 @@ class Stage:
   inputs: tuple[str, ...] = ()
   files: Callable[[ConfigDict], Sequence[files.Path]] = lambda config: ()
   together: bool = True
+  beside: tuple[str, ...] = ()
 
 
 # Fields of a stage that cannot change what it makes, but for the order in which sums are rounded, as the number of
@@ -93,9 +96,14 @@ def stages(config: ConfigDict) -> list[Stage]:
     *rounds,
     Stage("encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), names),
     Stage(
-      "evaluate", evaluate.run, ("evaluate", "index", "rounds", "cross.enabled"), (*names, "encode"), together=False
+      "evaluate",
+      evaluate.run,
+      ("evaluate", "index", "rounds", "cross.enabled"),
+      (*names, "encode"),
+      together=False,
+      beside=("results.json",),
     ),
-    Stage("report", report.run, (), (*names, "evaluate"), together=False),
+    Stage("report", report.run, (), (*names, "evaluate"), together=False, beside=("report.html",)),
   ]
 
 
@@ -121,7 +129,9 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
       inputs = (*inputs, "cross") if config.mine.cross_encoder else inputs
 
 
-def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verify: bool = False) -> None:
+def run(
+  config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verify: bool = False, url: str | None = None
+) -> None:
   """Runs what is not yet done.
 
   Args:
@@ -129,18 +139,24 @@ def run(config: ConfigDict, workdir: files.Path, only: Sequence[str] = (), verif
     workdir: directory of the run.
     only: names of stages to run ('train' means all of its rounds); empty: all.
     verify: hash the files from outside again instead of trusting their size and time.
+    url: remote directory of the run's safe copy, see `core.mirror`; None: there is none.
 
   Raises:
     InputError: another run is at work in the directory, or what can be known to fail before any work is done.
   """
+  if remote.is_remote(workdir):
+    raise InputError("a run works on local files", path=workdir, fix="Name a local --workdir and --remote=URL")
   hosts.be_patient(config.wait_seconds)
   with lock.exclusive(workdir) if hosts.is_main() else contextlib.nullcontext():
-    _run(config, Layout.of(workdir), only, verify)
+    mirror = Mirror(url, workdir) if url and hosts.is_main() else None  # the first process alone moves files
+    _run(config, Layout.of(workdir), only, verify, mirror)
 
 
-def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool) -> None:
+def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, mirror: Mirror | None) -> None:
   with hosts.first_goes_first("plan"):  # it hashes the files from outside, the others find that done
     planned = plan(config, layout, verify)
+    for item in planned if mirror else ():
+      mirror.fetch(item.stage.name, item.key, item.made_from, item.stage.beside)
   chosen = _choose([item.stage.name for item in planned], only)
   for item in planned:
     stage = item.stage
@@ -152,7 +168,10 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool) 
     elif done:
       _log.info("%s: done before", stage.name)
     else:
-      _execute(stage, config, layout, item.made_from, item.key)
+      _execute(stage, config, layout, item.made_from, item.key, mirror)
+      done = True
+    if done and mirror:
+      mirror.keep(stage.name, item.key)
   if layout.results.exists() and hosts.is_main():
     progress.say(report.table(layout, seconds(layout, config)))
 
@@ -230,7 +249,8 @@ def _describe(stage: Stage, config: ConfigDict, keys: dict[str, str], fingerprin
     if isinstance(value, dict):
       value = {key: item for key, item in value.items() if f"{name}.{key}" not in NEUTRAL}
     fields[name] = value
-  found = fingerprints.of(stage.files(config))
+  # What was fetched is named by its URL: the cache may be elsewhere on another machine.
+  found = {remote.origin(path): sha256 for path, sha256 in fingerprints.of(stage.files(config)).items()}
   if len(found) > MANY_FILES:
     found = {f"{len(found)} files": manifest.key_of(found)}
   return {"config": fields, "stages": {name: keys[name] for name in stage.inputs}, "files": found}
@@ -241,9 +261,11 @@ def _is_done(layout: Layout, stage: Stage, key: str) -> bool:
   return path.exists() and files.read_json(path)["key"] == key
 
 
-def _execute(stage: Stage, config: ConfigDict, layout: Layout, description: dict, key: str) -> None:
+def _execute(
+  stage: Stage, config: ConfigDict, layout: Layout, description: dict, key: str, mirror: Mirror | None
+) -> None:
   if hosts.is_main():
-    _execute_first(stage, config, layout, description, key)
+    _execute_first(stage, config, layout, description, key, mirror)
   else:
     hosts.barrier(f"{stage.name} is begun")
     if stage.together:
@@ -251,7 +273,9 @@ def _execute(stage: Stage, config: ConfigDict, layout: Layout, description: dict
   hosts.barrier(f"after {stage.name}", whom="the others" if stage.together else "process 0")
 
 
-def _execute_first(stage: Stage, config: ConfigDict, layout: Layout, description: dict, key: str) -> None:
+def _execute_first(
+  stage: Stage, config: ConfigDict, layout: Layout, description: dict, key: str, mirror: Mirror | None
+) -> None:
   """The first process runs a stage, with the others where it is for all, and keeps the books."""
   directory = layout.stage(stage.name)
   begun = directory / "begun.json"
@@ -273,13 +297,14 @@ def _execute_first(stage: Stage, config: ConfigDict, layout: Layout, description
   files.write_json(begun, record)
   hosts.barrier(f"{stage.name} is begun")
   started = time.monotonic()
-  try:
-    stage.run(config, layout.root)
-  except BaseException as error:
-    with contextlib.suppress(OSError, DptdrError):  # where the disk is full this cannot be written either
-      files.write_json(begun, record | {"seconds": spent + time.monotonic() - started})
-    files.raise_if_full(error, directory)
-    raise
+  with mirror.follow(stage.name, key) if mirror else contextlib.nullcontext():
+    try:
+      stage.run(config, layout.root)
+    except BaseException as error:
+      with contextlib.suppress(OSError, DptdrError):  # where the disk is full this cannot be written either
+        files.write_json(begun, record | {"seconds": spent + time.monotonic() - started})
+      files.raise_if_full(error, directory)
+      raise
   record |= {"seconds": round(spent + time.monotonic() - started, 1), "versions": _versions()}
   files.write_json(directory / manifest.NAME, record)
 

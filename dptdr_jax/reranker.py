@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import safetensors.numpy
 
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
-from dptdr_jax.core import files
+from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import text
 from dptdr_jax.data.pairs import PairFormat, Pairs, TokenLists
@@ -71,13 +70,13 @@ class CrossEncoder:
     """Loads what `save` wrote.
 
     Args:
-      path: the directory.
+      path: the directory, local or a URL.
       backbone: the one that it was trained on, if it is in memory already; checked by its hash.
 
     Raises:
       InputError: no cross-encoder there, a truncated file, or one of another backbone or tokenizer.
     """
-    path = pathlib.Path(path)
+    path = remote.staged(path)
     if not (path / _ABOUT).is_file():
       raise InputError(f"no cross-encoder here: no {_ABOUT}", path=path)
     about = files.read_json(path / _ABOUT)
@@ -92,7 +91,7 @@ class CrossEncoder:
 
   def save(self, path: files.Path) -> None:
     """Writes cross_encoder.json and prompts.safetensors, as a whole or not at all; the backbone is named and hashed."""
-    with files.atomic_directory(path) as partial:
+    with remote.written(path, last=_ABOUT) as local, files.atomic_directory(local) as partial:
       safetensors.numpy.save_file(prompts.flatten(self.trainable), partial / _TENSORS)
       about = {
         "format": FORMAT,

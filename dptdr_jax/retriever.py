@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
-from dptdr_jax.core import files
+from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import text
 from dptdr_jax.data.records import Passage, Query
@@ -82,13 +82,13 @@ class Retriever:
     """Loads what `save` wrote, or what the original DPTDR saved (tied or untied, .bin or .safetensors).
 
     Args:
-      path: the directory.
+      path: the directory, local or a URL.
       backbone: the one that the prompts were trained on, if it is in memory already; checked by its hash.
 
     Raises:
       InputError: no retriever there, a truncated file, or prompts of another backbone or tokenizer.
     """
-    path = pathlib.Path(path)
+    path = remote.staged(path)
     if (path / "retriever.json").is_file():
       return _load_own(path, backbone)
     if (path / "query_model").is_dir() or (path / "config.json").is_file():
@@ -96,13 +96,13 @@ class Retriever:
     raise InputError("no retriever here: neither retriever.json nor a checkpoint of the original", path=path)
 
   def save(self, path: files.Path) -> None:
-    """Writes retriever.json and prompts.safetensors, as a whole or not at all; see `load`.
+    """Writes retriever.json and prompts.safetensors, as a whole or not at all (to a URL: the .json last); see `load`.
 
     The backbone is named and hashed, not copied; where all of its weights were tuned it is written beside.
     """
     tied = self.prompts["query"] is self.prompts["passage"]
     trees = {"prompt": self.prompts["query"]} if tied else self.prompts
-    with files.atomic_directory(path) as partial:
+    with remote.written(path, last="retriever.json") as local, files.atomic_directory(local) as partial:
       safetensors.numpy.save_file(prompts.flatten(trees), partial / "prompts.safetensors")
       description = {
         "format": FORMAT,

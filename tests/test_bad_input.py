@@ -48,7 +48,7 @@ def end(monkeypatch, capsys):
 
   def run(config, workdir: pathlib.Path, *stages: str) -> tuple[int, str]:
     values = {"_CONFIG": config, "_WORKDIR": workdir, "_STAGES": stages, "_VERIFY": False}
-    values |= dict.fromkeys(("_COORDINATOR", "_PROCESSES", "_PROCESS"))
+    values |= dict.fromkeys(("_COORDINATOR", "_PROCESSES", "_PROCESS", "_REMOTE"))
     for name, value in values.items():
       monkeypatch.setattr(job, name, types.SimpleNamespace(value=value))
     status = job.main(["main"])

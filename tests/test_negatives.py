@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 import pytest
 from test_rounds import make_config
@@ -44,6 +45,21 @@ def test_the_exports_are_read_as_they_are_meant(workdir, tmp_path):
 def test_a_round_that_is_not_there(workdir, tmp_path):
   with pytest.raises(InputError, match="round 3 of mining is not done"):
     handover.export(workdir, 3, tmp_path / "x.jsonl", "original", 0)
+
+
+def test_vectors_and_pools_on_a_remote(tmp_path, monkeypatch):
+  monkeypatch.setenv("DPTDR_CACHE", str(tmp_path / "cache"))
+  passages = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
+  np.save(tmp_path / "p.npy", passages)
+  np.save(tmp_path / "q.npy", passages[:6])
+  (tmp_path / "qrels.tsv").write_text("".join(f"{row}\t{row}\t1\n" for row in range(6)))
+  places = tmp_path, f"file://{tmp_path}"
+  for place, out in zip(places, (tmp_path / "local", "memory://negatives/out"), strict=True):
+    vectors = handover.Vectors(f"{place}/p.npy"), handover.Vectors(f"{place}/q.npy")
+    handover.mine(*vectors, f"{place}/qrels.tsv", out, depth=10)
+  memory = fsspec.filesystem("memory")
+  assert memory.cat("/negatives/out/negatives.jsonl") == (tmp_path / "local/negatives.jsonl").read_bytes()
+  assert memory.cat("/negatives/out/pool/rows.npy") == (tmp_path / "local/pool/rows.npy").read_bytes()
 
 
 def test_vectors_from_elsewhere(tmp_path):

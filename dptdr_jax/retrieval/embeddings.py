@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dptdr_jax.core import files
+from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path, atomic_path, read_json, remove, write_json
 
@@ -114,12 +114,12 @@ class Embeddings:
   """
 
   def __init__(self, directory: Path):
-    """Opens and checks every shard's size, shape and dtype.
+    """Opens and checks every shard's size, shape and dtype; those of a URL are fetched into the cache first.
 
     Raises:
       InputError: not finished, or a shard is missing, truncated, or of another shape.
     """
-    self.directory = pathlib.Path(directory)
+    self.directory = remote.staged(directory)
     if not (self.directory / "manifest.json").is_file():
       raise InputError("no finished embeddings (no manifest.json)", path=directory, fix="Let the encoding end first.")
     self.manifest = read_json(self.directory / "manifest.json")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 
 import numpy as np
 
-from dptdr_jax.core import files
+from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.sources import lines
@@ -40,7 +39,9 @@ def export(workdir: files.Path, number: int, out: files.Path, form: str, count: 
     Pool.open(layout.pool(number)), (query.text for query in split.queries.read()), split.positives,
     mining.texts(data),
   )  # fmt: skip
-  return exports.write_original(out, examples) if form == "original" else exports.write_ntuples(out, examples, count)
+  with remote.written(out) as local:
+    original = form == "original"
+    return exports.write_original(local, examples) if original else exports.write_ntuples(local, examples, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Vectors:
   """A matrix of vectors [n, H] in a .npy file, memory-mapped, and the ids of its rows.
 
   Attributes:
-    path: the file.
+    path: the file, local or a URL, as is the next.
     ids_path: text file with an id a line; '': the ids are the row numbers.
   """
 
@@ -59,7 +60,7 @@ class Vectors:
   def matrix(self) -> np.ndarray:
     """Raises InputError where the file holds no matrix of floats."""
     try:
-      found = np.load(self.path, mmap_mode="r")
+      found = np.load(remote.staged(self.path), mmap_mode="r")
     except (OSError, ValueError) as error:
       raise InputError(f"not a .npy file ({error})", path=self.path) from error
     if found.ndim != 2 or found.dtype.kind != "f":
@@ -71,7 +72,7 @@ class Vectors:
     """Raises InputError where their number is not that of the rows, or one is there twice."""
     if not self.ids_path:
       return [str(row) for row in range(len(self))]
-    found = [text.strip() for _, text in lines.read_lines(self.ids_path)]
+    found = [text.strip() for _, text in lines.read_lines(remote.staged(self.ids_path))]
     if len(found) != len(self) or len(set(found)) != len(found):
       raise InputError(f"{len(set(found))} ids for {len(self)} vectors", path=self.ids_path)
     return found
@@ -90,21 +91,21 @@ def mine(
 ) -> dict[str, int]:  # fmt: skip
   """Writes OUT/pool and OUT/negatives.jsonl: {"query", "negatives", "scores"} by id, best first; returns counts."""
   positives = _read_qrels(qrels, queries, passages)
-  out = pathlib.Path(out)
-  depth = min(depth, len(passages))
-  run = search_exact(queries.take(np.arange(len(queries))), passages.matrix, depth)
-  known = mining.positive_scores(queries, passages, positives)
-  source = Source(run, depth, first, positive_scores=known)
-  pool = pool_from_runs(out / "merged", {_SOURCE: source}, positives)
-  rules = [MarginRule(_SOURCE, relative, absolute)] if relative or absolute else []
-  pool = denoise(out / "pool", out / "merged", rules)
-  files.remove(out / "merged")
-  with files.atomic_path(out / "negatives.jsonl") as partial, open(partial, "w", encoding="utf-8") as stream:
-    for row, query in enumerate(queries.ids):
-      scores, _ = pool.candidate_scores(row, _SOURCE)
-      found = [passages.ids[passage] for passage in pool.candidates(row)]
-      line = {"query": query, "negatives": found, "scores": [round(float(score), 6) for score in scores]}
-      stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+  with remote.written(out, last="negatives.jsonl") as out:
+    depth = min(depth, len(passages))
+    run = search_exact(queries.take(np.arange(len(queries))), passages.matrix, depth)
+    known = mining.positive_scores(queries, passages, positives)
+    source = Source(run, depth, first, positive_scores=known)
+    pool = pool_from_runs(out / "merged", {_SOURCE: source}, positives)
+    rules = [MarginRule(_SOURCE, relative, absolute)] if relative or absolute else []
+    pool = denoise(out / "pool", out / "merged", rules)
+    files.remove(out / "merged")
+    with files.atomic_path(out / "negatives.jsonl") as partial, open(partial, "w", encoding="utf-8") as stream:
+      for row, query in enumerate(queries.ids):
+        scores, _ = pool.candidate_scores(row, _SOURCE)
+        found = [passages.ids[passage] for passage in pool.candidates(row)]
+        line = {"query": query, "negatives": found, "scores": [round(float(score), 6) for score in scores]}
+        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
   return {"queries": len(queries), **pool.manifest["counts"], "left": pool.manifest["kept"]}
 
 
@@ -113,7 +114,7 @@ def _read_qrels(path: files.Path, queries: Vectors, passages: Vectors) -> Qrels:
   places = ({name: row for row, name in enumerate(vectors.ids)} for vectors in (queries, passages))
   query_rows, passage_rows = places
   triples = []
-  for line, text in lines.read_lines(path):
+  for line, text in lines.read_lines(remote.staged(path)):
     fields = text.split()
     if not fields or (line == 1 and fields[-1] == "score"):
       continue

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 from dptdr_jax import backbone as backbones
-from dptdr_jax.core import files
+from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import downloads, text
 from dptdr_jax.data.prepare import PreparedSplit, prepare_source
@@ -56,25 +56,34 @@ def open_source(config: ConfigDict) -> Source:
   data = config.data
   if data.source == "docstrings":
     return DocstringSource(tuple(data.packages), tuple(data.test_modules), tuple(data.dev_modules))
+  directory = _folder(data)
+  if data.source == "beir":
+    return Beir(directory)
+  if data.source == "msmarco":
+    return MsMarco(directory, titles=data.title_augmented)
+  if data.source == "nq":
+    return NaturalQuestions(directory)
+  if data.source == "original":
+    if scratch.is_wanted(config):
+      raise InputError("the original's token ids need its own tokenizer", fix="Set pretrain.tokenizer to backbone")
+    return OriginalJsonl(directory, tokenizer=Tokenizer(backbones.locate(config.backbone.path)))
+  raise InputError("unknown data.source", value=data.source, fix="Use beir, msmarco, nq, original or docstrings")
+
+
+def _folder(data: ConfigDict) -> pathlib.Path:
+  """The folder of data, downloaded or staged where the config says so."""
   if not data.dir:
     raise InputError("no folder of data is named", fix="Set --config.data.dir=DIR")
+  if data.download and remote.is_remote(data.dir):
+    raise InputError("downloads go into a local folder", value=data.dir)
   if data.download:
     downloads.fetch_dataset(data.source, data.dir)
     if data.source == "msmarco" and data.title_augmented:
       downloads.fetch_dataset("msmarco-titles", data.dir)
-  if not pathlib.Path(data.dir).is_dir():
+  directory = remote.staged(data.dir)
+  if not directory.is_dir():
     raise InputError("no such folder", path=data.dir)
-  if data.source == "beir":
-    return Beir(data.dir)
-  if data.source == "msmarco":
-    return MsMarco(data.dir, titles=data.title_augmented)
-  if data.source == "nq":
-    return NaturalQuestions(data.dir)
-  if data.source == "original":
-    if scratch.is_wanted(config):
-      raise InputError("the original's token ids need its own tokenizer", fix="Set pretrain.tokenizer to backbone")
-    return OriginalJsonl(data.dir, tokenizer=Tokenizer(backbones.locate(config.backbone.path)))
-  raise InputError("unknown data.source", value=data.source, fix="Use beir, msmarco, nq, original or docstrings")
+  return directory
 
 
 def outside_files(config: ConfigDict) -> list[pathlib.Path]:
