@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,13 @@ from dptdr_jax.core.errors import DptdrError, InputError
 _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
 
 
+_FAREWELL_S = 10.0
+
 _patience_s = 3600.0
+
+
+class LostError(DptdrError):
+  """The run's processes lost each other: nothing is wrong with the input, and a rerun of all of them goes on."""
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, index: int | None = None) -> None:
@@ -47,6 +54,21 @@ def initialize(coordinator: str | None = None, processes: int | None = None, ind
     jax.distributed.initialize(coordinator, processes, index)
   elif _environment_has_cluster(os.environ):
     jax.distributed.initialize()
+
+
+def leave(status: int) -> None:
+  """Ends a process of several that cannot go on; does nothing where there is only one.
+
+  On an ordinary exit jax.distributed would wait five minutes for the others, who may never come to that point.
+  """
+  if not jax.distributed.is_initialized():
+    return
+  goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+  goodbye.start()
+  goodbye.join(_FAREWELL_S)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def _environment_has_cluster(environment) -> bool:
@@ -86,7 +108,7 @@ def barrier(name: str, timeout_s: float | None = None) -> None:
     timeout_s: seconds after which waiting is given up; None: those of `be_patient`.
 
   Raises:
-    DptdrError: not all processes came within `timeout_s`.
+    LostError: not all processes came within `timeout_s`.
   """
   if process_count() == 1:
     return
@@ -104,12 +126,12 @@ def barrier(name: str, timeout_s: float | None = None) -> None:
   meeting.start()
   meeting.join(timeout_s)
   if meeting.is_alive():
-    raise DptdrError(
+    raise LostError(
       f"process {jax.process_index()} of {process_count()} waited {timeout_s:g} s at '{name}' for the others. "
       "Look into the logs of the other processes, then start the run again: it resumes"
     )
   if failure:
-    raise DptdrError(f"the processes did not meet at '{name}': {failure[0]}") from failure[0]
+    raise LostError(f"the processes did not meet at '{name}': {failure[0]}") from failure[0]
 
 
 @contextlib.contextmanager
