@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -26,7 +27,10 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Hash the input files again instead
 
 
 def main(argv: list[str]) -> int:
-  """Runs what is not yet done; returns the exit status: 0, 2 after an error of input, 75 after SIGTERM."""
+  """Runs what is not yet done; returns the exit status.
+
+  0: done; 2: an error of input; 75: stopped by SIGTERM, all saved; 1: a crash, or the other processes are lost.
+  """
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   from dptdr_jax.runtime import hosts
@@ -39,13 +43,19 @@ def main(argv: list[str]) -> int:
     pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGES.value, _VERIFY.value, _REMOTE.value)
   except preemption.Preempted as stop:
     if not stop.agreed:
-      hosts.leave()
+      hosts.tell_stop()
     sys.stderr.write(f"stopped by SIGTERM: {stop}; the same command goes on from there\n")
-    return preemption.EXIT_STATUS
+    status = preemption.EXIT_STATUS
   except DptdrError as error:
     sys.stderr.write(f"error: {error}\n")
-    return 2
-  return 0
+    status = 1 if isinstance(error, hosts.LostError) else 2
+  except Exception:
+    traceback.print_exc()
+    status = 1
+  else:
+    return 0
+  hosts.leave(status)
+  return status
 
 
 def run() -> None:

