@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import sys
 import threading
-import zlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,9 @@ _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MC
 
 _FAREWELL_S = 10.0
 _NOTICE_S = 30.0  # a wait that is longer is told
+_LOOK_S = 0.5  # between two looks whether all have come
+_MEETINGS = "dptdr_jax/meetings"
+_meetings = itertools.count()
 
 _patience_s = 86_400.0
 
@@ -113,6 +117,8 @@ def be_patient(seconds: float) -> None:
 def barrier(name: str, timeout_s: float | None = None, whom: str = "the others") -> None:
   """Waits until every process has come to the point called `name`.
 
+  The processes meet at the run's coordinator and not on the devices, whose collectives give up after some minutes.
+
   Args:
     name: the same in every process; different names at one barrier are an error in all of them.
     timeout_s: seconds after which waiting is given up; None: those of `be_patient`.
@@ -124,11 +130,12 @@ def barrier(name: str, timeout_s: float | None = None, whom: str = "the others")
   """
   if process_count() == 1:
     return
-  found = _meet(name, preemption.asked(), _patience_s if timeout_s is None else timeout_s, whom)
-  if found[:, 0].any():
+  said = {"stops": preemption.asked(), "name": name}
+  found = _meet(name, said, _patience_s if timeout_s is None else timeout_s, whom)
+  if any(one["stops"] for one in found):
     raise preemption.Preempted(f"all processes stop at '{name}'", agreed=True)
-  if (found[:, 1] != found[0, 1]).any():
-    raise LostError(f"process {process_index()} is at '{name}', others are elsewhere")
+  if elsewhere := {one["name"] for one in found} - {name}:
+    raise LostError(f"process {process_index()} is at '{name}', others are at {sorted(elsewhere)}")
 
 
 def tell_stop(timeout_s: float = 10.0) -> None:
@@ -139,34 +146,51 @@ def tell_stop(timeout_s: float = 10.0) -> None:
   """
   if process_count() > 1:
     with contextlib.suppress(LostError):
-      _meet("leave", True, timeout_s, "the others")
+      _meet("leave", {"stops": True, "name": "leave"}, timeout_s, "the others")
 
 
-def _meet(name: str, stops: bool, timeout_s: float, whom: str) -> np.ndarray:
-  """What every process said, int [processes, 2]: whether it stops, and a number for the name of the place."""
-  said, answers = np.array([stops, zlib.crc32(name.encode()) & 0x7FFFFFFF], np.int32), []
+def first_says(make: Callable[[], Any]) -> Any:
+  """What `make` gives in process 0, in every process; something that JSON can hold. The others don't call it."""
+  if process_count() == 1:
+    return make()
+  said = {"value": make()} if is_main() else {}
+  return _meet("what the first says", said, _patience_s, "process 0")[0]["value"]
 
-  def meet() -> None:
-    try:
-      answers.append(multihost_utils.process_allgather(said))
-    except Exception as error:  # carried to the waiting thread, where it is raised
-      answers.append(error)
 
-  # The collective itself knows no time limit, so it waits in a thread that does not outlive the process.
-  meeting = threading.Thread(target=meet, name=f"barrier {name}", daemon=True)
-  meeting.start()
-  meeting.join(min(timeout_s, _NOTICE_S))
-  if meeting.is_alive() and timeout_s > _NOTICE_S:
-    _log.info("process %d waits at '%s' for %s", process_index(), name, whom)
-    meeting.join(timeout_s - _NOTICE_S)
-  if not answers:
-    raise LostError(
-      f"process {process_index()} of {process_count()} waited {timeout_s:g} s at '{name}' for {whom}. "
-      "Look into the logs of the other processes, then start the run again: it resumes"
-    )
-  if isinstance(answers[0], Exception):
-    raise LostError(f"the processes did not meet at '{name}': {answers[0]}") from answers[0]
-  return answers[0]
+def _meet(name: str, said: dict, timeout_s: float, whom: str) -> list[dict]:
+  """What every process says at its next meeting, by process. All come to the same meetings in the same order."""
+  client, number = _coordinator(), next(_meetings)
+  place, began, pause, told = f"{_MEETINGS}/{number}/", time.monotonic(), 0.002, False
+  try:
+    client.key_value_set(f"{place}{process_index()}", json.dumps(said))
+    while True:
+      found = {int(key.rpartition("/")[2]): json.loads(text) for key, text in client.key_value_dir_get(place)}
+      missing = [index for index in range(process_count()) if index not in found]
+      if not missing:
+        break
+      waited, who = time.monotonic() - began, f"{whom} ({', '.join(map(str, missing))} of {process_count()})"
+      if waited > timeout_s:
+        raise LostError(
+          f"process {process_index()} waited {timeout_s:g} s at '{name}' for {who}. Look into the logs of the other "
+          "processes, then start the run again: it resumes"
+        )
+      if waited > _NOTICE_S and not told:
+        _log.info("process %d waits at '%s' for %s", process_index(), name, who)
+        told = True
+      time.sleep(pause)
+      pause = min(2 * pause, _LOOK_S)
+    if is_main() and number:  # all were at this meeting, so nobody reads of the last one any more
+      client.key_value_delete(f"{_MEETINGS}/{number - 1}")
+  except jax.errors.JaxRuntimeError as error:
+    raise LostError(f"process {process_index()} lost the coordinator at '{name}': {error}") from error
+  return [found[index] for index in range(process_count())]
+
+
+def _coordinator() -> Any:
+  """The client of jax.distributed's key-value store; orbax and flax take it from the same place."""
+  from jax._src import distributed
+
+  return distributed.global_state.client
 
 
 @contextlib.contextmanager
@@ -177,17 +201,6 @@ def first_goes_first(name: str) -> Iterator[None]:
   yield
   if is_main():
     barrier(f"{name}: the first")
-
-
-def first_says(make: Callable[[], Any]) -> Any:
-  """What `make` gives in process 0, in every process; something that JSON can hold. The others don't call it."""
-  if process_count() == 1:
-    return make()
-  said = np.frombuffer(json.dumps(make()).encode() if is_main() else b"", np.uint8)
-  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
-  sent = np.zeros(length, np.uint8)
-  sent[: len(said)] = said
-  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes().decode())
 
 
 def fetch(tree: Any) -> Any:
