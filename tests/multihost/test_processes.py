@@ -25,7 +25,7 @@ def flags(tmp_path_factory):
     "--config.train.steps=5", "--config.train.queries=8", "--config.train.checkpoint_every=2",
     "--config.train.evaluate_every=5", "--config.train.log_every=1", "--config.train.learning_rate=0.05",
     "--config.prompt.length=4", "--config.text.passage_length=32", "--config.encode.shard_passages=16",
-    "--config.evaluate.examples=2", "--config.rounds=2", "--config.wait_seconds=120",
+    "--config.evaluate.examples=2", "--config.rounds=2", "--config.wait_seconds=120", "--config.train.refresh_every=2",
     "--config.pretrain.enabled=True", "--config.pretrain.steps=2", "--config.pretrain.spans=16",
     "--config.pretrain.span_tokens=16", "--config.pretrain.shortest=2", "--config.pretrain.log_every=1",
   ]  # fmt: skip
@@ -57,13 +57,20 @@ def compare(workdir: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 def test_two_processes_end_as_one(flags, alone, tmp_path):
-  printed = cluster.run([*flags, f"--workdir={tmp_path}/work", "--config.pretrain.fsdp=2"], processes=2)
+  printed = cluster.run(
+    [*flags, f"--workdir={tmp_path}/work", "--config.pretrain.fsdp=2", "--config.fsdp=2"], processes=2
+  )
   for stage in ("pretrain", *STAGES):
     mine, theirs = metrics(tmp_path / "work", stage), metrics(alone, stage)
     for name, values in theirs.items():
       # Equal states in `pretrain` alone; what follows starts from weights that are off by its rounding.
       np.testing.assert_allclose(mine[name], values, rtol=2e-6 if stage == "pretrain" else 1e-4, err_msg=stage)
   compare(tmp_path / "work", alone)
+  for generation in ("0", "1"):  # mined while training went on, by the first, and drawn from by both
+    mine, theirs = (
+      np.load(path / f"train1/generations/{generation}/pool/rows.npy") for path in (tmp_path / "work", alone)
+    )
+    np.testing.assert_array_equal(mine, theirs)
   assert "report.html" in printed[0] and "report.html" not in printed[1]
   shards = [text.count("encode/train2/corpus, shard") for text in printed]
   assert shards == [2, 2]
