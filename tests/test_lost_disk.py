@@ -14,6 +14,7 @@ import pytest
 from support import lost_disk, tiny
 
 from dptdr_jax import pipeline
+from dptdr_jax.backbone import Backbone
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retriever import Retriever
@@ -75,6 +76,16 @@ def test_every_machine_loses_its_disk_and_the_run_ends_the_same(command, tmp_pat
 def test_a_workdir_is_local():
   with pytest.raises(InputError, match="memory://run: a run works on local files. Name a local --workdir and --remote"):
     pipeline.run(None, "memory://run")
+
+
+def test_a_retriever_on_a_remote_finds_the_backbone_that_its_run_pretrained(tmp_path, monkeypatch):
+  monkeypatch.setenv("DPTDR_CACHE", str(tmp_path / "cache"))
+  backbone = tiny.backbone(tmp_path / "run/pretrain/backbone")
+  retriever = Retriever.untuned(Backbone.load(backbone), passage_length=32)
+  retriever.save(tmp_path / "run/train1/retriever")
+  (tmp_path / "run").rename(tmp_path / "there")
+  loaded = Retriever.load(f"file://{tmp_path}/there/train1/retriever")
+  assert loaded.backbone.path == f"file://{tmp_path}/there/pretrain/backbone" and loaded.hash == retriever.hash
 
 
 def look_at(remote: pathlib.Path, workdir: pathlib.Path) -> None:
