@@ -23,6 +23,7 @@ from dptdr_jax.core import progress
 from dptdr_jax.core.errors import DptdrError, InputError
 
 GIB = 2**30
+_FEW = 8  # collectives that are told one by one
 _SIZES = {"msmarco": (8_841_823, 502_939), "nq": (21_015_324, 58_880)}  # passages, training queries
 
 
@@ -236,8 +237,8 @@ def report(step: Step, config: ConfigDict, figures: Figures, chip: Chip | None, 
     f"temporaries {figures.temporaries / GIB:.2f}"
   )
   progress.say(f"  work     {figures.operations / 1e12:.2f} TFLOP, {figures.traffic / GIB:.1f} GiB moved at most")
-  for kind, size, times, where in figures.collectives:
-    progress.say(f"  {kind:<17}{size / 2**20:9.2f} MiB × {times}  ({where})")
+  for line in _collectives(figures.collectives):
+    progress.say(line)
   if chip is None:
     return
   seconds, repeats = figures.seconds(chip), step.repeats(config)
@@ -247,6 +248,19 @@ def report(step: Step, config: ConfigDict, figures: Figures, chip: Chip | None, 
   progress.say(f"  time     {low:.3f} to {high:.3f} s a step by roofline ({parts}); bound by {bound}")
   if repeats:
     progress.say(f"  run      {repeats:,.0f} steps: {low * repeats / 3600:.2f} to {high * repeats / 3600:.2f} h")
+
+
+def _collectives(found: Sequence[tuple]) -> list[str]:
+  """One line each; where weights are gathered layer by layer, one line a kind."""
+  if len(found) <= _FEW:
+    return [f"  {kind:<17}{size / 2**20:9.2f} MiB × {times}  ({where})" for kind, size, times, where in found]
+  lines = []
+  for kind in sorted({kind for kind, *_ in found}):
+    sizes = [(size, times, where) for each, size, times, where in found if each == kind]
+    largest, _, where = max(sizes)
+    moved, count = sum(size * times for size, times, _ in sizes), sum(times for _, times, _ in sizes)
+    lines.append(f"  {kind:<17}{moved / 2**20:9.2f} MiB in {count}, the largest {largest / 2**20:.2f} MiB ({where})")
+  return lines
 
 
 def suggest(step: Step, config: ConfigDict, chips: int, memory: float) -> None:

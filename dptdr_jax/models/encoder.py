@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dptdr_jax.models import attention, deberta
 from dptdr_jax.models import dropout as drop
@@ -26,6 +27,18 @@ def _gelu(x: Array) -> Array:
 
 
 ACTIVATION = {"gelu": _gelu, "gelu_new": lambda x: jax.nn.gelu(x, approximate=True), "relu": jax.nn.relu}
+
+
+def _pin_rows(x: Array) -> Array:
+  """Keeps rows [B, …], and the gradient with respect to them, shared out along the mesh's axis 'fsdp', if there is one.
+
+  Where weights are split along it the compiler would in the backward pass rather split the width, and gather rows that
+  are far larger than a layer's weights.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.shape.get("fsdp", 1) == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("fsdp")))
 
 
 class LayerNorm(nn.Module):
@@ -105,13 +118,14 @@ class Layer(nn.Module):
     noise: drop.Noise | None,
     relative_positions: Array | None,  # [2k, H]
   ) -> tuple[Array, None]:
+    x = _pin_rows(x)
     rows = x if self.row is None else x[:, self.row : self.row + 1]
-    mixed = self._attention(rows, x, layer, prompt, lengths, noise, relative_positions)
+    mixed = _pin_rows(self._attention(rows, x, layer, prompt, lengths, noise, relative_positions))
     x = rows + self._dropout(self._dense("attention_output")(mixed), noise, layer, drop.ATTENTION_OUTPUT)
-    x = LayerNorm(self.config.layer_norm_eps, name="attention_norm")(x)
+    x = _pin_rows(LayerNorm(self.config.layer_norm_eps, name="attention_norm")(x))
     # Under jax.checkpoint the activation keeps its input alone.
     activation = jax.checkpoint(ACTIVATION[self.config.activation], prevent_cse=False)
-    wide = activation(self._dense("intermediate", self.config.intermediate_size)(x))
+    wide = _pin_rows(activation(self._dense("intermediate", self.config.intermediate_size)(x)))
     x = x + self._dropout(self._dense("output")(wide), noise, layer, drop.FEED_FORWARD)
     return LayerNorm(self.config.layer_norm_eps, name="output_norm")(x), None
 

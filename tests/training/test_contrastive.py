@@ -5,6 +5,7 @@ Compiling is what these tests spend their time on, so they share what they compi
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -246,6 +247,23 @@ def test_only_vectors_and_the_prompt_gradient_move_between_devices():
   assert vectors == sorted(f"{rows},{ENCODER.hidden_size}" for rows in (QUERIES, QUERIES * GROUP))
   others = [(kind, shape) for kind, shapes in moved if kind != "all-gather" for shape in shapes]
   assert others == [("all-reduce", "4,96")] * 2, "once a side, in no loop"
+
+
+def test_along_fsdp_weights_are_gathered_and_no_activations():
+  # Long texts, so that a layer's rows are larger than its weights, which are 16 × 32 numbers at most.
+  mesh, state, frozen = mesh_of(8, 4), make_state("tied"), backbone()
+  placed = shardings.of_state(state, mesh), shardings.by_rules(frozen, mesh)
+  step = make_train_step(
+    DEEP, OPTIMIZER, seed=5, query_chunk=0, passage_chunk=0, temperature=0.5, both_directions=False, mesh=mesh,
+    shardings=placed,
+  )  # fmt: skip
+  abstract, batch = jax.eval_shape(lambda: (state, frozen)), make_batch()
+  for side, rows in ("query", QUERIES), ("passage", QUERIES * GROUP):
+    batch[f"{side}_tokens"] = jax.ShapeDtypeStruct((rows, 32), jnp.int32)
+  moved = collectives(step.lower(*abstract, batch).compile().as_text())
+  sizes = [math.prod(map(int, shape.split(","))) for kind, shapes in moved if kind == "all-gather" for shape in shapes]
+  table = ENCODER.vocab_size * ENCODER.hidden_size
+  assert sizes and max(sizes) <= max(table, 48 * 16), "48 vectors, and the table of words; 6 × 32 rows of 16 are 3072"
 
 
 @pytest.mark.parametrize(
