@@ -90,7 +90,8 @@ class Step:
   lower: Callable[[ConfigDict], tuple[Any, Any]]  # → (traced, lowered)
   chunk: str
   rows: int  # a chip's share of the batch
-  repeats: Callable[[ConfigDict], float]  # how often it runs
+  repeats: float  # how often it runs; 0: nothing says so
+  epoch: float  # and in a pass over the corpus or the training queries
 
 
 def main(argv: list[str]) -> int:
@@ -128,7 +129,7 @@ def plan(
     try:
       figures = measure(step, config, len(devices))
       enough = figures.memory <= memory
-      report(step, config, figures, chip, memory)
+      report(step, figures, chip, memory)
     except DoesNotFit as error:
       enough = False
       progress.say(f"  does not fit: {error}")
@@ -184,16 +185,17 @@ def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tu
   known = {
     "pretrain": Step(
       "pretrain", lambda c: shapes.pretrain(c, encoder, mesh(c.pretrain.fsdp)), "pretrain.chunk",
-      pretrain.spans // count, lambda c: c.pretrain.steps or c.pretrain.epochs * passages * 2 / c.pretrain.spans,
+      pretrain.spans // count, pretrain.steps or pretrain.epochs * passages * 2 / pretrain.spans,
+      passages * 2 / pretrain.spans,
     ),
     "train": Step(
       "train", lambda c: shapes.train(c, encoder, mesh(c.fsdp)), "train.passage_chunk",
       math.ceil(train.queries * train.passages / count),
-      lambda c: c.train.steps or c.train.epochs * queries / c.train.queries,
+      train.steps or train.epochs * queries / train.queries, queries / train.queries,
     ),
     "encode": Step(
       "encode", lambda c: shapes.encode(c, encoder, mesh(c.fsdp)), "encode.batch_tokens",
-      config.encode.batch_tokens, lambda c: passages / (encoded * count),
+      config.encode.batch_tokens, passages / (encoded * count), passages / (encoded * count),
     ),
   }  # fmt: skip
   wanted = list(only) or [name for name in known if name != "pretrain" or pretrain.enabled]
@@ -229,7 +231,7 @@ def measure(step: Step, config: ConfigDict, chips: int) -> Figures:
   )  # fmt: skip
 
 
-def report(step: Step, config: ConfigDict, figures: Figures, chip: Chip | None, memory: float) -> None:
+def report(step: Step, figures: Figures, chip: Chip | None, memory: float) -> None:
   """Prints what a step takes."""
   share = f" of {memory / GIB:.0f} GiB" if math.isfinite(memory) else ""
   progress.say(
@@ -241,13 +243,14 @@ def report(step: Step, config: ConfigDict, figures: Figures, chip: Chip | None, 
     progress.say(line)
   if chip is None:
     return
-  seconds, repeats = figures.seconds(chip), step.repeats(config)
+  seconds = figures.seconds(chip)
   bound = max(seconds, key=seconds.get)
   low, high = max(seconds.values()), sum(seconds.values())
   parts = ", ".join(f"{name} {value:.4f}" for name, value in seconds.items())
   progress.say(f"  time     {low:.3f} to {high:.3f} s a step by roofline ({parts}); bound by {bound}")
-  if repeats:
-    progress.say(f"  run      {repeats:,.0f} steps: {low * repeats / 3600:.2f} to {high * repeats / 3600:.2f} h")
+  for name, count in ("epoch", step.epoch), ("run", step.repeats):
+    if count:
+      progress.say(f"  {name:<8} {count:,.0f} steps: {low * count / 3600:.2f} to {high * count / 3600:.2f} h")
 
 
 def _collectives(found: Sequence[tuple]) -> list[str]:
