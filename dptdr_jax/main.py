@@ -16,7 +16,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. A rerun goes on where the last one ended.")
 _STAGES = flags.DEFINE_list("stages", [], "Stages to run, by name ('train' means all rounds); default: all.")
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "Several processes: host:port of the first (TPU, SLURM: found)."
+  "coordinator", None, "Several processes: host:port of the first (SLURM, GKE: found; Cloud TPU VMs: 'auto')."
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "Several processes: how many there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Several processes: which one this is, from 0.")

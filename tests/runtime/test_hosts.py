@@ -70,4 +70,4 @@ def test_two_processes_meet_and_a_lonely_one_gives_up():
   ]  # fmt: skip
   (out, err), (_, other) = (process.communicate(timeout=120) for process in running)
   assert [process.returncode for process in running] == [0, 0], err + other
-  assert "DptdrError process 0 of 2 waited 0.5 s at 'alone'" in out
+  assert "LostError process 0 of 2 waited 0.5 s at 'alone'" in out
