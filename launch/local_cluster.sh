@@ -31,6 +31,8 @@ source launch/environment.sh
 source launch/restart.sh
 use_environment
 export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+# jax lets only process 0 write to it: the others would compile while it waits, and gloo waits no longer than 30 s.
+unset JAX_COMPILATION_CACHE_DIR
 free_port='import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
 mkdir -p "$workdir/logs"
 

@@ -1,4 +1,4 @@
-"""launch/local_cluster.sh with processes that do as they are told; with real ones: tests/faults/test_two_processes.py."""
+"""launch/local_cluster.sh with processes that do as they are told; real ones: tests/faults/test_two_processes.py."""
 
 import signal
 
@@ -40,7 +40,9 @@ def test_one_dies_and_all_start_again(fakes, tmp_path, death):
 
 
 def test_an_error_of_input_in_any_is_final(fakes, tmp_path):
-  fakes.python(["sleep 0.5; exit 2"], ["exit 134"])  # one that notices first that the other is about to leave
+  fakes.python(
+    ["trap '' TERM; sleep 0.5; exit 2"], ["exit 134"]
+  )  # one that notices first that the other is about to leave
   status, printed = fakes.run(*arguments(tmp_path))
   assert status == 2, printed
   assert len(fakes.jobs()) == 2

@@ -1,6 +1,7 @@
 """launch/restart.sh: what is started again, how often, and what a signal does."""
 
 import signal
+import time
 
 import pytest
 
@@ -50,13 +51,14 @@ def test_a_signal_in_a_pause_ends_it_at_once(fakes):
 
 
 def test_a_second_signal_kills(fakes):
-  fakes.python(["deaf"])
+  fakes.python(["trap 'echo heard' TERM; touch $fakes/hangs-0; wait_for_term"])
   running = fakes.start("restart.sh", *JOB)
-  fakes.stop_later = None
-  while not (fakes.directory / "hangs-0").exists():
+  while "process 0 does" not in running.stdout.readline():
     pass
+  while not (fakes.directory / "hangs-0").exists():
+    time.sleep(0.05)
   running.send_signal(signal.SIGTERM)
-  while "told" not in running.stdout.readline():
+  while "heard" not in running.stdout.readline():
     pass
   running.send_signal(signal.SIGTERM)
   assert fakes.end(running)[0] == 137

@@ -1,4 +1,4 @@
-"""What holds for every script of launch/: shellcheck has nothing to say, and without arguments they tell their usage."""
+"""Every script of launch/: shellcheck has nothing to say, and without arguments they tell their usage."""
 
 import pathlib
 import subprocess
