@@ -25,6 +25,9 @@ MORE = (
   "rounds=2", "pretrain.enabled=True", "pretrain.steps=6", "pretrain.spans=16", "pretrain.span_tokens=16",
   "pretrain.shortest=2", "pretrain.log_every=1", "pretrain.checkpoint_every=2", "pretrain.evaluate_every=3",
   "pretrain.learning_rate=1e-3", "pretrain.fsdp=2", "train.steps=8", "train.checkpoint_every=2", "mine.dense.depth=12",
+  "cross.enabled=True", "cross.steps=4", "cross.queries=8", "cross.passages=2", "cross.length=4",
+  "cross.pair_length=48", "cross.log_every=1", "cross.checkpoint_every=2", "cross.evaluate_every=2",
+  "cross.evaluate_passages=4", "cross.depth=8", "cross.rerank=8",
 )  # fmt: skip
 
 

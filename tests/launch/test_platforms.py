@@ -107,7 +107,7 @@ def test_tpu_copies_installs_runs_and_starts_again(fakes, tpu):
   assert fakes.calls("python", "pip install") and "[tpu]" in fakes.calls("python", "pip install")[0]
   assert (fakes.directory / "home/dptdr_jax/dptdr_jax/main.py").exists()
   assert (fakes.directory / "home/dptdr_jax/mounted").exists()
-  assert all("--zone=z" in call for call in fakes.calls("gcloud")) and not fakes.calls("gcloud", "create")
+  assert len(fakes.calls("gcloud", "tpu-vm scp")) == 2 and not fakes.calls("gcloud", "create")
 
 
 def test_tpu_an_error_of_input_is_final(fakes, tpu):
@@ -149,6 +149,4 @@ def test_tpu_asks_the_plan_first(fakes, tpu):
   status, _ = fakes.run("tpu_pod.sh", *JOB, **TPU, TOPOLOGY="v5e:4x4")
   plan = fakes.calls("python", "-m dptdr_jax.plan")
   assert status == 2 and not fakes.calls("gcloud")
-  assert plan == [
-    "python -m dptdr_jax.plan --topology=v5e:4x4 --config=c.py --config.text.query_template=query: {text}"
-  ]
+  assert [call.partition("--")[2] for call in plan] == [f"topology=v5e:4x4 {JOB[0]} {JOB[2]}"]
