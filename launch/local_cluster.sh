@@ -55,7 +55,7 @@ attempt() {
         wait "${pids[index]}" || statuses[index]=$?
         if [ "${statuses[index]}" -ne 0 ] && [ -z "$first" ]; then
           first=${statuses[index]} deadline=$((SECONDS + ${GRACE:-20}))
-          echo "local_cluster: process $index ended with status $first; stopping the others" >&2
+          [ -n "$told" ] || echo "local_cluster: process $index ended with status $first; stopping the others" >&2
           kill -TERM "${pids[@]}" 2>/dev/null || true
         fi
       fi
