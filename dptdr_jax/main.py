@@ -19,7 +19,7 @@ _REMOTE = flags.DEFINE_string(
 )
 _STAGES = flags.DEFINE_list("stages", [], "Stages to run, by name ('train' means all rounds); default: all.")
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "Several processes: host:port of the first (TPU, SLURM: found)."
+  "coordinator", None, "Several processes: host:port of the first (SLURM, GKE: found; Cloud TPU VMs: 'auto')."
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "Several processes: how many there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Several processes: which one this is, from 0.")

@@ -31,6 +31,8 @@ source launch/environment.sh
 source launch/restart.sh
 use_environment
 export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+# jax lets only process 0 write to it: the others would compile while it waits, and gloo waits no longer than 30 s.
+unset JAX_COMPILATION_CACHE_DIR
 free_port='import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
 mkdir -p "$workdir/logs"
 
@@ -53,7 +55,7 @@ attempt() {
         wait "${pids[index]}" || statuses[index]=$?
         if [ "${statuses[index]}" -ne 0 ] && [ -z "$first" ]; then
           first=${statuses[index]} deadline=$((SECONDS + ${GRACE:-20}))
-          echo "local_cluster: process $index ended with status $first; stopping the others" >&2
+          [ -n "$told" ] || echo "local_cluster: process $index ended with status $first; stopping the others" >&2
           kill -TERM "${pids[@]}" 2>/dev/null || true
         fi
       fi

@@ -46,13 +46,16 @@ def initialize(coordinator: str | None = None, processes: int | None = None, ind
   Must come before anything touches a device. One process alone (no values, no cluster around) joins nothing.
 
   Args:
-    coordinator: host:port of process 0.
+    coordinator: host:port of process 0; 'auto': jax finds all three (a Cloud TPU VM, whose environment says nothing).
     processes: how many there are.
     index: which this one is, from 0.
 
   Raises:
     InputError: only some of the three are given, or they contradict each other.
   """
+  if coordinator == "auto" and processes is None and index is None:
+    jax.distributed.initialize()
+    return
   given = [value is not None for value in (coordinator, processes, index)]
   if any(given):
     if not all(given) or not 0 <= index < processes:

@@ -58,14 +58,7 @@ MADE = {
 def command(tmp_path_factory):
   """A function (workdir, point, *flags) that runs the main job once, on one device, and returns its exit status."""
   directory = tmp_path_factory.mktemp("faults")
-  data, backbone = tiny.beir(directory / "data"), tiny.backbone(directory / "backbone")
-  usual = [
-    f"--config={ROOT}/configs/beir.py", f"--config.data.dir={data}", f"--config.backbone.path={backbone}",
-    "--config.train.steps=12", "--config.train.queries=8", "--config.train.checkpoint_every=3",
-    "--config.train.evaluate_every=4", "--config.train.log_every=1", "--config.train.negatives=bm25",
-    "--config.train.learning_rate=0.05", "--config.prompt.length=4", "--config.text.passage_length=32",
-    "--config.encode.shard_passages=16", "--config.evaluate.examples=2",
-  ]  # fmt: skip
+  usual = tiny.run_flags(directory)
   # One device; and what the undisturbed run compiles the others load, or a dozen processes would do little else.
   environment = os.environ | {
     "XLA_FLAGS": "--xla_backend_optimization_level=0",

@@ -94,3 +94,14 @@ def test_a_sigterm_to_one_stops_both_and_one_goes_on(flags, alone, tmp_path):
   assert time.monotonic() - asked < 30
   cluster.run(arguments, processes=1, devices=1)
   compare(tmp_path / "work", alone)
+
+
+def test_an_error_of_input_in_one_keeps_nobody_waiting(flags, tmp_path):
+  running = cluster.start([*flags, "--config.data.dir=nowhere", f"--workdir={tmp_path}/work"], processes=2)
+  try:
+    printed = [process.communicate(timeout=90)[0] for process in running]  # jax.distributed alone would wait 300 s
+  finally:
+    for process in running:
+      process.kill()
+  assert running[0].returncode == 2 and "error: nowhere: no such folder" in printed[0]
+  assert running[1].returncode not in (0, 2, 75), printed[1]  # it lost the other: to be restarted, not to be mended

@@ -56,6 +56,13 @@ def test_one_process_waits_for_nobody():
   assert hosts.is_main() and hosts.process_count() == 1
 
 
+def test_auto_leaves_all_to_jax(monkeypatch):
+  called = []
+  monkeypatch.setattr("jax.distributed.initialize", lambda *values: called.append(values))
+  hosts.initialize("auto")
+  assert called == [()]
+
+
 @pytest.mark.parametrize("values", [("localhost:1", 2, None), ("localhost:1", 2, 2), (None, 2, 0)])
 def test_half_an_address(values):
   with pytest.raises(InputError, match="belong together"):

@@ -13,25 +13,31 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 _lock = threading.Lock()
 _counts: collections.Counter = collections.Counter()
 _stage = "start"
 
 
-def main(log: str, point: str, flags: list[str]) -> None:
-  """Patches what an event passes through, then runs the main job with `flags`."""
+def die() -> None:
+  """Ends this process as a power cut does."""
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(log: str, point: str, flags: list[str], strike: Callable[[], None] = die) -> None:
+  """Patches what an event passes through, then runs the main job with `flags`; calls `strike` at the point."""
   sys.path.insert(0, os.getcwd())  # as `python -m` has it; the configs import each other from there
   from dptdr_jax import main as job
-  from dptdr_jax import pipeline
   from dptdr_jax.core import progress
+  from dptdr_jax.runtime import hosts
 
   stream = open(log, "a", encoding="utf-8")  # noqa: SIM115 - open until death
 
   def event(kind: str) -> None:
     with _lock:
       if point == f"{_stage}:{kind}:{_counts[_stage, kind]}":
-        os.kill(os.getpid(), signal.SIGKILL)
+        strike()
       _counts[_stage, kind] += 1
       stream.write(f"{_stage} {kind}\n")
       stream.flush()
@@ -47,13 +53,19 @@ def main(log: str, point: str, flags: list[str]) -> None:
     event("progress")
     advance(bar, n)
 
-  def entering(stage, *arguments, **options):
-    global _stage
-    _stage = stage.name
-    return execute(stage, *arguments, **options)
+  def meeting(*place):
+    meet(*place)
+    from dptdr_jax import pipeline  # not before the processes have met, as the main job has it
 
-  advance, execute = progress.Bar.advance, pipeline._execute
-  progress.Bar.advance, pipeline._execute = advancing, entering
+    def entering(stage, *arguments, **options):
+      global _stage
+      _stage = stage.name
+      return execute(stage, *arguments, **options)
+
+    execute, pipeline._execute = pipeline._execute, entering
+
+  advance, meet = progress.Bar.advance, hosts.initialize
+  progress.Bar.advance, hosts.initialize = advancing, meeting
   os.replace, os.rename = renaming(os.replace), renaming(os.rename)
   sys.argv = ["main", *flags]
   job.run()

@@ -139,3 +139,16 @@ def backbone(
   tokens = {"tokenizer_class": f"{family.capitalize()}Tokenizer", **dict(zip(names, special, strict=True))}
   (directory / "tokenizer_config.json").write_text(json.dumps(tokens))
   return directory
+
+
+def run_flags(directory: pathlib.Path) -> list[str]:
+  """Flags of a run of seconds on data and a backbone that are written to `directory`; only --workdir is missing."""
+  root = pathlib.Path(__file__).parents[2]
+  data, model = beir(directory / "data"), backbone(directory / "backbone")
+  return [
+    f"--config={root}/configs/beir.py", f"--config.data.dir={data}", f"--config.backbone.path={model}",
+    "--config.train.steps=12", "--config.train.queries=8", "--config.train.checkpoint_every=3",
+    "--config.train.evaluate_every=4", "--config.train.log_every=1", "--config.train.negatives=bm25",
+    "--config.train.learning_rate=0.05", "--config.prompt.length=4", "--config.text.passage_length=32",
+    "--config.encode.shard_passages=16", "--config.evaluate.examples=2",
+  ]  # fmt: skip

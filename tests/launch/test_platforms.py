@@ -1,0 +1,152 @@
+"""launch/gpus.sh, slurm.sh and tpu_pod.sh against fake executables: what they call, what a crash, an error of input, a
+preemption and a signal lead to."""
+
+import signal
+import time
+
+import pytest
+
+JOB = ("--config=c.py", "--workdir=/shared/my run", "--config.text.query_template=query: {text}")
+
+SRUN = """
+while [[ $1 == --* ]]; do shift; done
+"$@"
+"""
+SCANCEL = 'kill -TERM "$(cat "$fakes/main-0.pid")"\n'
+
+# A TPU of one worker, whose home is $fakes/home. `vm` and `queue` hold the states; a preemption takes both away.
+GCLOUD = """
+home=$fakes/home
+case "$*" in
+  *'tpu-vm describe'*) cat "$fakes/vm" ;;
+  *'queued-resources describe'*) cat "$fakes/queue" ;;
+  *'queued-resources create'*) echo READY >"$fakes/vm"; echo ACTIVE >"$fakes/queue" ;;
+  *'queued-resources delete'*) rm -f "$fakes/vm" "$fakes/queue" ;;
+  *'tpu-vm scp'*) cp "$5" "$home/" ;;
+  *'tpu-vm ssh'*)
+    for flag in "$@"; do case $flag in --command=*) command=${flag#*=} ;; esac; done
+    cd "$home" && bash -c "$command" ;;
+esac
+"""
+TPU = {"TPU": "pod", "ZONE": "z", "POLL": "0"}
+ORDER = {"TYPE": "v5litepod-16", "VERSION": "v2-alpha-tpuv5-lite", "SPOT": "1"}
+PREEMPT = "echo PREEMPTED >$fakes/vm; echo SUSPENDED >$fakes/queue; kill -KILL $$"
+
+
+def test_gpus_runs_with_restarts(fakes):
+  fakes.python(["exit 1", "exit 0"])
+  assert fakes.run("gpus.sh", *JOB)[0] == 0
+  assert fakes.jobs() == ["python -m dptdr_jax.main " + " ".join(JOB)] * 2
+
+
+def test_gpus_without_a_gpu_is_an_error(fakes):
+  fakes.python(["exit 0"])
+  fakes.tell("gpus", "1")
+  status, printed = fakes.run("gpus.sh", *JOB)
+  assert status == 2 and "jax finds no GPU" in printed and not fakes.jobs()
+
+
+@pytest.fixture
+def slurm(fakes):
+  """Starts the batch script as SLURM does, in an allocation."""
+  fakes.tool("srun", SRUN)
+  fakes.tool("scancel", SCANCEL)
+  fakes.tool("scontrol", "")
+  place = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": ".", "SLURM_CPUS_PER_TASK": "8"}
+  return lambda: fakes.start("slurm.sh", *JOB, **place)
+
+
+def test_slurm_starts_again_in_the_allocation(fakes, slurm):
+  fakes.python(["exit 134", "exit 0"])
+  status, printed = fakes.end(slurm())
+  assert status == 0, printed
+  assert len(fakes.calls("srun", "--kill-on-bad-exit=1 --cpus-per-task=8")) == len(fakes.jobs()) == 2
+  assert not fakes.calls("scontrol")
+
+
+def test_slurm_an_error_of_input_is_final(fakes, slurm):
+  fakes.python(["exit 2"])
+  assert fakes.end(slurm())[0] == 2
+  assert len(fakes.jobs()) == 1 and not fakes.calls("scontrol")
+
+
+def test_slurm_before_the_time_limit_all_save_and_the_job_requeues(fakes, slurm):
+  fakes.python(["hang"])
+  status, printed = fakes.stop(slurm(), signal.SIGUSR1)
+  assert status == 75, printed
+  assert fakes.calls("scancel") == ["scancel --signal=TERM 7"]  # the tasks, not srun
+  assert fakes.calls("scontrol") == ["scontrol requeue 7"]
+
+
+def test_slurm_cancelled_it_stays_away(fakes, slurm):
+  fakes.python(["hang"])
+  assert fakes.stop(slurm())[0] == 75
+  assert len(fakes.jobs()) == 1 and not fakes.calls("scontrol")
+
+
+@pytest.fixture
+def tpu(fakes):
+  """A function that makes a ready TPU of one worker, whose main job does the actions."""
+  fakes.tool("gcloud", GCLOUD)
+  environment = fakes.directory / "home/dptdr_jax/.venv/bin"
+  environment.mkdir(parents=True)
+  (environment / "activate").write_text(f"PATH={environment}:$PATH\n")
+
+  def make(*actions: str) -> None:
+    fakes.python(actions, path=environment / "python")
+    fakes.tell("vm", "READY")
+
+  return make
+
+
+def test_tpu_copies_installs_runs_and_starts_again(fakes, tpu):
+  tpu("exit 1", "exit 0")
+  status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU, SETUP="touch mounted")
+  assert status == 0, printed
+  assert fakes.jobs() == ["python -m dptdr_jax.main --coordinator=auto " + " ".join(JOB)] * 2
+  assert fakes.calls("python", "pip install") and "[tpu]" in fakes.calls("python", "pip install")[0]
+  assert (fakes.directory / "home/dptdr_jax/dptdr_jax/main.py").exists()
+  assert (fakes.directory / "home/dptdr_jax/mounted").exists()
+  assert len(fakes.calls("gcloud", "tpu-vm scp")) == 2 and not fakes.calls("gcloud", "create")
+
+
+def test_tpu_an_error_of_input_is_final(fakes, tpu):
+  tpu("exit 2")
+  assert fakes.run("tpu_pod.sh", *JOB, **TPU)[0] == 2
+  assert len(fakes.jobs()) == 1
+
+
+def test_tpu_taken_away_is_ordered_anew(fakes, tpu):
+  tpu(PREEMPT, "exit 0")
+  (fakes.directory / "vm").unlink()
+  status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU, **ORDER)
+  assert status == 0, printed
+  orders = fakes.calls("gcloud", "create")
+  assert len(orders) == 2 and "pod --node-id=pod --accelerator-type=v5litepod-16" in orders[0] and "--spot" in orders[0]
+  assert len(fakes.calls("gcloud", "delete pod --force")) == 1
+
+
+def test_tpu_that_is_not_there_and_not_to_be_ordered_is_an_error(fakes, tpu):
+  tpu("exit 0")
+  fakes.tell("vm", "STOPPED")
+  status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU)
+  assert status == 2 and "set TYPE and VERSION" in printed and not fakes.jobs()
+
+
+def test_tpu_ctrl_c_stops_the_workers(fakes, tpu):
+  tpu("hang")
+  started = time.monotonic()
+  status, printed = fakes.stop(fakes.start("tpu_pod.sh", *JOB, **TPU), signal.SIGINT)
+  assert status == 75, printed
+  assert len(fakes.jobs()) == 1 and time.monotonic() - started < 30
+  assert "while it is there it is paid for" in printed
+
+
+def test_tpu_asks_the_plan_first(fakes, tpu):
+  tpu("exit 0")
+  fakes.python([])
+  fakes.tell("plan", "1")
+  status, _ = fakes.run("tpu_pod.sh", *JOB, **TPU, TOPOLOGY="v5e:4x4")
+  plan = fakes.calls("python", "-m dptdr_jax.plan")
+  assert status == 2 and not fakes.calls("gcloud")
+  assert [call.partition("--")[2] for call in plan] == [f"topology=v5e:4x4 {JOB[0]} {JOB[2]}"]
