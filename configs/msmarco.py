@@ -18,7 +18,8 @@ def get_config():
   c.data.title_augmented = True
   c.text.separator = "</s>"
   c.pretrain.enabled = True  # RIP on the MS MARCO passages, at the defaults, which are coCondenser's
-  c.pretrain.chunk = 64
+  c.pretrain.chunk = 32  # with the next line it fits 16 GB of memory
+  c.pretrain.remat = "attention"
   c.prompt.length = 128
   c.train.epochs = 10.0
   c.train.queries = 64

@@ -15,7 +15,8 @@ def get_config():
   c.data.source = "nq"
   c.text.separator = "</s>"
   c.pretrain.enabled = True  # RIP on the Wikipedia passages, at the defaults, which are coCondenser's
-  c.pretrain.chunk = 64
+  c.pretrain.chunk = 32  # with the next line it fits 16 GB of memory
+  c.pretrain.remat = "attention"
   c.prompt.length = 32
   c.prompt.tied = False
   c.train.epochs = 60.0

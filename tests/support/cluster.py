@@ -21,6 +21,8 @@ def start(arguments: Sequence[str], processes: int, devices: int = 2) -> list[su
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
   }
+  if processes > 1:  # jax lets the first alone write to a cache: the others would compile while it waits in vain
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
   place = [f"--coordinator=localhost:{port}", f"--processes={processes}"] if processes > 1 else []
   return [
     subprocess.Popen(
