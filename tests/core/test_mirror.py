@@ -336,7 +336,7 @@ def test_a_directory_that_is_lost_while_the_stage_runs_does_not_take_its_copy_al
   with pytest.raises(InputError, match="begun.json is gone"), copies.follow(STAGE, "k1"):
     copies._copies[STAGE].update("k1", ended=False)
     files.remove(tmp_path / "run" / STAGE)
-    raise preemption.Preempted
+    raise preemption.Preempted("between two steps")
   assert fetched(tmp_path / "other") == STATES[0]
 
 
@@ -347,7 +347,7 @@ def test_a_mounted_remote_keeps_no_empty_directories(tmp_path):
   for state in STATES[:2]:
     write(tmp_path / "run", state)
     with pytest.raises(preemption.Preempted), copies.follow(STAGE, "k1"):
-      raise preemption.Preempted
+      raise preemption.Preempted("between two steps")
   assert [path.name for path in (tmp_path / "there/train1/checkpoints").iterdir()] == ["4"]
 
 
