@@ -6,4 +6,5 @@ source launch/environment.sh
 make_environment "${ENVIRONMENT:-.venv-test}" "[test]"
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+# Two at a time, a file in one process: its fixtures are dear.
+exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
