@@ -36,6 +36,22 @@ def test_what_does_not_fit_is_told_with_what_does(config, capsys):
   assert "no chunk of" in capsys.readouterr().out
 
 
+def test_what_is_computed_again_is_work_and_what_is_split_takes_less_memory(config):
+  devices = plan.find_devices("cpu:8")[1]
+
+  def measure(**changed):
+    made = config.copy_and_resolve_references()
+    for name, value in changed.items():
+      section, _, field = name.rpartition("__")
+      (made[section] if section else made)[field] = value
+    return {step.name: plan.measure(step, made, 8) for step in plan.find_steps(made, devices, ["train", "encode"])}
+
+  usual, again, split = measure(), measure(train__remat="attention"), measure(fsdp=4)
+  assert again["train"].operations > usual["train"].operations
+  saved = {name: usual[name].arguments - split[name].arguments for name in usual}  # three quarters of the backbone
+  assert saved["encode"] == saved["train"] > 0.5 * usual["train"].arguments
+
+
 def test_roofline():
   figures = plan.Figures(0, 0, 2e12, 3 * 10**9, (("all-gather", 10**6, 2, ""),))
   seconds = figures.seconds(plan.Chip(1e12, 1, 1e9, 1e6))

@@ -133,12 +133,7 @@ def barrier(name: str, timeout_s: float | None = None, whom: str = "the others")
   """
   if process_count() == 1:
     return
-  said = {"stops": preemption.asked(), "name": name}
-  found = _meet(name, said, _patience_s if timeout_s is None else timeout_s, whom)
-  if any(one["stops"] for one in found):
-    raise preemption.Preempted(f"all processes stop at '{name}'", agreed=True)
-  if elsewhere := {one["name"] for one in found} - {name}:
-    raise LostError(f"process {process_index()} is at '{name}', others are at {sorted(elsewhere)}")
+  _meet(name, {"stops": preemption.asked()}, _patience_s if timeout_s is None else timeout_s, whom)
 
 
 def tell_stop(timeout_s: float = 10.0) -> None:
@@ -148,12 +143,16 @@ def tell_stop(timeout_s: float = 10.0) -> None:
   at work on something of their own, or wait for this one where it will not come: `leave` ends that.
   """
   if process_count() > 1:
-    with contextlib.suppress(LostError):
-      _meet("leave", {"stops": True, "name": "leave"}, timeout_s, "the others")
+    with contextlib.suppress(LostError, preemption.Preempted):
+      _meet("leave", {"stops": True}, timeout_s, "the others")
 
 
 def first_says(make: Callable[[], Any]) -> Any:
-  """What `make` gives in process 0, in every process; something that JSON can hold. The others don't call it."""
+  """What `make` gives in process 0, in every process; something that JSON can hold. The others don't call it.
+
+  Raises:
+    LostError, Preempted: as `barrier`.
+  """
   if process_count() == 1:
     return make()
   said = {"value": make()} if is_main() else {}
@@ -161,11 +160,14 @@ def first_says(make: Callable[[], Any]) -> Any:
 
 
 def _meet(name: str, said: dict, timeout_s: float, whom: str) -> list[dict]:
-  """What every process says at its next meeting, by process. All come to the same meetings in the same order."""
+  """What every process says at its next meeting, by process. All come to the same meetings in the same order.
+
+  Raises as `barrier`; who says that it 'stops' may be anywhere.
+  """
   client, number = _coordinator(), next(_meetings)
   place, began, pause, told = f"{_MEETINGS}/{number}/", time.monotonic(), 0.002, False
   try:
-    client.key_value_set(f"{place}{process_index()}", json.dumps(said))
+    client.key_value_set(f"{place}{process_index()}", json.dumps(said | {"name": name}))
     while True:
       found = {int(key.rpartition("/")[2]): json.loads(text) for key, text in client.key_value_dir_get(place)}
       missing = [index for index in range(process_count()) if index not in found]
@@ -186,6 +188,10 @@ def _meet(name: str, said: dict, timeout_s: float, whom: str) -> list[dict]:
       client.key_value_delete(f"{_MEETINGS}/{number - 1}")
   except jax.errors.JaxRuntimeError as error:
     raise LostError(f"process {process_index()} lost the coordinator at '{name}': {error}") from error
+  if any(one.get("stops") for one in found.values()):
+    raise preemption.Preempted(f"all processes stop at '{name}'", agreed=True)
+  if elsewhere := {one["name"] for one in found.values()} - {name}:
+    raise LostError(f"process {process_index()} is at '{name}', others are at {sorted(elsewhere)}")
   return [found[index] for index in range(process_count())]
 
 

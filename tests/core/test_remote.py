@@ -27,12 +27,12 @@ def memory():
   found.store.clear()
 
 
-@pytest.mark.parametrize("path", ["gs://b/x", "s3://b", "memory://a/b", "file:///tmp/x", "simplecache::gs://b/x"])
+@pytest.mark.parametrize("path", ["gs://b/x", "s3://b", "memory://a/b", "file:///data/x", "simplecache::gs://b/x"])
 def test_urls(path):
   assert remote.is_remote(path)
 
 
-@pytest.mark.parametrize("path", ["/tmp/x", "a/b", "package:name", "roberta-base", pathlib.Path("gs://b/x"), "c:/x"])
+@pytest.mark.parametrize("path", ["/data/x", "a/b", "package:name", "roberta-base", pathlib.Path("gs://b/x"), "c:/x"])
 def test_what_is_no_url(path):
   assert not remote.is_remote(path)
   assert remote.staged(path) == pathlib.Path(path)

@@ -12,7 +12,7 @@ from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import represent
 
 
-def _compile(config, spec, batch, tokens, what):
+def _compile(config, spec, batch, tokens, what, remat="none"):
   """Compiles value and gradient with dropout on, from shapes alone."""
   params = jax.eval_shape(lambda: convert.init_params(jax.random.key(0), config))
   prompt = jax.eval_shape(lambda: prompts.init_prompt(jax.random.key(0), spec, config))
@@ -21,7 +21,8 @@ def _compile(config, spec, batch, tokens, what):
   lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
   def value(prompt, params, ids, lengths, keys):
-    return jnp.sum(represent(config, spec, params, prompt, ids, lengths, pooling="first", normalize=False, keys=keys))
+    options = {"pooling": "first", "normalize": False, "keys": keys, "remat": remat}
+    return jnp.sum(represent(config, spec, params, prompt, ids, lengths, **options))
 
   step = jax.jit(jax.value_and_grad(value, argnums=0 if what == "prompt" else 1))
   return step.lower(prompt, params, ids, lengths, keys).compile()
@@ -67,3 +68,22 @@ def test_no_prompt_copy_is_kept_for_each_example():
   # What a further layer keeps for an example is a small part of a copy; the masked prompt of one layer comes and goes.
   assert (deep - shallow) / 20 < 0.15 * 2 * array
   assert deep < 0.3 * 24 * 2 * array
+
+
+def test_what_a_layer_keeps_without_the_probabilities():
+  # In float32: inputs of two norms (2 H), of the activation (4 H), queries, keys and values (3 H), and probabilities.
+  batch, tokens, length, width, heads = 4, 64, 64, 64, 4
+  spec = PromptSpec("deep", length, position_shift=length)
+
+  def kept(remat):  # bytes that one more layer keeps
+    sizes = []
+    for layers in (4, 12):
+      config = EncoderConfig("bert", 50, width, layers, heads, 4 * width, 256)
+      sizes.append(_compile(config, spec, batch, tokens, "prompt", remat).memory_analysis().temp_size_in_bytes)
+    return (sizes[1] - sizes[0]) / 8
+
+  rows = batch * tokens * 4
+  probabilities, others = rows * heads * (length + tokens), rows * 9 * width
+  usual, again = kept("none"), kept("attention")
+  assert usual - again > 0.95 * probabilities
+  assert again < 1.2 * others

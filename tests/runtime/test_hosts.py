@@ -42,6 +42,8 @@ if index == 1:
 try:
   if index == 1 and way == "inside a stage":
     preemption.check("after shard 3")
+  if way == "at a trial":
+    hosts.first_says(lambda: 1) if index == 0 else preemption.check("after shard 3")
   hosts.barrier("after the stage", timeout_s=60)
 except preemption.Preempted as stop:
   if not stop.agreed:
@@ -104,8 +106,11 @@ def test_two_processes_meet_and_a_lonely_one_gives_up():
   assert "LostError process 0 waited 0.5 s at 'alone' for the others (1 of 2)" in run_two(PROGRAM)[0]
 
 
-@pytest.mark.parametrize("way", ["at a barrier", "inside a stage"])
-def test_who_is_told_to_stop_tells_the_others(way):
+@pytest.mark.parametrize(
+  ("way", "where"),
+  [("at a barrier", "after the stage"), ("inside a stage", "after the stage"), ("at a trial", "what the first says")],
+)
+def test_who_is_told_to_stop_tells_the_others(way, where):
   waiting, told = (printed.splitlines()[-1] for printed in run_two(STOPPED, way))  # gloo prints too
-  assert waiting == "all processes stop at 'after the stage'"
+  assert waiting == f"all processes stop at '{where}'"
   assert told == (waiting if way == "at a barrier" else "after shard 3")
