@@ -2,7 +2,8 @@
 
 An arm is a run with some fields changed; stages that arms have in common are done once. DIR/ablation.{json,md,html} has
 the measures over all seeds with 95 % intervals, a paired randomisation test of every arm against the first, and quality
-against trained parameters. Started again, it goes on.
+against trained parameters; an arm with a cross-encoder (cross.enabled=True) stands there twice, before and after
+reranking. Started again, it goes on.
 
 Arms by name: plain (prompts alone, one round), rip, unm, dptdr (both), finetune, finetune-unm, finetune-dptdr (all
 weights, the same steps); unm-bm25, unm-dense (one source alone), unm-raw (no denoising). Any other:
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ast
 import pathlib
 import sys
+from collections.abc import Iterable
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -109,8 +111,8 @@ def _split(text: str) -> list[str]:
   return [part for part in parts if part.strip()]
 
 
-def configured(config: ConfigDict, fields: dict, seed: int, baselines: bool) -> ConfigDict:
-  """The config of one run of an arm; baselines are evaluated in one run only.
+def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
+  """The config of one run of an arm.
 
   Raises:
     InputError: a field that the config does not have, or a value of another type.
@@ -122,9 +124,17 @@ def configured(config: ConfigDict, fields: dict, seed: int, baselines: bool) -> 
   except (KeyError, TypeError) as error:
     raise InputError(f"an arm's field cannot be set ({error})", value=fields) from None
   changed.seed = seed
-  if not baselines:
-    changed.evaluate.bm25 = changed.evaluate.backbone = False
   return changed
+
+
+def _baselines_once(configs: Iterable[ConfigDict]) -> None:
+  """Leaves BM25 to the first run, and the untuned backbone to the first run with it, pretrained or as it came."""
+  seen = set()
+  for config in configs:
+    kind = bool(config.pretrain.enabled)
+    config.evaluate.bm25 &= not seen
+    config.evaluate.backbone &= kind not in seen
+    seen.add(kind)
 
 
 def ablate(
@@ -132,11 +142,12 @@ def ablate(
 ) -> None:
   """Runs every arm with every seed and writes the comparison, anew after each run."""
   planned = [
-    (name, seed, configured(config, fields, seed, baselines=name == next(iter(arms)) and seed == seeds[0]))
+    (name, seed, configured(config, fields, seed))
     for seed in seeds
     for name, fields in arms.items()
     if seed == seeds[0] or name not in one_seed
   ]
+  _baselines_once(changed for _, _, changed in planned)
   done: list[comparison.Done] = []
   directories = [workdir / "runs" / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
   for (name, seed, changed), directory in zip(planned, directories, strict=True):

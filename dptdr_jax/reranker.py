@@ -102,6 +102,11 @@ class CrossEncoder:
       }
       (partial / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
+  @property
+  def num_parameters(self) -> int:
+    """Trained ones: prompt and head."""
+    return sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+
   @functools.cached_property
   def hash(self) -> str:
     """Over everything that a score depends on: what scores on disk are tied to."""

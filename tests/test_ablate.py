@@ -18,7 +18,9 @@ def finished(tmp_path_factory):
   """(config, arms, workdir) of an ablation that has ended."""
   directory = tmp_path_factory.mktemp("ablation")
   config = make_config(directory, rounds=1, train__negatives="bm25", evaluate__backbone=True)
-  arms = ablate.chosen(["plain", "unm"], ["P 2: prompt.length=2, rounds=1"])
+  config.pretrain.update({"spans": 16, "span_tokens": 16, "shortest": 2, "steps": 2, "evaluate_every": 0})
+  config.cross.update({"steps": 2, "queries": 4, "passages": 2, "pair_length": 48, "length": 4, "rerank": 5})
+  arms = ablate.chosen(["plain", "unm"], ["P 2: prompt.length=2, pretrain.enabled=True, cross.enabled=True"])
   ablate.ablate(config, directory / "work", arms, [0, 1], ["P 2"], "RR@10")
   return config, arms, directory / "work"
 
@@ -26,8 +28,8 @@ def finished(tmp_path_factory):
 def test_the_table_is_what_the_runs_measured(finished):
   _, _, workdir = finished
   found = json.loads((workdir / "ablation.json").read_text())["dev"]
-  assert list(found) == ["BM25", "untuned backbone", "plain", "unm", "P 2"]
-  assert [found[arm]["seeds"] for arm in ("plain", "unm", "P 2")] == [2, 2, 1]
+  assert list(found) == ["BM25", "untuned backbone", "pretrained backbone", "plain", "unm", "P 2", "P 2, reranked"]
+  assert [found[arm]["seeds"] for arm in ("plain", "unm", "P 2", "P 2, reranked")] == [2, 2, 1, 1]
   per_query = {}
   for arm, system in (("plain", "train1"), ("unm", "train2")):
     runs = [np.load(workdir / f"runs/{arm}-{seed}/evaluate/per_query/{system}.dev.npz")["RR@10"] for seed in (0, 1)]
@@ -36,6 +38,11 @@ def test_the_table_is_what_the_runs_measured(finished):
     assert found[arm]["spread"] == pytest.approx(sorted(run.mean() for run in runs))
   assert found["unm"]["p"] == measures.randomisation_test(per_query["unm"], per_query["plain"])
   assert found["plain"]["parameters"] > found["P 2"]["parameters"] > 0
+  head = found["P 2, reranked"]["parameters"] - found["P 2"]["parameters"] - found["plain"]["parameters"]  # P is 4 too
+  assert 32 <= head < 32 * 40, "the cross-encoder's prompt and head count"
+  measured = {(path.name.partition(".")[0], path.parts[-4]) for path in workdir.glob("runs/*/evaluate/parts/*.json")}
+  baselines = {(system, run) for system, run in measured if not system.startswith(("train", "reranked"))}
+  assert baselines == {("bm25", "plain-0"), ("backbone", "plain-0"), ("backbone", "P-2-0"), ("pretrain", "P-2-0")}
   table = (workdir / "ablation.md").read_text()
   assert "| unm |" in table and f"{found['unm']['means']['RR@10']:.4f}" in table
   assert "<svg" in (workdir / "ablation.html").read_text()
@@ -80,4 +87,4 @@ def test_fields_of_an_arm(finished):
   (fields,) = ablate.chosen([], ["x: evaluate.splits=('dev', 'test'), compute_dtype=float32, train.clip=0.5"]).values()
   assert fields == {"evaluate.splits": ("dev", "test"), "compute_dtype": "float32", "train.clip": 0.5}
   with pytest.raises(InputError, match="cannot be set"):
-    ablate.configured(config, {"prompt.lenth": 8}, 0, baselines=True)
+    ablate.configured(config, {"prompt.lenth": 8}, 0)

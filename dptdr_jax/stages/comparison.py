@@ -12,7 +12,7 @@ import numpy as np
 
 from dptdr_jax.core import files
 from dptdr_jax.retrieval import measures
-from dptdr_jax.stages import drawing
+from dptdr_jax.stages import drawing, evaluate
 from dptdr_jax.stages.layout import Layout
 
 
@@ -49,20 +49,26 @@ def write(directory: pathlib.Path, runs: Sequence[Done], measure: str, splits: S
 
 def _compare(runs: Sequence[Done], measure: str, split: str) -> dict[str, dict]:
   """By system: {'seeds', 'parameters', 'means', 'interval' and 'spread' of the measure, 'p' against the first arm}."""
-  found, values = {}, {}
-  baselines = Layout.of(runs[0].workdir)
+  found, layouts = {}, [Layout.of(run.workdir) for run in runs]
   for system, label in (("bm25", "BM25"), ("backbone", "untuned backbone"), ("pretrain", "pretrained backbone")):
-    if baselines.per_query(system, split).exists():
-      found[label], values[label] = _system([(baselines, system)], split, measure), None
-      found[label] |= {"parameters": 0}
-  reference = runs[0].arm
+    measured = [(layout, system) for layout in layouts if layout.per_query(system, split).exists()]
+    if measured:
+      found[label] = _system(measured[:1], split, measure) | {"parameters": 0}
+  reference = None
   for arm in dict.fromkeys(run.arm for run in runs):
-    mine = [(Layout.of(run.workdir), f"train{run.rounds}") for run in runs if run.arm == arm]
-    found[arm] = _system(mine, split, measure)
-    found[arm]["parameters"] = files.read_json(mine[0][0].summary)["trained_parameters"]
-    values[arm] = _mean(mine, split, measure)
-    if arm != reference:
-      found[arm]["p"] = measures.randomisation_test(values[arm], values[reference])
+    mine = [(layout, f"train{run.rounds}") for layout, run in zip(layouts, runs, strict=True) if run.arm == arm]
+    summary = files.read_json(mine[0][0].summary)
+    ranked = {arm: (mine, summary["trained_parameters"])}
+    if crossed := summary.get("cross_parameters"):
+      again = [(layout, evaluate.RERANKED) for layout, _ in mine]
+      ranked[f"{arm}, reranked"] = again, summary["trained_parameters"] + crossed
+    for name, (systems, parameters) in ranked.items():
+      found[name] = _system(systems, split, measure) | {"parameters": parameters}
+      values = _mean(systems, split, measure)
+      if reference is None:
+        reference = values
+      else:
+        found[name]["p"] = measures.randomisation_test(values, reference)
   return found
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, preemption
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
+from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval import answers, measures, runs
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.runs import Run
@@ -126,6 +127,10 @@ def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
   whole = retriever.backbone.num_parameters
   prompts = {id(tree): tree for tree in retriever.prompts.values()}.values()  # tied prompts count once
   trained = whole if retriever.spec.kind == "none" else sum(leaf.size for leaf in jax.tree.leaves(list(prompts)))
+  crossed = {}
+  if config.cross.enabled:
+    shared = retriever.backbone if retriever.spec.kind != "none" else common.load_backbone(config, layout)
+    crossed = {"cross_parameters": CrossEncoder.load(cross.model_of(layout), shared).num_parameters}
   return {
     "rounds": config.rounds,
     "passages": len(data.ids),
@@ -133,6 +138,7 @@ def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
                 for name in config.evaluate.splits},
     "labels": _labels(config),
     "trained_parameters": trained,
+    **crossed,
     "backbone_parameters": whole,
     "facts": [
       f"{_origin(config, layout)}, {retriever.backbone.compute_dtype} on {jax.default_backend()}",
