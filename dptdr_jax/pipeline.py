@@ -68,9 +68,10 @@ class Stage:
 NEUTRAL = (
   "train.query_chunk", "train.passage_chunk", "train.remat", "cross.chunk",
   "pretrain.chunk", "pretrain.remat", "pretrain.fsdp",
-  "train.loader_workers", "train.log_every", "train.keep_checkpoints",
-  "cross.loader_workers", "cross.log_every", "cross.keep_checkpoints",
-  "pretrain.loader_workers", "pretrain.log_every", "pretrain.keep_checkpoints", "pretrain.evaluate_every",
+  "train.loader_workers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+  "cross.loader_workers", "cross.log_every", "cross.checkpoint_every", "cross.keep_checkpoints",
+  "pretrain.loader_workers", "pretrain.log_every", "pretrain.checkpoint_every", "pretrain.keep_checkpoints",
+  "pretrain.evaluate_every",
 )  # fmt: skip
 
 MANY_FILES = 16  # more are told by one hash over all
@@ -192,6 +193,8 @@ def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Plann
   """
   for check in (common.check, mine.check, search.check):
     check(config)
+  if config.pretrain.enabled:
+    pretrain.check(config)
   if config.cross.enabled:
     cross.check(config, common.encoder_config(config))
   fingerprints = manifest.Fingerprints(layout.root / "inputs.json", verify)
@@ -242,18 +245,29 @@ def _choose(names: list[str], only: Sequence[str]) -> list[str]:
 
 
 def _describe(stage: Stage, config: ConfigDict, keys: dict[str, str], fingerprints: manifest.Fingerprints) -> dict:
-  plain = config.to_dict()
+  plain, unread = config.to_dict(), {*NEUTRAL, *_overruled(config)}
   fields = {}
   for name in stage.fields:
     value = functools.reduce(lambda at, part: at[part], name.split("."), plain)
     if isinstance(value, dict):
-      value = {key: item for key, item in value.items() if f"{name}.{key}" not in NEUTRAL}
+      value = {key: item for key, item in value.items() if f"{name}.{key}" not in unread}
     fields[name] = value
   # What was fetched is named by its URL: the cache may be elsewhere on another machine.
   found = {remote.origin(path): sha256 for path, sha256 in fingerprints.of(stage.files(config)).items()}
   if len(found) > MANY_FILES:
     found = {f"{len(found)} files": manifest.key_of(found)}
   return {"config": fields, "stages": {name: keys[name] for name in stage.inputs}, "files": found}
+
+
+def _overruled(config: ConfigDict) -> Iterator[str]:
+  """Fields that others keep from being read."""
+  for section in ("train", "cross", "pretrain"):
+    if config[section].steps:
+      yield from (f"{section}.epochs", f"{section}.tokens")
+  if config.pretrain.tokens:
+    yield "pretrain.epochs"
+  if not scratch.is_wanted(config):
+    yield from ("pretrain.vocabulary", "pretrain.shape")
 
 
 def _is_done(layout: Layout, stage: Stage, key: str) -> bool:

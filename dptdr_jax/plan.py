@@ -166,26 +166,23 @@ def find_devices(topology: str) -> tuple[str, list]:
 
 def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tuple[int, int] = (0, 0)) -> list[Step]:
   """The config's steps, each with the shapes of a full batch."""
-  import numpy as np
-  from jax.sharding import Mesh
-
+  from dptdr_jax.runtime import mesh as meshes
   from dptdr_jax.stages import common, shapes
 
-  def mesh(fsdp: int) -> Mesh:
-    if len(devices) % fsdp:
-      raise InputError("fsdp does not divide the number of chips", value=(fsdp, len(devices)))
-    return Mesh(np.array(devices).reshape(-1, fsdp), ("data", "fsdp"))
+  def mesh(fsdp: int):
+    return meshes.make_mesh(fsdp=fsdp, devices=devices)
 
   encoder = common.encoder_config(config)
   passages, queries = (
     given or usual for given, usual in zip(sizes, _SIZES.get(config.data.source, (0, 0)), strict=True)
   )
   train, pretrain, count = config.train, config.pretrain, len(devices)
+  budget = pretrain.tokens / (pretrain.spans * pretrain.span_tokens)  # at least: no span is longer
   encoded = max(1, config.encode.batch_tokens // config.text.passage_length)
   known = {
     "pretrain": Step(
       "pretrain", lambda c: shapes.pretrain(c, encoder, mesh(c.pretrain.fsdp)), "pretrain.chunk",
-      pretrain.spans // count, pretrain.steps or pretrain.epochs * passages * 2 / pretrain.spans,
+      pretrain.spans // count, pretrain.steps or budget or pretrain.epochs * passages * 2 / pretrain.spans,
       passages * 2 / pretrain.spans,
     ),
     "train": Step(

@@ -19,7 +19,11 @@ from dptdr_jax import pipeline
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.models import mlm
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.models.represent import hidden_states
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.stages.layout import Layout
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6
@@ -115,9 +119,14 @@ def test_the_export_is_transformers_own(directory, finished, family, tmp_path):
   own = Backbone.load(exported)
   ids = np.array([own.tokenizer.wrap(own.tokenizer.encode(["merge heap stable"])[0])])
   with torch.no_grad():
-    wanted = model.eval()(torch.tensor(ids), output_hidden_states=True).hidden_states[-1][:, 0].numpy()
-  found = Retriever.untuned(own, passage_length=32).encode_tokens(ids, np.ones_like(ids))
-  np.testing.assert_allclose(found, wanted, atol=1e-4)
+    wanted = model.eval()(torch.tensor(ids), output_hidden_states=True)
+  lengths = np.array([ids.shape[1]])
+  hidden = hidden_states(own.config, PromptSpec("none"), own.params, None, ids, lengths)
+  np.testing.assert_allclose(hidden, wanted.hidden_states[-1].numpy(), atol=1e-4)
+  head = mlm.head_from_huggingface(load_file(exported / "model.safetensors"), own.config)
+  assert np.abs(head["bias"]).max() > 1e-4, "a fresh head's is 0"
+  logits = mlm.logits(head, own.params["embeddings"]["word"], hidden, own.config, np.float32)
+  np.testing.assert_allclose(logits, wanted.logits.numpy(), atol=1e-4)
   loaded = transformers.AutoTokenizer.from_pretrained(exported)
   assert loaded("merge heap stable")["input_ids"] == ids[0].tolist()
 
@@ -154,8 +163,10 @@ def test_several_corpora_a_token_budget_and_contrast_alone(directory, finished, 
 def test_from_nothing(directory, tmp_path):
   shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 64}
   config = make_config(directory, tokenizer="train", vocabulary=400, shape=shape, steps=2, evaluate_every=2)
-  config.backbone.path = ""
-  pipeline.run(config, tmp_path / "work")
+  pipeline.run(config, tmp_path / "work")  # the backbone that the config names is not read
+  about = json.loads((tmp_path / "work/pretrain/backbone/manifest.json").read_text())
+  assert about["parent"]["path"] == str(tmp_path / "work/prepare/backbone")
+  assert "backbone from nothing" in (tmp_path / "work/report.html").read_text()
   base = Backbone.load(tmp_path / "work/prepare/backbone")
   assert base.config.family == "roberta" and base.tokenizer.vocab_size == base.config.vocab_size <= 400
   results = json.loads((tmp_path / "work/results.json").read_text())
@@ -174,12 +185,35 @@ def test_from_nothing(directory, tmp_path):
     ({"span_tokens": 500}, "500 tokens don't fit"),
     ({"corpora": ("nowhere.txt",)}, "nowhere.txt: no such corpus"),
     ({"tokenizer": "other"}, "unknown pretrain.tokenizer"),
+    ({"weights": (1.0, 2.0)}, "1 corpora need as many weights"),
+    ({"steps": 0, "epochs": 0.0}, "pretraining has no steps"),
+    ({"spans": 18}, "spans must be pairs that 1 processes and 8 devices can share"),
+    ({"fsdp": 3}, "does not fit 8 devices"),
+    ({"mask_rate": 1.5}, "mask_rate must lie between"),
+    ({"shortest": 8}, "don't go with a shortest of 8"),
+    ({"schedule": "steep"}, "unknown decay"),
   ],
 )
 def test_what_cannot_work_is_said_before_any_work(directory, tmp_path, fields, message):
   with pytest.raises(InputError, match=message):
     pipeline.run(make_config(directory, **fields), tmp_path / "work")
   assert not list(tmp_path.glob("work/*/manifest.json"))
+
+
+def test_what_cannot_change_the_weights_does_not_undo_them(finished):
+  config, workdir = finished
+  layout = Layout.of(workdir)
+
+  def keys(**fields):
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return {item.stage.name: item.key for item in pipeline.plan(changed, layout)}
+
+  usual = keys()
+  beside = {"checkpoint_every": 5, "evaluate_every": 1, "chunk": 2, "epochs": 3.0, "tokens": 10**6, "vocabulary": 999}
+  assert keys(**{f"pretrain__{name}": value for name, value in beside.items()}, train__checkpoint_every=7) == usual
+  other = keys(pretrain__learning_rate=2e-3)
+  assert [name for name in usual if usual[name] == other[name]] == ["prepare"]
 
 
 def test_vocabulary_below_the_bytes(directory, tmp_path):

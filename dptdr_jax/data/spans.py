@@ -13,7 +13,8 @@ tokens of text and at least s:
   n = 0      ('empty') A text of which the tokenizer makes nothing: never drawn.
 
 `SpanBatches.counts` says how many passages are which. Spans begin and end with whole words: an end that falls within a
-word moves inwards (unless the span would be one part of a word).
+word moves inwards (unless the span would be one part of a word), so a span may have a word less than it was drawn with;
+where two spans meet, their common border moves, and no word is lost.
 """
 
 from __future__ import annotations
@@ -41,13 +42,27 @@ class SpanLengths:
 
   Attributes:
     tokens: limit of a span, special tokens included.
-    shortest: s, fewest tokens of text in a span.
+    shortest: s, fewest tokens of text in a span, before its ends move to whole words.
     short_share: probability that a span aims at a random length instead of the limit.
   """
 
   tokens: int = 128
   shortest: int = 8
   short_share: float = 0.1
+
+  def text(self, num_special: int) -> int:
+    """The most tokens of text in a span, beside so many special ones.
+
+    Raises:
+      InputError: lengths that do not go together.
+    """
+    full = self.tokens - num_special
+    if not 1 <= 2 * self.shortest <= full or not 0 <= self.short_share <= 1:
+      raise InputError(
+        f"spans of {self.tokens} tokens don't go with a shortest of {self.shortest} and a share of short ones of "
+        f"{self.short_share}", fix="Twice the shortest must fit a span beside its special tokens",
+      )  # fmt: skip
+    return full
 
 
 class Drawn(NamedTuple):
@@ -94,12 +109,7 @@ class SpanBatches:
     num_hosts: int = 1,
   ):
     self._stores, self._lengths, self._masking, self._bucket = list(stores), lengths, masking, bucket
-    self._full = lengths.tokens - stores[0].num_special
-    if not 1 <= 2 * lengths.shortest <= self._full or not 0 <= lengths.short_share <= 1:
-      raise InputError(
-        f"spans of {lengths.tokens} tokens don't go with a shortest of {lengths.shortest} and a share of short ones of "
-        f"{lengths.short_share}", fix="Twice the shortest must fit a span beside its special tokens",
-      )  # fmt: skip
+    self._full = lengths.text(stores[0].num_special)
     if batch_size % (2 * num_hosts) or batch_size < 4:
       raise InputError(f"a batch of {batch_size} spans is not pairs for each of {num_hosts} hosts, or fewer than two")
     self._passages, self._seed = batch_size // 2, seed
@@ -146,16 +156,13 @@ class SpanBatches:
       epochs.append(epoch)
     return Drawn(*(np.concatenate(part) for part in (corpora, rows, epochs)))
 
+  def tokens(self, step: int) -> int:
+    """Tokens of the global batch of a step, special ones included, padding not."""
+    lengths = self._spans(step)[2]
+    return int(lengths.sum())
+
   def __getitem__(self, step: int) -> Batch:
-    drawn = self.draw(step)
-    source = generator(self._seed, STAGE, "spans", 0, step)
-    totals, word_starts = self._whole(drawn)
-    first, count = cut(totals, self._lengths, self._full, source)
-    first, count = _to_words(first, count, totals, word_starts)
-    owner = np.repeat(np.arange(len(drawn.rows)), 2)
-    first, count = first.ravel(), count.ravel()
-    width = self._width(int(count.max()))
-    tokens, lengths, starts = self._gather(drawn, owner, first, count, totals, word_starts, width)
+    drawn, tokens, lengths, starts, source = self._spans(step)
     batch = {"tokens": tokens, "lengths": lengths}
     if self._masking is not None:
       content = starts >= 0
@@ -163,12 +170,24 @@ class SpanBatches:
       batch["tokens"], batch["positions"], batch["labels"] = masked
     batch = {name: value[self._mine] for name, value in batch.items()}
     passage = np.stack([drawn.corpora, drawn.rows], 1)
-    batch["groups"] = np.unique(passage, axis=0, return_inverse=True)[1].reshape(-1)[owner].astype(np.int32)
+    groups = np.unique(passage, axis=0, return_inverse=True)[1].reshape(-1)
+    batch["groups"] = np.repeat(groups, 2).astype(np.int32)
     return batch
 
   def load(self, start_step: int, stop_step: int, workers: int = 2) -> Iterator[Batch]:
     """Yields the batches of start_step … stop_step − 1, some of them made ahead; see `batches.load_ahead`."""
     return load_ahead(self.__getitem__, start_step, stop_step, workers)
+
+  def _spans(self, step: int) -> tuple[Drawn, np.ndarray, np.ndarray, np.ndarray, np.random.Generator]:
+    """The global batch of a step before masking: its passages, `_gather`'s arrays, and what masks are drawn from."""
+    drawn = self.draw(step)
+    source = generator(self._seed, STAGE, "spans", 0, step)
+    totals, word_starts = self._whole(drawn)
+    first, count = cut(totals, self._lengths, self._full, source)
+    first, count = (part.ravel() for part in _to_words(first, count, totals, word_starts, self._full))
+    owner = np.repeat(np.arange(len(drawn.rows)), 2)
+    width = self._width(int(count.max()))
+    return drawn, *self._gather(drawn, owner, first, count, totals, word_starts, width), source
 
   def _advanced(self, step: int) -> np.ndarray:
     """How many passages each corpus has given before a step."""
@@ -237,20 +256,24 @@ def cut(
 
 
 def _to_words(
-  first: np.ndarray, count: np.ndarray, totals: np.ndarray, word_starts: np.ndarray
+  first: np.ndarray, count: np.ndarray, totals: np.ndarray, word_starts: np.ndarray, full: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Moves the ends of spans inwards to where words start; `first` and `count` [n, 2] as from `cut`."""
+  """Moves ends of spans to where words start, as the module's docstring says; takes what `cut` does, and its result."""
   offsets = ragged.offsets_of(totals)
   places = np.arange(len(word_starts))
   beyond = len(word_starts)
   ahead = np.minimum.accumulate(np.where(word_starts, places, beyond)[::-1])[::-1]  # next word at or after
   behind = np.maximum.accumulate(np.where(word_starts, places, -1))  # last word at or before
   begin, end = offsets[:-1, None] + first, offsets[:-1, None] + first + count
+  meet = begin == end[:, ::-1]  # this span begins where the other one ends
   moved = ahead[begin]
   begin = np.where(moved < end, moved, begin)
   last = behind[np.minimum(end, beyond - 1)]
   inside = (end < offsets[1:, None]) & (last > begin)
   end = np.where(inside, last, end)
+  border = np.where(word_starts[begin], begin, end[:, ::-1])
+  meet &= (border - begin[:, ::-1] <= full) & (end - border <= full)
+  begin, end = np.where(meet, border, begin), np.where(meet[:, ::-1], border[:, ::-1], end)
   return begin - offsets[:-1, None], end - begin
 
 
@@ -261,11 +284,16 @@ def _with_text(store: TokenStore) -> np.ndarray:
   return kept
 
 
+def check_weights(weights: Sequence[float], corpora: int) -> None:
+  """Raises InputError unless there is a weight above 0 for each corpus, or none at all."""
+  if weights and (len(weights) != corpora or min(weights) <= 0):
+    raise InputError(f"pretrain.weights: {corpora} corpora need as many weights above 0", value=list(weights))
+
+
 def _shares(weights: Sequence[float], sizes: Sequence[int], passages: int) -> np.ndarray:
   """Cumulative shares of the corpora, from 0 to exactly 1."""
+  check_weights(weights, len(sizes))
   weights = list(weights) or list(sizes)
-  if len(weights) != len(sizes) or min(weights) <= 0:
-    raise InputError(f"{len(sizes)} corpora need as many weights above 0", value=weights)
   cumulative = np.concatenate([[0.0], np.cumsum(weights) / np.sum(weights)])
   cumulative[-1] = 1.0
   least = int(np.argmin(weights))

@@ -32,8 +32,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | 
       f"a mesh of data={data} × fsdp={fsdp} does not fit {len(devices)} devices",
       fix="Let data be -1 and fsdp a divisor of the number of devices",
     )
-  # Auto: the compiler places the collectives; make_mesh makes Explicit axes unless told.
-  return jax.make_mesh((rows, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+  # Auto: the compiler places the collectives. Not jax.make_mesh, which on a TPU slice lays the devices along the wires:
+  # then rows of several processes would alternate, where a batch has them in the order of the processes.
+  return Mesh(by_process(devices).reshape(rows, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def by_process(devices: Sequence[jax.Device]) -> np.ndarray:
+  """Devices in the order of their processes, object [n]."""
+  ordered = np.empty(len(devices), object)
+  ordered[:] = sorted(devices, key=lambda device: (device.process_index, device.id))
+  return ordered
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -26,7 +26,7 @@ from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retriever import Retriever, VectorSettings
 from dptdr_jax.runtime import hosts
-from dptdr_jax.stages import corpora, scratch, steps
+from dptdr_jax.stages import scratch, steps
 from dptdr_jax.stages.layout import Layout
 
 POOLINGS = ("first", "mean")
@@ -49,14 +49,12 @@ def check(config: ConfigDict) -> None:
     raise InputError("unknown train.negatives", value=config.train.negatives, fix=f"Use {', '.join(NEGATIVES)}")
   if config.train.positive not in ("rotate", "first"):
     raise InputError("unknown train.positive", value=config.train.positive, fix="Use rotate or first")
+  if not (config.train.steps or config.train.epochs):
+    raise InputError("training has no steps", fix="Set train.steps or train.epochs above 0")
   for section in ("train", "pretrain"):
     if config[section].remat not in REMAT:
       raise InputError(f"unknown {section}.remat", value=config[section].remat, fix=f"Use {', '.join(REMAT)}")
   sampling(config)
-  if config.pretrain.enabled:
-    steps.pretrain_model(config, encoder)
-    check_lengths(encoder, PromptSpec(kind="none"), config.pretrain.span_tokens)
-    corpora.outside_files(config)
   measures.check((*config.evaluate.measures, config.train.select_by))
   if config.train.evaluate_every and config.data.dev_split and config.data.dev_split == config.data.train_split:
     raise InputError("the dev split is the training split", value=config.data.dev_split, fix="Name another, or ''")

@@ -16,7 +16,7 @@ from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval import answers, measures, runs
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.runs import Run
-from dptdr_jax.stages import common, cross, examples, search
+from dptdr_jax.stages import common, cross, examples, scratch, search
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _labels(config: ConfigDict) -> dict[str, str]:
 
 def _origin(config: ConfigDict, layout: Layout) -> str:
   """The backbone, and what pretraining made of it."""
-  named = f"backbone {config.backbone.path or 'from nothing'}"
+  named = f"backbone {'from nothing' if scratch.is_wanted(config) else config.backbone.path}"
   if not config.pretrain.enabled:
     return named
   about = files.read_json(layout.pretrained / "manifest.json")

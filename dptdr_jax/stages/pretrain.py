@@ -16,22 +16,27 @@ from ml_collections import ConfigDict
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files
+from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.masking import Masking
 from dptdr_jax.data.prepare import PreparedData
-from dptdr_jax.data.spans import SpanBatches, SpanLengths
+from dptdr_jax.data.spans import SpanBatches, SpanLengths, check_weights
 from dptdr_jax.data.store import TokenStore, write_token_store
+from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.models import convert, mlm
+from dptdr_jax.models.prompts import PromptSpec, check_lengths
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
-from dptdr_jax.stages import common, corpora, steps
+from dptdr_jax.stages import common, corpora, scratch, steps
 from dptdr_jax.stages.layout import Layout
 from dptdr_jax.stages.loop import Loop
 from dptdr_jax.stages.trial import DevTrial
 from dptdr_jax.training.state import init_state
 
 _BUDGET_SAMPLE = 8  # batches whose tokens say how many steps a token budget is
+_MANY = 10**6  # steps, where their number is not known yet and only the settings are to be checked
+_ROBERTA_SPECIAL = 2  # tokens around a text, as the tokenizer that is trained puts them
 
 
 def run(config: ConfigDict, workdir: files.Path) -> None:
@@ -39,19 +44,45 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   layout = Layout.of(workdir)
   directory = common.base_directory(config, layout)
   tensors = convert.load_backbone_tensors(directory)
-  named = config.backbone.path or str(layout.scratch)
+  named = str(layout.scratch) if scratch.is_wanted(config) else config.backbone.path
   # On the host: the state is a copy that is sharded, and a whole one beside it might not fit the devices.
   backbone = Backbone.from_tensors(named, directory, tensors, "float32", config.fsdp, on_host=True)
+  trial = DevTrial.build(config, layout, PreparedData(layout.prepared), config.pretrain.evaluate_every)
   stores = _stores(config, layout, backbone)
   batches = make_batches(config, stores, backbone)
-  trial = DevTrial.build(config, layout, PreparedData(layout.prepared), config.pretrain.evaluate_every)
-  loop = PretrainLoop(config, backbone, tensors, steps_of(config, batches), batches, trial)
+  head = _head(backbone, tensors, needed=bool(config.pretrain.mlm_weight))
+  loop = PretrainLoop(config, backbone, head, steps_of(config, batches), batches, trial)
   checkpoints = Checkpoints(layout.pretrain / "checkpoints", keep=config.pretrain.keep_checkpoints)
   try:
     loop.run(batches, checkpoints, layout.pretrain)
   finally:
     checkpoints.close()
   _export(config, layout, loop, stores, batches)
+
+
+def check(config: ConfigDict) -> None:
+  """Raises InputError for what can be known to fail before any work is done."""
+  pretrain, encoder = config.pretrain, common.encoder_config(config)
+  check_lengths(encoder, PromptSpec(kind="none"), pretrain.span_tokens)
+  steps.pretrain_model(config, encoder)
+  if not any((pretrain.steps, pretrain.tokens, pretrain.epochs)):
+    raise InputError("pretraining has no steps", fix="Set one of pretrain.steps, .tokens, .epochs above 0")
+  steps.optimizer(pretrain, pretrain.steps or _MANY)
+  corpora.outside_files(config)
+  check_weights(pretrain.weights, len(pretrain.corpora))
+  devices = meshes.make_mesh(fsdp=pretrain.fsdp).size
+  if pretrain.spans < 4 or pretrain.spans % (2 * hosts.process_count()) or pretrain.spans % devices:
+    raise InputError(
+      f"pretrain.spans must be pairs that {hosts.process_count()} processes and {devices} devices can share evenly",
+      value=pretrain.spans,
+    )  # fmt: skip
+  special = _ROBERTA_SPECIAL
+  if not scratch.is_wanted(config):
+    tokenizer = Tokenizer(backbones.locate(config.backbone.path))
+    special = len(tokenizer.prefix) + len(tokenizer.suffix)
+    if pretrain.mlm_weight:
+      Masking.of(tokenizer, pretrain.mask_rate)
+  SpanLengths(pretrain.span_tokens, pretrain.shortest, pretrain.short_share).text(special)
 
 
 def make_batches(config: ConfigDict, stores: list[TokenStore], backbone: Backbone) -> SpanBatches:
@@ -70,7 +101,7 @@ def steps_of(config: ConfigDict, batches: SpanBatches) -> int:
   if pretrain.steps:
     return pretrain.steps
   if pretrain.tokens:
-    return math.ceil(pretrain.tokens / np.mean([batches[step]["lengths"].sum() for step in range(_BUDGET_SAMPLE)]))
+    return math.ceil(pretrain.tokens / np.mean([batches.tokens(step) for step in range(_BUDGET_SAMPLE)]))
   return math.ceil(pretrain.epochs * batches.steps_per_epoch)
 
 
@@ -94,7 +125,8 @@ def _export(
     return
   parent = loop.backbone
   with files.atomic_directory(layout.pretrained) as partial:
-    made = backbones.export(partial, trained["backbone"], parent.config, parent.tokenizer, trained.get("mlm_head"))
+    head = trained.get("mlm_head", loop.head)
+    made = backbones.export(partial, trained["backbone"], parent.config, parent.tokenizer, head)
     kinds = batches.counts()
     about = {
       "hash": made,
@@ -113,6 +145,16 @@ def _export(
     files.write_json(partial / "manifest.json", about)
 
 
+def _head(backbone: Backbone, tensors: dict, needed: bool) -> Any | None:
+  """The checkpoint's language-model head; None where it has none, or one that we cannot train and `needed` is False."""
+  try:
+    return mlm.head_from_huggingface(tensors, backbone.config, backbone.path)
+  except InputError:
+    if needed:
+      raise
+    return None
+
+
 def _hash(store: TokenStore) -> str:
   """SHA-256 over a corpus as it was read: its tokens, and where passages and words begin."""
   parts = (files.sha256(store.path / name) for name in ("tokens.bin", "offsets.npy", "words.bin"))
@@ -128,19 +170,21 @@ class PretrainLoop(Loop):
     self,
     config: ConfigDict,
     backbone: Backbone,
-    tensors: dict,
+    head: Any | None,
     num_steps: int,
     batches: SpanBatches,
     trial: DevTrial | None,
   ):
-    """Makes the jitted step and the first state, sharded over the mesh; the head is the checkpoint's or a fresh one."""
+    """Makes the jitted step and the first state, sharded over the mesh; `head`: the checkpoint's, None for a fresh one.
+
+    Without masked language modelling the head is not trained; what the checkpoint had is kept beside for the export.
+    """
     pretrain = config.pretrain
-    self.backbone = backbone
+    self.backbone, self.head = backbone, head
     self._config, self._trial, self._batches = config, trial, batches
     model = steps.pretrain_model(config, backbone.config)
     self._mesh = meshes.make_mesh(fsdp=pretrain.fsdp)
     optimizer = steps.optimizer(pretrain, num_steps)
-    head = mlm.head_from_huggingface(tensors, backbone.config, backbone.path) if pretrain.mlm_weight else None
 
     def first_state(params):
       return init_state(model.init_trainable(jax.random.key(config.seed), params, head), optimizer)

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
+from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.retrieval import measures
@@ -42,6 +43,8 @@ class DevTrial:
     train, name = config.train, config.data.dev_split
     if not every or not name:
       return None
+    if name not in data.splits:
+      raise InputError("no such split", value=name, fix=f"Set data.dev_split to one of {', '.join(data.splits)}, or ''")
     generator = np.random.default_rng([config.seed, 0xDE7])
     qrels = common.qrels(data.splits[name])
     judged = qrels.judged()

@@ -158,9 +158,13 @@ def loss_and_gradient(
     outputs, pullback = passes.direct(state.trainable, spans)
     (value, metrics), towards = contrast(outputs["vectors"])
     gradient = pullback(cotangent(towards))
-  else:
+  elif model.contrast_weight:
     (value, metrics), towards = contrast(passes.vectors(state.trainable, spans))
     outputs, gradient = passes.again(state.trainable, spans, cotangent(towards))
+  else:  # nothing pulls on the vectors, so that one pass does
+    none = jnp.zeros((count, model.encoder.hidden_size))
+    outputs, gradient = passes.again(state.trainable, spans, cotangent(none))
+    (value, metrics), _ = contrast(outputs["vectors"])
   loss = model.contrast_weight * value
   metrics |= {"contrastive_loss": value, "tokens": jnp.sum(spans["lengths"]).astype(jnp.float32)}
   if model.mlm_weight:

@@ -161,6 +161,53 @@ def test_spans_are_parts_of_their_passage_and_whole_words(tokenizer, tmp_path):
       )
 
 
+def test_where_two_spans_meet_no_word_is_lost(tokenizer, tmp_path):
+  store = store_of(tokenizer, texts(40, (4, 14)), tmp_path / "store")
+  batches = batches_of([store], lengths=SpanLengths(42, 2, 0.0))  # 40 tokens of text: most passages are cut in two
+  seen = 0
+  for step in range(8):
+    lengths, rows = batches[step]["lengths"].reshape(-1, 2) - 2, batches.draw(step).rows
+    whole = store.lengths[rows]
+    here = (whole >= 4) & (whole <= 53)  # three quarters of them fit a span
+    np.testing.assert_array_equal(lengths.sum(1)[here], whole[here])
+    seen += here.sum()
+    assert batches.tokens(step) == batches[step]["lengths"].sum()
+  assert seen > 30 and (store.words(np.arange(40)) == 0).sum() > 100
+
+
+def test_masks_fall_on_whole_words_of_the_spans(tokenizer, tmp_path):
+  stores = [store_of(tokenizer, texts(20, (8, 30), seed), tmp_path / str(seed)) for seed in (1, 2)]
+  words = {(corpus, row): np.cumsum(store.words(np.array([row]))) for corpus, store in enumerate(stores)
+           for row in range(20)}  # fmt: skip
+  masking, chosen_tokens, parts_of_words = Masking.of(tokenizer, 0.3), 0, 0
+  for step in range(3):
+    plain = batches_of(stores, weights=(1.0, 1.0))[step]
+    batches = batches_of(stores, masking, weights=(1.0, 1.0))
+    masked, drawn = batches[step], batches.draw(step)
+    owners = [(corpus, row) for corpus, row in zip(drawn.corpora, drawn.rows, strict=True) for _ in range(2)]
+    np.testing.assert_array_equal(masked["lengths"], plain["lengths"])
+    for span, (corpus, row) in enumerate(owners):
+      tokens, length = plain["tokens"][span], plain["lengths"][span]
+      real = masked["labels"][span] >= 0
+      positions = masked["positions"][span][real]
+      np.testing.assert_array_equal(masked["labels"][span][real], tokens[positions])
+      assert ((positions > 0) & (positions < length - 1)).all(), "no mask beside the text"
+      chosen = np.isin(np.arange(len(tokens)), positions)
+      np.testing.assert_array_equal(masked["tokens"][span][~chosen], tokens[~chosen])
+      part, text = tokens[1 : length - 1], stores[corpus][row]
+      places = [p for p in range(len(text) - len(part) + 1) if (text[p : p + len(part)] == part).all()]
+      inside = chosen[1 : length - 1]
+
+      def whole(place, of=words[corpus, row], inside=inside):
+        number = of[place : place + len(inside)]
+        return all(len(set(inside[number == each])) == 1 for each in np.unique(number))
+
+      assert any(whole(place) for place in places)
+      chosen_tokens += inside.sum()
+      parts_of_words += sum(inside[1:] & (np.diff(words[corpus, row][places[0] :][: len(inside)]) == 0))
+  assert chosen_tokens > 300 and parts_of_words > 60  # many of them are not the first of their word
+
+
 def test_a_batch_is_a_function_of_the_step_and_hosts_share_it(roberta, tmp_path):
   tokenizer = Tokenizer(roberta)
   store = store_of(tokenizer, texts(30, (1, 60)), tmp_path / "store")

@@ -1,12 +1,14 @@
 """Rows lie on devices in order; what cannot be shared evenly is an error."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.runtime.mesh import make_mesh, put_batch
+from dptdr_jax.runtime.mesh import by_process, make_mesh, put_batch
 
 
 def test_mesh_takes_what_fsdp_leaves():
@@ -19,6 +21,13 @@ def test_mesh_takes_what_fsdp_leaves():
 def test_mesh_that_does_not_fit(data, fsdp):
   with pytest.raises(InputError, match="8 devices"):
     make_mesh(data, fsdp)
+
+
+def test_rows_of_a_process_lie_side_by_side():
+  # As a slice of 4 × 4 chips names them: a process has a square of four.
+  named = [types.SimpleNamespace(id=4 * y + x, process_index=2 * (y // 2) + x // 2) for y in range(4) for x in range(4)]
+  assert [device.process_index for device in by_process(named)] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+  assert [device.id for device in by_process(named)][:8] == [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 def test_batch_rows_are_device_major():

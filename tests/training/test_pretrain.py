@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
+from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.runtime.mesh import put_batch
 from dptdr_jax.runtime.shardings import RULES, by_rules
 from dptdr_jax.training.optimizer import make_optimizer, make_schedule
@@ -64,13 +65,17 @@ def make_state(name, mesh):
 @functools.cache
 def gradient_of(name, devices=1, fsdp=1, chunk=0):
   mesh = mesh_of(devices, fsdp)
+  return loss_and_gradient_of(name, make_state(name, mesh), mesh, chunk)
+
+
+def loss_and_gradient_of(name, state, mesh, chunk=0):
   batch = put_batch(make_batch(masked=MODELS[name].mlm_weight > 0), mesh, whole=("groups",))
 
   @functools.partial(jax.jit, compiler_options=FAST_TO_COMPILE)
   def run(state, batch):
     return loss_and_gradient(MODELS[name], state, batch, seed=3, chunk=chunk, mesh=mesh)
 
-  return jax.device_get(run(make_state(name, mesh), batch))
+  return jax.device_get(run(state, batch))
 
 
 def distance(left, right):
@@ -80,11 +85,12 @@ def distance(left, right):
 
 
 @pytest.mark.parametrize(
-  ("devices", "fsdp", "chunk", "name"), [(8, 2, 0, "both"), (1, 1, 8, "both"), (8, 2, 2, "both"), (1, 1, 0, "remat")]
+  ("devices", "fsdp", "chunk", "name"),
+  [(8, 2, 0, "both"), (1, 1, 8, "both"), (8, 2, 2, "both"), (1, 1, 0, "remat"), (1, 1, 8, "words")],
 )
 def test_cache_devices_and_recomputing_change_nothing(devices, fsdp, chunk, name):
   loss, metrics, gradient = gradient_of(name, devices, fsdp, chunk)
-  wanted, wanted_metrics, wanted_gradient = gradient_of("both")
+  wanted, wanted_metrics, wanted_gradient = gradient_of("words" if name == "words" else "both")
   assert loss == pytest.approx(wanted, rel=1e-6)
   assert distance(gradient, wanted_gradient) < 1e-6
   as_floats = [{k: float(v) for k, v in figures.items()} for figures in (metrics, wanted_metrics)]
@@ -119,7 +125,7 @@ def test_contrast_by_hand():
   assert metrics["uniformity"] == pytest.approx(np.log(np.mean(pairs)), rel=1e-5)
 
 
-def test_begun_on_8_devices_and_resumed_on_4():
+def test_begun_on_8_devices_and_resumed_on_4(tmp_path):
   def steps(mesh, state, first, last):
     step = make_pretrain_step(MODELS["both"], OPTIMIZER, seed=3, chunk=0, mesh=mesh, shardings=by_rules(state, mesh))
     for number in range(first, last):
@@ -132,7 +138,13 @@ def test_begun_on_8_devices_and_resumed_on_4():
   moment = begun.opt_state[1].mu["backbone"]["embeddings"]["word"]
   assert moment.addressable_shards[0].data.shape == (60, 8)  # half of the width
   host = jax.device_get(begun)
-  moved = jax.device_put(host, by_rules(host, four))
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, begun)
+  checkpoints.wait()
+  moved, _ = checkpoints.restore(1, make_state("both", four))
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(moved), host)
+  gradients = [loss_and_gradient_of("both", state, mesh) for state, mesh in ((begun, eight), (moved, four))]
+  assert distance(*(gradient for _, _, gradient in gradients)) < 1e-6  # at equal state
   stayed, metrics = steps(eight, begun, 1, 6)
   resumed, others = steps(four, moved, 1, 6)
   assert distance(jax.device_get(resumed.trainable), jax.device_get(stayed.trainable)) < 1e-4
