@@ -158,7 +158,8 @@ def _mine() -> dict:
   return dict(
     bm25=_mined_from(depth=100),
     dense=_mined_from(depth=200),  # the retriever of the round before, by config.index (Tevatron: 200)
-    runs=(),  # TREC run files of other retrievers over the training queries
+    sources=("bm25", "dense", "runs"),  # of a pool between two rounds; before round 1 there is no dense one
+    runs=(),  # TREC run files of other retrievers over the training queries; file names tell them apart
     outside=_mined_from(depth=200),  # how they are used; no margins
     width=0,  # candidates that a query has in all; 0: whatever the sources give
     same_text=True,  # take out what equals or contains a positive's text, whatever its id
@@ -175,7 +176,8 @@ def _mined_from(depth: int) -> dict:
     depth=depth,  # ranks of it that are candidates; 0: not asked
     first=0,  # ranks skipped on top, where false negatives stand
     quota=0,  # candidates it gives to a query at most; 0: all
-    relative_margin=0.0,  # take out what it scores above this share of its positive (cosines: .95); 0: off
+    relative_margin=0.0,  # take out what it scores above this share of its positive (cosines: .95); 0: off. With an
+    # index.factory that is not exact, what it finds has the index's own, rounded score
     absolute_margin=0.0,  # or above its positive's score less this; 0: off
   )
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from dptdr_jax import pipeline
 from dptdr_jax.core import files, preemption, progress
 from dptdr_jax.core.errors import DptdrError, InputError
-from dptdr_jax.stages import comparison
+from dptdr_jax.stages import comparison, evaluate
 
 _PLAIN = {"pretrain.enabled": False, "rounds": 1}
 _TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
@@ -36,12 +36,13 @@ ARMS: dict[str, dict] = {
   "finetune": _PLAIN | _TUNED,
   "finetune-unm": _TUNED | {"pretrain.enabled": False, "rounds": 2},
   "finetune-dptdr": _TUNED | {"pretrain.enabled": True, "rounds": 2},
-  "unm-bm25": {"pretrain.enabled": False, "rounds": 2, "mine.dense.depth": 0},
-  "unm-dense": {"pretrain.enabled": False, "rounds": 2, "mine.bm25.depth": 0},
+  "unm-bm25": {"pretrain.enabled": False, "rounds": 2, "mine.sources": ("bm25",)},
+  "unm-dense": {"pretrain.enabled": False, "rounds": 2, "mine.sources": ("dense",)},
   "unm-raw": {
     "pretrain.enabled": False, "rounds": 2, "mine.same_text": False, "mine.near_duplicate": 0.0,
     "mine.bm25.relative_margin": 0.0, "mine.bm25.absolute_margin": 0.0,
     "mine.dense.relative_margin": 0.0, "mine.dense.absolute_margin": 0.0,
+    "mine.cross_encoder": False, "mine.pseudo_positives": False,
   },
 }  # fmt: skip
 
@@ -140,7 +141,11 @@ def _baselines_once(configs: Iterable[ConfigDict]) -> None:
 def ablate(
   config: ConfigDict, workdir: pathlib.Path, arms: dict[str, dict], seeds: list[int], one_seed: list[str], measure: str
 ) -> None:
-  """Runs every arm with every seed and writes the comparison, anew after each run."""
+  """Runs every arm with every seed and writes the comparison, anew after each run.
+
+  Raises:
+    InputError: whatever can be known to fail before any work is done, in any arm.
+  """
   planned = [
     (name, seed, configured(config, fields, seed))
     for seed in seeds
@@ -150,6 +155,11 @@ def ablate(
   _baselines_once(changed for _, _, changed in planned)
   done: list[comparison.Done] = []
   directories = [workdir / "runs" / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
+  if len(set(directories)) < len(directories):
+    raise InputError("two arms have names that are the same but for signs", value=list(arms))
+  named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
+  for _, _, changed in planned:
+    pipeline.check(changed)
   for (name, seed, changed), directory in zip(planned, directories, strict=True):
     progress.say(f"{name}, seed {seed} ({len(done) + 1} of {len(planned)})")
     linked = pipeline.share(changed, directory, [other for other in directories if other != directory])
@@ -157,7 +167,7 @@ def ablate(
       progress.say(f"  shared with other arms: {', '.join(linked)}")
     pipeline.run(changed, directory)
     done.append(comparison.Done(name, seed, changed.rounds, directory))
-    comparison.write(workdir, done, measure, [str(split) for split in config.evaluate.splits])
+    comparison.write(workdir, done, named)
   progress.say(files.open_text(workdir / "ablation.md").read())
 
 

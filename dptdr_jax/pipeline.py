@@ -69,6 +69,7 @@ NEUTRAL = (
   "train.query_chunk", "train.passage_chunk", "train.remat", "cross.chunk",
   "pretrain.chunk", "pretrain.remat", "pretrain.fsdp",
   "train.loader_workers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+  "cross.depth", "cross.rerank",  # of what uses it, not of its training
   "cross.loader_workers", "cross.log_every", "cross.checkpoint_every", "cross.keep_checkpoints",
   "pretrain.loader_workers", "pretrain.log_every", "pretrain.checkpoint_every", "pretrain.keep_checkpoints",
   "pretrain.evaluate_every",
@@ -99,7 +100,7 @@ def stages(config: ConfigDict) -> list[Stage]:
     Stage(
       "evaluate",
       evaluate.run,
-      ("evaluate", "index", "rounds", "cross.enabled"),
+      ("evaluate", "index", "rounds", "cross.enabled", "cross.rerank"),
       (*names, "encode"),
       together=False,
       beside=("results.json",),
@@ -112,7 +113,7 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
   """Training, and before each round (but the first, unless it wants BM25's negatives) mining; the cross-encoder."""
   inputs = before
   for number in range(1, config.rounds + 1):
-    if number > 1 or "bm25" in (config.train.negatives, config.cross.enabled and config.cross.negatives):
+    if number > 1 or common.mines_first(config):
       fields = ("mine", "data.train_split")
       fields += ("encode", "index", "cross.depth", *model) if number > 1 else ()
       mined = functools.partial(mine.run, number=number - 1)
@@ -121,11 +122,16 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
     if number == 1 and config.cross.enabled:
       fields = ("seed", "cross", "data.train_split", "data.dev_split", *model)
       crossed = Stage("cross", cross.run, fields, inputs)
+    early = number == 1 and config.cross.enabled and config.mine.cross_encoder and bool(config.train.refresh_every)
+    if early:  # it denoises what is mined while round 1 trains
+      yield crossed
+      inputs = (*inputs, "cross")
     fields = ("seed", "train", "prompt", "mine.pseudo_positives", *model)
-    fields += ("mine", "encode", "index") if config.train.refresh_every else ()
-    yield Stage(f"train{number}", functools.partial(train.run, number=number), fields, inputs)
+    fields += ("mine", "encode", "index", "cross.depth") if config.train.refresh_every else ()
+    outside = {"files": mine.outside_files} if config.train.refresh_every else {}
+    yield Stage(f"train{number}", functools.partial(train.run, number=number), fields, inputs, **outside)
     inputs = (*inputs, f"train{number}")
-    if number == 1 and config.cross.enabled:
+    if number == 1 and config.cross.enabled and not early:
       yield crossed
       inputs = (*inputs, "cross") if config.mine.cross_encoder else inputs
 
@@ -185,18 +191,23 @@ class Planned(NamedTuple):
   key: str
 
 
+def check(config: ConfigDict) -> None:
+  """Raises InputError for what a config alone shows to fail."""
+  for part in (common, mine, search):
+    part.check(config)
+  if config.pretrain.enabled:
+    pretrain.check(config)
+  if config.cross.enabled:
+    cross.check(config, common.encoder_config(config))
+
+
 def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Planned]:
   """Checks the config and says what its stages will be made from.
 
   Raises:
     InputError: whatever can be known to fail before any work is done.
   """
-  for check in (common.check, mine.check, search.check):
-    check(config)
-  if config.pretrain.enabled:
-    pretrain.check(config)
-  if config.cross.enabled:
-    cross.check(config, common.encoder_config(config))
+  check(config)
   fingerprints = manifest.Fingerprints(layout.root / "inputs.json", verify)
   keys: dict[str, str] = {}
   planned = []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_rounds import make_config
 
-from dptdr_jax import ablate
+from dptdr_jax import ablate, pipeline
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval import measures
 
@@ -65,6 +65,21 @@ def test_a_rerun_does_nothing(finished):
   before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/*/manifest.json")}
   ablate.ablate(config, workdir, arms, [0, 1], ["P 2"], "RR@10")
   assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
+  config, _, workdir = finished
+  for fields in ablate.chosen(list(ablate.ARMS), []).values():
+    pipeline.check(ablate.configured(config, fields, 0))
+  with pytest.raises(InputError, match="Success@5"):
+    ablate.ablate(config, workdir, ablate.chosen(["plain"], []), [0], [], "Success@5")
+  alike = ablate.chosen([], ["b=-1: rounds=1", "b=+1: rounds=1"])
+  with pytest.raises(InputError, match="two arms"):
+    ablate.ablate(config, workdir, alike, [0], [], "RR@10")
+  late = ablate.chosen(["plain"], ["bad: train.sampling=best"])
+  with pytest.raises(InputError, match="unknown sampling"):
+    ablate.ablate(config, workdir / "other", late, [0], [], "RR@10")
+  assert not (workdir / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import itertools
 import json
 import pathlib
 import shutil
 import sys
+import threading
 
 import numpy as np
 import pytest
 from support import tiny
 
 from dptdr_jax import pipeline
+from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.prepare import PreparedData
+from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.stages import common, mine
+from dptdr_jax.stages.generations import Generations
+from dptdr_jax.stages.layout import Layout
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -143,6 +151,14 @@ def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_p
   [
     ({"rounds": 0}, "rounds"),
     ({"mine__runs": ("nowhere.trec",)}, "nowhere.trec: no such run file"),
+    ({"mine__runs": (__file__, f"{ROOT}/tests/../tests/test_rounds.py")}, "two sources of one name"),
+    ({"mine__sources": ("dense", "sparse")}, "unknown mine.sources"),
+    ({"mine__sources": ("runs",)}, "nothing to mine from"),
+    ({"mine__dense__first": 20}, "0 ≤ first < depth"),
+    ({"mine__near_duplicate": 0.5, "mine__same_text": False}, "near_duplicate"),
+    ({"mine__negative_below": 0.95}, "in this order"),
+    ({"train__refresh_every": 2, "mine__dense__depth": 0}, "refresh_every mines with the retriever"),
+    ({"train__steps": 0, "train__epochs": 0.0}, "training has no steps"),
     ({"mine__bm25__depth": 0, "mine__dense__depth": 0}, "nothing to mine from"),
     ({"index__backend": "gpu"}, "unknown index.backend"),
     ({"index__backend": "devices", "index__factory": "HNSW32"}, "HNSW32"),
@@ -159,14 +175,43 @@ def test_the_cross_encoder_denoises_and_reranks(directory, tmp_path):
   config = make_config(directory, cross__enabled=True, mine__cross_encoder=True, mine__pseudo_positives=True)
   config.cross.update({"steps": 3, "queries": 4, "evaluate_every": 3, "length": 4, "pair_length": 48, "depth": 5})
   config.cross.update({"evaluate_queries": 8, "rerank": 10})
-  config.mine.update({"negative_below": 0.5, "positive_above": 0.52})
+  config.mine.update({"negative_below": 0.5, "positive_above": 0.504})  # so little trained it gives .493 to .507
   pipeline.run(config, tmp_path / "work")
   results = json.loads((tmp_path / "work/results.json").read_text())
   assert list(results) == ["bm25", "train1", "train2", "reranked"]
   assert results["reranked"]["dev"]["R@100"] == results["train2"]["dev"]["R@100"]
   about = json.loads((tmp_path / "work/mine1/mining.json").read_text())
-  removed = {reason for step in about["denoising"] for reason in step["removed"]}
-  assert {"CROSS_ENCODER", "PSEUDO_POSITIVE"} <= removed
+  (crossed,) = (step["removed"] for step in about["denoising"] if step["rule"] == "cross-encoder")
+  assert crossed["CROSS_ENCODER"]["all"] > 0 and crossed["PSEUDO_POSITIVE"]["all"] > 0
+  page = (tmp_path / "work/report.html").read_text()
+  assert "taken out by cross-encoder: pseudo positive (" in page and "not judged by cross-encoder" in page
+
+  layout = Layout.of(tmp_path / "work")
+  first, again = (
+    {query: [line.split()[2] for line in lines] for query, lines in itertools.groupby(
+      layout.run_file(system, "dev").read_text().splitlines(), lambda line: line.split()[0])}
+    for system in ("train2", "reranked")
+  )  # fmt: skip
+  encoder = CrossEncoder.load(layout.root / "cross/model")
+  queries = {line["_id"]: line["text"] for line in map(json.loads, (directory / "data/queries.jsonl").open())}
+  with gzip.open(directory / "data/corpus.jsonl.gz", "rt") as stream:
+    corpus = {line["_id"]: (line["title"], line["text"]) for line in map(json.loads, stream)}
+  for query, ranked in first.items():
+    assert sorted(again[query][:10]) == sorted(ranked[:10]) and again[query][10:] == ranked[10:]
+    scores = encoder.score([queries[query]] * 10, [corpus[passage] for passage in again[query][:10]])
+    assert (np.diff(scores) <= 1e-6).all()
+  assert first != again
+
+  data = PreparedData(layout.prepared)
+  batches, pool, seen = common.train_batches(config, layout, data, 2), Pool.open(layout.pool(1)), 0
+  for step in range(8):
+    rows, blocked = batches.rows(step), batches[step]["blocked"]
+    for place, query in enumerate(rows.queries):
+      believed = np.isin(rows.passages.ravel(), pool.pseudo_positives(int(query)))
+      believed[place * rows.passages.shape[1]] = False  # it may be the target
+      assert blocked[place][believed].all(), "a pseudo-positive is nobody's negative"
+      seen += believed.sum()
+  assert seen
   wanted = make_config(directory, mine__cross_encoder=True)
   with pytest.raises(InputError, match=r"cross\.enabled"):
     pipeline.run(wanted, tmp_path / "other")
@@ -176,9 +221,55 @@ def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path):
   config = make_config(directory, rounds=1, train__refresh_every=2, train__steps=7, train__passages=3)
   pipeline.run(config, tmp_path / "work", ["prepare", "train"])
   made = sorted(path.name for path in (tmp_path / "work/train1/generations").iterdir())
-  assert made == ["0", "1", "2", "3"]
+  assert made == ["0", "1", "2"], "that of step 6 would hold from step 8 on, and there is none"
+  kept = {path.name for path in (tmp_path / "work/train1/generations/0").iterdir()}
+  assert kept == {"retriever", "pool", "mining.json"}, "vectors and runs are as large as the corpus"
   pools = [Pool.open(tmp_path / f"work/train1/generations/{number}/pool") for number in ("0", "1", "2")]
   assert not np.array_equal(pools[0].rows, pools[2].rows)
   # Whoever is quicker, mining or training: the same negatives at the same steps.
   pipeline.run(config, tmp_path / "again", ["prepare", "train"])
   assert prompts(tmp_path / "again", 1) == prompts(tmp_path / "work", 1)
+
+  # A step draws from the generation that holds there, and from no other.
+  layout = Layout.of(tmp_path / "work")
+  data = PreparedData(layout.prepared)
+  generations = Generations(config, layout, data, 1, common.load_backbone(config, layout))
+  for step in (2, 4, 6):
+    generations.resume(step)
+  batches, others = common.train_batches(config, layout, data, 1, generations), 0
+  for step in range(2, 7):
+    rows = batches.rows(step)
+    drawn = []
+    for pool in pools:
+      groups = common.train_groups(config, layout, data, 1, common.pool_negatives(config, pool))
+      drawn.append(np.stack([groups.group(*pair) for pair in zip(rows.queries, rows.epochs, strict=True)]))
+    np.testing.assert_array_equal(rows.passages, drawn[step // 2 - 1])
+    others += sum(not np.array_equal(rows.passages, one) for one in drawn)
+  assert others >= 5
+  generations.close()
+
+
+def test_a_stop_while_training_waits_for_negatives_is_saved(directory, tmp_path, monkeypatch):
+  config = make_config(directory, rounds=1, train__refresh_every=2, train__steps=5, train__evaluate_every=0)
+  config.train.checkpoint_every = 100
+  pipeline.run(config, tmp_path / "whole", ["prepare", "train"])
+  pipeline.run(config, tmp_path / "work", ["prepare"])
+  asked = threading.Event()
+
+  def never(*arguments):  # mining takes long, and while training waits for it somebody says stop
+    asked.set()
+    while not stopped.wait(0.01):
+      pass
+    raise preemption.Preempted("mining")
+
+  stopped = threading.Event()
+  monkeypatch.setattr(mine, "mine", never)
+  monkeypatch.setattr(preemption, "asked", lambda: asked.is_set() and (tmp_path / "work/train1/metrics.jsonl").exists())
+  with pytest.raises(preemption.Preempted, match="waits for negatives"):
+    pipeline.run(config, tmp_path / "work", ["train"])
+  stopped.set()
+  monkeypatch.undo()
+  saved = sorted(path.name for path in (tmp_path / "work/train1/checkpoints").iterdir() if path.name.isdigit())
+  assert saved in (["1"], ["2"])
+  pipeline.run(config, tmp_path / "work", ["train"])
+  assert prompts(tmp_path / "work", 1) == prompts(tmp_path / "whole", 1)

@@ -116,7 +116,6 @@ class TrainBatches(GroupBatches):
   Args:
     queries, passages: token stores.
     query_rows, groups, and what `options` holds: see GroupBatches.
-    positives: positives(query_row) → int64 rows of all its known positives.
     query_tokens, passage_tokens: length limits, special tokens included.
     bucket: lengths are multiples of it.
   """
@@ -127,7 +126,6 @@ class TrainBatches(GroupBatches):
     passages: TokenStore,
     query_rows: np.ndarray,
     groups: TrainGroups,
-    positives: Callable[[int], np.ndarray],
     *,
     query_tokens: int,
     passage_tokens: int,
@@ -135,12 +133,12 @@ class TrainBatches(GroupBatches):
     **options: Any,
   ):
     super().__init__(query_rows, groups, **options)
-    self._queries, self._passages, self._positives = queries, passages, positives
+    self._queries, self._passages = queries, passages
     self._query_tokens, self._passage_tokens, self._bucket = query_tokens, passage_tokens, bucket
 
   def __getitem__(self, step: int) -> Batch:
     rows = self.rows(step)
-    size = self._groups.group_size
+    positives, size = self._groups.at(step).positives, self._groups.group_size
     targets = np.arange(self._batch_size, dtype=np.int32) * size
     query_width = self._queries.width(rows.queries, self._query_tokens, self._bucket)
     width = self._passages.width(rows.passages.ravel(), self._passage_tokens, self._bucket)
@@ -154,7 +152,7 @@ class TrainBatches(GroupBatches):
       "passage_tokens": passage_tokens,
       "passage_lengths": passage_lengths,
       "targets": targets,
-      "blocked": blocked(rows.passages.ravel(), [self._positives(int(query)) for query in rows.queries], targets),
+      "blocked": blocked(rows.passages.ravel(), [positives(int(query)) for query in rows.queries], targets),
     }
 
 

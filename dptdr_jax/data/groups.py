@@ -114,6 +114,10 @@ class TrainGroups:
     """What draws the groups of a step: this, at every one. (Negatives that change as training goes on have others.)"""
     return self
 
+  def positives(self, query_row: int) -> np.ndarray:
+    """All that counts as relevant to a query, int64 rows: what must never be its negative."""
+    return self._positives(query_row)
+
   def group(self, query_row: int, epoch: int) -> np.ndarray:
     """Returns int64 [G]: a positive, then negatives."""
     positives = self._positives(query_row)

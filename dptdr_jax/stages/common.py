@@ -153,7 +153,7 @@ def train_batches(
   trainable = np.array([row for row in range(len(split)) if len(split.positives(row))])
   return TrainBatches(
     TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), trainable,
-    groups or train_groups(config, layout, data, number), split.positives, batch_size=train.queries,
+    groups or train_groups(config, layout, data, number), batch_size=train.queries,
     query_tokens=config.text.query_length, passage_tokens=config.text.passage_length, seed=config.seed,
     stage=f"train{number}", **hosts.share(),
   )  # fmt: skip
@@ -191,6 +191,11 @@ def _negatives(config: ConfigDict, layout: Layout, data: PreparedData, number: i
   if number > 1 or named == "bm25":
     return pool_negatives(config, Pool.open(layout.pool(number - 1)))
   return data.splits[config.data.train_split].negatives if named == "source" else None
+
+
+def mines_first(config: ConfigDict) -> bool:
+  """Whether there is a pool before round 1: BM25's negatives, for the retriever or for the cross-encoder."""
+  return "bm25" in (config.train.negatives, config.cross.enabled and config.cross.negatives)
 
 
 def pool_negatives(config: ConfigDict, pool: Pool) -> PoolNegatives:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,22 +26,21 @@ class Done:
   workdir: pathlib.Path
 
 
-def write(directory: pathlib.Path, runs: Sequence[Done], measure: str, splits: Sequence[str]) -> None:
+def write(directory: pathlib.Path, runs: Sequence[Done], named: Mapping[str, str]) -> None:
   """Writes ablation.json, ablation.md and ablation.html of the runs so far.
 
   An arm's value of a query is its mean over the arm's seeds: intervals and tests are over queries, and say nothing of
   other seeds; the spread over seeds stands beside them.
 
   Args:
-    measure: what the tests and the plot are about.
-    splits: of config.evaluate.
+    named: by split, the measure that the tests and the plot are about, as it is called there.
   """
-  found = {split: _compare(runs, measure, split) for split in splits}
+  found = {split: _compare(runs, measure, split) for split, measure in named.items()}
   files.write_json(directory / "ablation.json", found)
-  tables = {split: _table(arms, measure) for split, arms in found.items()}
+  tables = {split: _table(arms, named[split]) for split, arms in found.items()}
   with files.atomic_path(directory / "ablation.md") as partial:
     partial.write_text("\n\n".join(f"{split}\n\n{table}" for split, table in tables.items()) + "\n", encoding="utf-8")
-  parts = [f"<h2>{html.escape(split)}</h2>{_plot(arms, measure)}<pre>{html.escape(tables[split])}</pre>"
+  parts = [f"<h2>{html.escape(split)}</h2>{_plot(arms, named[split])}<pre>{html.escape(tables[split])}</pre>"
            for split, arms in found.items()]  # fmt: skip
   with files.atomic_path(directory / "ablation.html") as partial:
     partial.write_text(f"<!doctype html><meta charset=utf-8><title>ablation</title>{''.join(parts)}", encoding="utf-8")

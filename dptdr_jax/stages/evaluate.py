@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, preemption
+from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval import answers, measures, runs
@@ -92,11 +93,21 @@ def _measure(
     lists = [query.answers for query in queries.queries.read()]
     hits = answers.match_run(found, lists, lambda row: data.passages[row].text, depth=max(cutoffs))
     yield from measures.evaluate_hits(hits, cutoffs).values.items()
-  by_judgement = [name for name in wanted if name not in by_answers]
-  if split in config.evaluate.graded_splits:
-    by_judgement = [_BINARY.sub(r"\1(rel=2)\2", name) if _BINARY.fullmatch(name) else name for name in by_judgement]
+  by_judgement = [name_on(config, split, name) for name in wanted if name not in by_answers]
   if by_judgement:
     yield from measures.evaluate(found, common.qrels(queries), by_judgement).values.items()
+
+
+def name_on(config: ConfigDict, split: str, measure: str) -> str:
+  """A measure's name in the results of a split: grades count from 2 on where the config says so.
+
+  Raises:
+    InputError: the config does not have it.
+  """
+  if measure not in config.evaluate.measures:
+    raise InputError("evaluate.measures does not have it", value=measure, fix=f"{list(config.evaluate.measures)} are")
+  graded = split in config.evaluate.graded_splits and _BINARY.fullmatch(measure)
+  return _BINARY.sub(r"\1(rel=2)\2", measure) if graded else measure
 
 
 def _labels(config: ConfigDict) -> dict[str, str]:

@@ -16,7 +16,7 @@ import threading
 from ml_collections import ConfigDict
 
 from dptdr_jax.backbone import Backbone
-from dptdr_jax.core import preemption
+from dptdr_jax.core import files, preemption
 from dptdr_jax.core.errors import DptdrError
 from dptdr_jax.data.groups import TrainGroups
 from dptdr_jax.data.prepare import PreparedData
@@ -28,6 +28,7 @@ from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
+_NEEDED_BY_MINING = ("vectors", "index", "runs", "merged", "cleaned", "scores")  # of a corpus' size
 _LOOK_S = 1.0  # seconds between two looks for a SIGTERM while training waits for negatives
 
 
@@ -82,6 +83,10 @@ class Generations:
       retriever.save(self._layout.generation(self._number, which) / "retriever")
     self._asked.put(which)
 
+  def is_begun_at(self, step: int, steps: int) -> bool:
+    """Whether a generation begins after `step` of `steps` steps: one that training will yet draw from."""
+    return step % self.every == 0 and step + self.every < steps
+
   def close(self) -> None:
     """Lets the thread end after what it is at."""
     self._asked.put(None)
@@ -109,8 +114,9 @@ class Generations:
 
   def _mine(self, which: int) -> None:
     directory = self._layout.generation(self._number, which)
-    if (directory / "mining.json").exists():
-      return
-    _log.info("mining generation %d while training goes on", which)
-    retriever = Retriever.load(directory / "retriever", self._shared)
-    mine.mine(self._config, self._layout, self._data, directory, retriever)
+    if not (directory / "mining.json").exists():
+      _log.info("mining generation %d while training goes on", which)
+      retriever = Retriever.load(directory / "retriever", self._shared)
+      mine.mine(self._config, self._layout, self._data, directory, retriever)
+    for name in _NEEDED_BY_MINING:
+      files.remove(directory / name)

@@ -97,9 +97,19 @@ class Loop(abc.ABC):
     self.begin(first)
     stop = hosts.Agreement()
     waiting: collections.deque = collections.deque()  # metrics are fetched one step behind, so the devices never wait
+    done = kept = first
     with progress.bar(self.name, self.steps, "step", initial=first) as shown:
       loaded = batches.load(first, self.steps, self.settings.loader_workers)
-      for step, batch in enumerate(loaded, first + 1):
+      while done < self.steps:
+        try:
+          batch = next(loaded)
+        except preemption.Preempted:  # while it waits for negatives; processes that save must all be here
+          if done > kept and hosts.process_count() == 1:
+            self._record_all(writer, shown, waiting)
+            checkpoints.save(done, self.state, self.metadata(done))
+            checkpoints.wait()
+          raise
+        done = step = done + 1
         waiting.append((step, self.step(batch)))
         if len(waiting) > 1:
           self._record(writer, shown, *waiting.popleft())
@@ -110,14 +120,14 @@ class Loop(abc.ABC):
         saved = last or step % self.settings.checkpoint_every == 0 or stopped
         marked = not last and self.is_marked(step)
         if tried or saved or marked:
-          while waiting:  # nothing that is not finite is ever kept
-            self._record(writer, shown, *waiting.popleft())
+          self._record_all(writer, shown, waiting)
         if tried:
           self._try(writer, step)
         if marked:
           self.mark(step)
         if saved:
           checkpoints.save(step, self.state, self.metadata(step))
+          kept = step
         if stopped:
           checkpoints.wait()
           raise preemption.Preempted(f"{self.name} stands at step {step} of {self.steps}", agreed=True)
@@ -128,6 +138,11 @@ class Loop(abc.ABC):
     candidate = self.candidate()
     figures = hosts.first_says(lambda: dict(self.attempt(step, candidate)))
     writer.write(step, {f"dev/{name}": value for name, value in figures.items()})
+
+  def _record_all(self, writer: MetricWriter, shown: progress.Bar, waiting: collections.deque) -> None:
+    """Records what waits: nothing that is not finite is ever kept."""
+    while waiting:
+      self._record(writer, shown, *waiting.popleft())
 
   def _record(self, writer: MetricWriter, shown: progress.Bar, step: int, metrics: Mapping) -> None:
     found = {name: float(value) for name, value in metrics.items()}

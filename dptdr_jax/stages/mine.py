@@ -34,6 +34,7 @@ from dptdr_jax.stages.layout import Layout
 _log = logging.getLogger(__name__)
 
 DENSE = "dense"  # the name of the round's own retriever among the sources
+SOURCES = ("bm25", DENSE, "runs")  # as config.mine.sources names them
 _BLOCK = 65_536  # queries whose positives are scored at a time
 _TEXTS = 100_000  # passages kept in memory while texts are compared: some 100 MB
 
@@ -45,16 +46,42 @@ def check(config: ConfigDict) -> None:
     raise InputError("rounds counts trainings, from 1", value=config.rounds)
   if config.train.negatives == "bm25" and not mine.bm25.depth:
     raise InputError("train.negatives is bm25, and mine.bm25.depth is 0")
-  if config.rounds > 1 and not (mine.bm25.depth or mine.dense.depth or mine.runs):
-    raise InputError("nothing to mine from: mine.bm25.depth and mine.dense.depth are 0, mine.runs is empty")
-  missing = [path for path in mine.runs if not pathlib.Path(path).is_file()]
-  if missing:
-    raise InputError("no such run file", path=missing[0])
+  if config.cross.enabled and config.cross.negatives == "bm25" and not mine.bm25.depth:
+    raise InputError("cross.negatives is bm25, and mine.bm25.depth is 0")
+  if unknown := set(mine.sources) - set(SOURCES):
+    raise InputError("unknown mine.sources", value=sorted(unknown), fix=f"Use some of {', '.join(SOURCES)}")
+  given = {"bm25": mine.bm25.depth, DENSE: mine.dense.depth, "runs": mine.runs and mine.outside.depth}
+  if (config.rounds > 1 or config.train.refresh_every) and not any(given[name] for name in mine.sources):
+    raise InputError("nothing to mine from: each of mine.sources has a depth of 0 or no files", value=mine.sources)
+  _check_runs(mine)
+  for name, options in (("bm25", mine.bm25), (DENSE, mine.dense), ("outside", mine.outside)):
+    if min(options.depth, options.first, options.quota) < 0 or (options.depth and options.first >= options.depth):
+      raise InputError(f"mine.{name}: ranks go from 0 ≤ first < depth, and a quota is not negative",
+                       value=(options.first, options.depth, options.quota))  # fmt: skip
+  if mine.near_duplicate and not (mine.same_text and 0 < mine.near_duplicate <= 1):
+    raise InputError("mine.near_duplicate is a share, and wants mine.same_text", value=mine.near_duplicate)
+  if not 0 <= mine.negative_below <= mine.positive_above <= 1:
+    raise InputError("mine.negative_below and mine.positive_above are probabilities in this order",
+                     value=(mine.negative_below, mine.positive_above))  # fmt: skip
+  if config.train.refresh_every and not (mine.dense.depth and DENSE in mine.sources):
+    raise InputError("train.refresh_every mines with the retriever as it trains", fix="Set mine.dense.depth above 0")
   if mine.cross_encoder and not config.cross.enabled:
     raise InputError("mine.cross_encoder wants a cross-encoder", fix="Set cross.enabled to True")
   if mine.pseudo_positives and not mine.cross_encoder:
     raise InputError("mine.pseudo_positives are the cross-encoder's", fix="Set mine.cross_encoder to True")
-  _margins(config, (DENSE,))
+  if mine.pseudo_positives and config.train.positive == "first":
+    raise InputError("mine.pseudo_positives are never the first positive", fix="Set train.positive to rotate")
+  _margins(config, ("bm25", DENSE))
+
+
+def _check_runs(mine: ConfigDict) -> None:
+  names = ["bm25", DENSE]
+  for path in mine.runs:
+    if not pathlib.Path(path).is_file():
+      raise InputError("no such run file", path=path)
+    if pathlib.Path(path).name in names:
+      raise InputError("two sources of one name", path=path, fix="Give the run file a name of its own")
+    names.append(pathlib.Path(path).name)
 
 
 def outside_files(config: ConfigDict) -> list[files.Path]:
@@ -66,7 +93,8 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 0) -> None:
   """Writes DIR/mineN/pool: negatives for each training query, best first, with what each source says of them."""
   layout = Layout.of(workdir)
   data, directory = PreparedData(layout.prepared), layout.mine(number)
-  retriever = common.trained(config, layout, number) if number and config.mine.dense.depth else None
+  wanted = number and config.mine.dense.depth and DENSE in config.mine.sources
+  retriever = common.trained(config, layout, number) if wanted else None
   if retriever is not None:
     encode_both(config, layout, data, directory, retriever)
   if hosts.process_count() > 1:
@@ -81,6 +109,8 @@ def mine(
   """Mines into `directory`: vectors/, runs/, merged/, pool/ and mining.json; what is there is not made again.
 
   Args:
+    directory: that of mine0, where BM25 stands alone beside runs from elsewhere and nothing but the cheap rules
+      denoises; or any other, where config.mine.sources counts and the cross-encoder (if there is one) is trained.
     retriever: the dense source; None: there is none.
   """
   positives = common.qrels(data.splits[config.data.train_split])
@@ -88,7 +118,7 @@ def mine(
   if not (directory / "merged" / "manifest.json").exists():
     pool_from_runs(directory / "merged", sources, positives, width=config.mine.width or None)
   preemption.check(f"mining stands before denoising, in {directory}")
-  pool = _denoise(config, layout, directory, _rules(config, data, positives, list(sources)), retriever is not None)
+  pool = _denoise(config, layout, directory, _rules(config, data, positives, list(sources)))
   warnings = pool_checks.suspicions(pool)
   for warning in warnings:
     _log.warning("%s: %s", directory, warning)
@@ -96,10 +126,15 @@ def mine(
   return pool
 
 
-def _denoise(config: ConfigDict, layout: Layout, directory: pathlib.Path, rules: list[Rule], crossed: bool) -> Pool:
-  """Applies the cheap rules, then the cross-encoder to what they leave; `crossed`: there is one by now."""
+def _is_first(layout: Layout, directory: pathlib.Path) -> bool:
+  """Whether a pool is the one before round 1."""
+  return directory == layout.mine(0)
+
+
+def _denoise(config: ConfigDict, layout: Layout, directory: pathlib.Path, rules: list[Rule]) -> Pool:
+  """Applies the cheap rules, then the cross-encoder to what they leave."""
   options = config.mine
-  if not (crossed and options.cross_encoder):
+  if not options.cross_encoder or _is_first(layout, directory):
     return denoise(directory / "pool", directory / "merged", rules)
   cleaned = directory / "cleaned"
   pool = Pool.open(cleaned) if (cleaned / "manifest.json").exists() else denoise(cleaned, directory / "merged", rules)
@@ -123,6 +158,7 @@ def _sources(
     depth = min(options.depth, len(data.ids))
     found[name] = Source(Run.open(path), depth, options.first, options.quota or None, scores)
 
+  _take_bm25_of_mine0(config, layout, directory)
   searches = _searches(config, layout, data, directory, retriever)
   everything = slice(0, len(split))
   if "bm25" in searches:
@@ -131,7 +167,7 @@ def _sources(
     queries, passages = encode_both(config, layout, data, directory, retriever, together=False)
     scores = positive_scores(queries, passages, positives)
     searched(DENSE, functools.partial(searches[DENSE], everything), mine.dense, scores)
-  if mine.runs:
+  if mine.runs and mine.outside.depth and (_is_first(layout, directory) or "runs" in mine.sources):
     query_rows = {name: row for row, name in enumerate(split.ids.ids(range(len(split))))}
     passage_rows = {name: row for row, name in enumerate(data.ids.ids(range(len(data.ids))))}
     depth = min(mine.outside.depth, len(data.ids))
@@ -155,17 +191,27 @@ def _searches(
     queries, passages = (Embeddings(directory / "vectors" / part) for part in (config.data.train_split, "corpus"))
     return search.dense(config, queries, passages, min(config.mine.dense.depth, deepest), directory / "index", rows)
 
-  if config.mine.bm25.depth:
+  if config.mine.bm25.depth and (_is_first(layout, directory) or "bm25" in config.mine.sources):
     found["bm25"] = by_bm25
   if retriever is not None:
     found[DENSE] = by_retriever
   return found
 
 
+def _take_bm25_of_mine0(config: ConfigDict, layout: Layout, directory: pathlib.Path) -> None:
+  """BM25 finds the same for every round: links what it found for the first, where this run has asked it then."""
+  before, path = layout.mine(0) / "runs" / "bm25", directory / "runs" / "bm25"
+  if common.mines_first(config) and "bm25" in config.mine.sources and before.exists() and not path.exists():
+    files.link_tree(before, path)
+
+
 def _search_together(
   config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever | None
 ) -> None:
   """All processes search, each for its share of the training queries; indexes are the first one's to build."""
+  with hosts.first_goes_first("what BM25 found before"):
+    if hosts.is_main():
+      _take_bm25_of_mine0(config, layout, directory)
   searches = _searches(config, layout, data, directory, retriever)
   with hosts.first_goes_first("indexes"):
     if hosts.is_main() and "bm25" in searches:

@@ -92,7 +92,11 @@ def section(title: str, about: Mapping) -> str:
   rows |= {f"from {name}": number for name, number in about["combinations"].items()}
   rows |= {f"queries that {name} does not answer": number for name, number in about["unanswered"].items() if number}
   for step in about["denoising"]:
-    rows |= {f"taken out: {reason}": numbers["all"] for reason, numbers in step["removed"].items()}
+    rule = " of ".join(str(step[key]) for key in ("rule", "source") if key in step)
+    for reason, numbers in step["removed"].items():
+      shares = ", ".join(f"{name} {number:,}" for name, number in numbers.items() if name != "all")
+      rows[f"taken out by {rule}: {_words(reason)} ({shares})"] = numbers["all"]
+    rows |= {f"not judged by {rule}": step["unjudged"]} if step["unjudged"] else {}
   cells = (f"<tr><th>{html.escape(name)}</th><td>{number:,}</td></tr>" for name, number in rows.items())
   parts += ["<table>", *cells, "</table>", _histograms(about["histograms"])]
   parts += [_shown(example) for example in about["examples"]]

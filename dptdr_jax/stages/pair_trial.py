@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.reranker import CrossEncoder
+from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import common
 from dptdr_jax.stages.layout import Layout
 
@@ -42,7 +43,9 @@ class PairTrial:
     judged = np.array([row for row, found in positives.items() if len(found)])
     rows = np.sort(generator.permutation(judged)[: cross.evaluate_queries])
     most = max(len(positives[row]) for row in rows)
-    found = common.bm25(layout, data).search([split.queries[int(row)].text for row in rows], others + most)
+    with hosts.first_goes_first("BM25 index"):
+      index = common.bm25(layout, data)
+    found = index.search([split.queries[int(row)].text for row in rows], others + most)
     passages = np.empty((len(rows), 1 + others), np.int64)
     for place, row in enumerate(rows):
       random = generator.integers(len(data.ids), size=2 * (others + most))

@@ -104,11 +104,11 @@ class TrainLoop(Loop):
   def begin(self, step: int) -> None:
     if self._generations is not None and step:
       self._generations.resume(step)
-    elif self._generations is not None:
+    elif self.is_marked(0):
       self.mark(0)
 
   def is_marked(self, step: int) -> bool:
-    return self._generations is not None and step % self._generations.every == 0
+    return self._generations is not None and self._generations.is_begun_at(step, self.steps)
 
   def mark(self, step: int) -> None:
     self._generations.begin(step, self.retriever())

@@ -37,7 +37,7 @@ def make(stores):
     group_size = options.pop("group_size", 3)
     groups = TrainGroups(positives, None, num_passages=40, group_size=group_size, seed=seed, stage=stage)
     options = {"batch_size": 4, "query_tokens": 24, "passage_tokens": 48, "seed": seed, "stage": stage, **options}
-    return TrainBatches(*stores, options.pop("query_rows", np.arange(7)), groups, positives, **options)
+    return TrainBatches(*stores, options.pop("query_rows", np.arange(7)), groups, **options)
 
   return run
 
