@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -63,7 +64,7 @@ class Backbone:
         hub id.
       compute_dtype: 'float32', 'bfloat16' or 'auto' (bfloat16 on accelerators, float32 on CPU).
       sha256: of model.safetensors, checked when given.
-      fsdp: of this process's devices, over which the weights are split; 1: whole on each.
+      fsdp: devices over which the weights are split; of this process's as many as divide it. 1: whole on each.
 
     Raises:
       InputError: nothing there, another checksum, a truncated file, a tensor missing, unused or of another shape.
@@ -89,7 +90,7 @@ class Backbone:
     tokenizer = Tokenizer(directory) if _has_tokenizer(directory) else None
     if tokenizer is not None:
       tokenizer.check_model(config.vocab_size, directory)
-    mesh = meshes.make_mesh(fsdp=fsdp, devices=jax.local_devices())
+    mesh = meshes.make_mesh(fsdp=math.gcd(fsdp, jax.local_device_count()), devices=jax.local_devices())
     params = params if on_host else jax.device_put(params, by_rules(params, mesh))
     return cls(path, config, params, tokenizer, hash_tensors(encoder_tensors(tensors)), dtype, mesh)
 

@@ -69,6 +69,7 @@ NEUTRAL = (
   "train.query_chunk", "train.passage_chunk", "train.remat", "cross.chunk",
   "pretrain.chunk", "pretrain.remat", "pretrain.fsdp",
   "train.loader_workers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+  "encode.batch_tokens", "index.device_bytes",
   "cross.depth", "cross.rerank",  # of what uses it, not of its training
   "cross.loader_workers", "cross.log_every", "cross.checkpoint_every", "cross.keep_checkpoints",
   "pretrain.loader_workers", "pretrain.log_every", "pretrain.checkpoint_every", "pretrain.keep_checkpoints",
@@ -160,10 +161,16 @@ def run(
 
 
 def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, mirror: Mirror | None) -> None:
-  with hosts.first_goes_first("plan"):  # it hashes the files from outside, the others find that done
+  if not hosts.is_main():
+    check(config)
+
+  def made_from() -> list:  # the first process alone hashes the files from outside
     planned = plan(config, layout, verify)
     for item in planned if mirror else ():
       mirror.fetch(item.stage.name, item.key, item.made_from, item.stage.beside)
+    return [[item.made_from, item.key] for item in planned]
+
+  planned = [Planned(stage, *said) for stage, said in zip(stages(config), hosts.first_says(made_from), strict=True)]
   chosen = _choose([item.stage.name for item in planned], only)
   for item in planned:
     stage = item.stage
@@ -179,7 +186,8 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, 
       done = True
     if done and mirror:
       mirror.keep(stage.name, item.key)
-  if layout.results.exists() and hosts.is_main():
+  measured = next(item for item in planned if item.stage.name == "evaluate")
+  if hosts.is_main() and _is_done(layout, measured.stage, measured.key):
     progress.say(report.table(layout, seconds(layout, config)))
 
 
@@ -310,7 +318,8 @@ def _execute_first(
     if before["key"] != key:
       changes = manifest.differences(before["made_from"], description)
       _log.info("%s: done anew, because of %s", stage.name, "; ".join(changes) or "a newer layout")
-      files.remove(directory)
+      for path in (directory, *(layout.root / name for name in stage.beside)):
+        files.remove(path)
     else:
       _log.info("%s: goes on", stage.name)
       spent = before["seconds"]

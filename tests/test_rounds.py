@@ -158,6 +158,7 @@ def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_p
     ({"mine__near_duplicate": 0.5, "mine__same_text": False}, "near_duplicate"),
     ({"mine__negative_below": 0.95}, "in this order"),
     ({"train__refresh_every": 2, "mine__dense__depth": 0}, "refresh_every mines with the retriever"),
+    ({"fsdp": 3}, "does not fit 8 devices"),
     ({"train__steps": 0, "train__epochs": 0.0}, "training has no steps"),
     ({"mine__bm25__depth": 0, "mine__dense__depth": 0}, "nothing to mine from"),
     ({"index__backend": "gpu"}, "unknown index.backend"),

@@ -113,10 +113,16 @@ def rename(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-  """Removes a file or a directory tree, if it is there."""
+  """Removes a file or a directory tree, if it is there; of a tree nothing is left under its name from the first moment.
+
+  Killed meanwhile it leaves a part of the tree under another name, which the next call removes.
+  """
   path = pathlib.Path(path)
   if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
+    aside = path.with_name(f"{path.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
   else:
     path.unlink(missing_ok=True)
 

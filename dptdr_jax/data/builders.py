@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import naming
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dptdr_jax.core import files, progress
+from dptdr_jax.core import files, preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import downloads
 from dptdr_jax.data.records import Passage, Query
@@ -127,6 +127,7 @@ class PreparedText(tfds.core.GeneratorBasedBuilder):
         size += len(record)
         if self._on_row is not None:
           self._on_row(row["id"][0])
+        preemption.check(f"{self._part} will be written again")
       if writer is not None:
         writer.close()
     except RuntimeError as error:  # what ArrayRecord raises when the disk refuses

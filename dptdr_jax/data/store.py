@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import tokenizers
 
-from dptdr_jax.core import files, progress
+from dptdr_jax.core import files, preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import ragged
 from dptdr_jax.data.tokenizer import Tokenizer
@@ -190,6 +190,7 @@ def write_token_store(
         bar.advance(len(parts[1]))
         if rows % _SHARD == 0:
           _note(growing, about, rows, streams)
+        preemption.check(f"{rows} of {count} texts are tokenised")
     if rows != count:
       raise InputError(f"{rows} texts came where {count} were expected", path=path)
     _note(growing, about, rows, streams)
@@ -244,7 +245,12 @@ def _resume(growing: pathlib.Path, about: dict[str, Any]) -> int:
     growing.mkdir(parents=True)
     state = {"about": about, "rows": 0, "tokens_bytes": 0}
   tokens = state["tokens_bytes"] // np.dtype(about["dtype"]).itemsize
-  for name, size in zip(_files(about), (state["tokens_bytes"], 4 * state["rows"], tokens), strict=False):
+  sizes = dict(zip(_files(about), (state["tokens_bytes"], 4 * state["rows"], tokens), strict=False))
+  if state["rows"] and any(not (growing / name).is_file() or (growing / name).stat().st_size < size
+                           for name, size in sizes.items()):  # fmt: skip
+    files.remove(growing)  # less is there than was noted: nothing of it can be trusted
+    return _resume(growing, about)
+  for name, size in sizes.items():
     with open(growing / name, "ab") as stream:
       stream.truncate(size)
   return state["rows"]

@@ -19,7 +19,7 @@ import bm25s
 import numpy as np
 import Stemmer
 
-from dptdr_jax.core import progress
+from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path, atomic_directory, read_json, write_json
 from dptdr_jax.retrieval.runs import Run
@@ -75,6 +75,7 @@ class Bm25:
       norms = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
       for shard, start in enumerate(progress.track(range(0, len(lengths), shard_rows), "BM25 index", unit="shard")):
         _write_shard(partial, shard, idf, norms[start : start + shard_rows])
+        preemption.check("the BM25 index will be built again")
       write_json(
         partial / "manifest.json",
         {"format": _FORMAT, "kind": "bm25", "count": len(lengths), "shard_rows": shard_rows, "k1": k1, "b": b,
@@ -101,6 +102,7 @@ class Bm25:
             scores = shard.get_scores_from_ids(token_ids)
             _merge(run.rows[query], run.scores[query], scores, number * self._shard_rows)
           shown.advance()
+          preemption.check("the search by BM25 will begin again")
     return run
 
   def _token_ids(self, found: Iterable[str]) -> np.ndarray:

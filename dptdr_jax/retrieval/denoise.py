@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dptdr_jax.core import progress
+from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path, atomic_directory, write_json
 from dptdr_jax.retrieval.candidates import MERGED, Pool, Reason, open_arrays
@@ -171,6 +171,7 @@ def denoise(directory: Path, pool: Path, rules: Sequence[Rule]) -> Pool:
         kept_in_all += int(kept.sum())
         emptied += int((answered & ~kept.any(1)).sum())
         shown.advance(block.stop - block.start)
+        preemption.check("the pool will be denoised again")
     applied = [
       {**rule.describe(), "removed": {reason.name: _named(taken, opened.names) for reason, taken in counted.items()},
        "unjudged": int(missing)}

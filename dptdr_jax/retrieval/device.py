@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dptdr_jax.core import progress
+from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.runs import FILL, Run
@@ -174,6 +174,7 @@ def _search(
         behind = best[start]
         bar.advance(min(size, len(queries) - start))
       jax.block_until_ready(behind)  # the block is free when the reader begins with the one after the next
+      preemption.check("the search will begin again")
   scores, found = (np.concatenate([best[start][part] for start in starts])[: len(queries)] for part in (0, 1))
   return Run(found, scores)
 

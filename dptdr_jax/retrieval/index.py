@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import faiss
 import numpy as np
 
-from dptdr_jax.core import progress
+from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path, atomic_directory, read_json, write_json
 from dptdr_jax.retrieval.embeddings import Embeddings
@@ -78,6 +78,7 @@ class Index:
         for _, block in embeddings.blocks(block_rows):
           index.add(block)
           shown.advance(len(block))
+          preemption.check("the index will be built again")
     manifest = {
       "format": _FORMAT, "kind": "index", "factory": factory, "count": len(embeddings), "width": embeddings.width,
       "sample": sample, "seed": seed, "source": embeddings.source,
@@ -151,6 +152,7 @@ class Index:
         found = search_ties(self.faiss.search, queries[part], depth, len(self))
         run.rows[part, :depth], run.scores[part, :depth] = found.rows, found.scores
         shown.advance(len(found))
+        preemption.check("the search will begin again")
     return run
 
 

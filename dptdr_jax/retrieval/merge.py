@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dptdr_jax.core import progress
+from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path, atomic_directory, write_json
 from dptdr_jax.retrieval.candidates import FORMAT, MAX_DEPTH, MAX_SOURCES, MERGED, Pool, open_arrays, query_blocks
@@ -94,6 +94,7 @@ def pool_from_runs(
         unanswered += [int((~(source.run.rows[block, :1] >= 0).any(1)).sum()) for source in parts]
         combinations += np.bincount(bits.ravel(), minlength=len(combinations))
         shown.advance(block.stop - block.start)
+        preemption.check("candidates will be merged again")
     manifest = {
       "format": FORMAT, "kind": "candidates", "sources": names,
       "options": {name: {key: getattr(source, key) for key in ("depth", "first", "quota")}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import faiss
 import numpy as np
 
-from dptdr_jax.core import progress
+from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.runs import Run
@@ -57,6 +57,7 @@ def search_exact(
 
       merge(best, search_ties(search, queries, min(k, len(block)), len(block)), first)
       shown.advance(len(block))
+      preemption.check("the search will begin again")
   return best
 
 

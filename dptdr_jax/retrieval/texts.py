@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import regex
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retrieval.denoise import Verdict
 from dptdr_jax.retrieval.qrels import Qrels
+
+_SIGNS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")  # what is neither letter nor mark nor digit
+_ASCII = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
 
 # int [n] passage rows → their n (title, text), in that order
 Texts = Callable[[np.ndarray], Iterable[tuple[str, str]]]
@@ -102,11 +106,12 @@ class TextRule:
 
 
 def normalise(text: str) -> str:
-  """Text without what a copy may change: NFKC, case folded, runs of white space as one space, none at the ends."""
+  """Text without what a copy may change: its letters (with their marks) and digits, NFKC, case folded, one space
+  between runs of them. A text that has none keeps its signs."""
   if text.isascii():  # NFKC leaves it as it is
-    return " ".join(text.lower().split())
-  folded = unicodedata.normalize("NFKC", text).casefold()
-  return " ".join(unicodedata.normalize("NFKC", folded).split())  # folding can undo the normal form
+    return " ".join(text.translate(_ASCII).split()) or " ".join(text.split())
+  folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())  # folding can undo NFKC
+  return _SIGNS.sub(" ", folded).strip() or " ".join(folded.split())
 
 
 def shingles(text: str, size: int) -> frozenset[tuple[str, ...]]:

@@ -26,6 +26,7 @@ from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retriever import Retriever, VectorSettings
 from dptdr_jax.runtime import hosts
+from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.stages import scratch, steps
 from dptdr_jax.stages.layout import Layout
 
@@ -55,6 +56,7 @@ def check(config: ConfigDict) -> None:
     if config[section].remat not in REMAT:
       raise InputError(f"unknown {section}.remat", value=config[section].remat, fix=f"Use {', '.join(REMAT)}")
   sampling(config)
+  meshes.make_mesh(fsdp=config.fsdp)
   measures.check((*config.evaluate.measures, config.train.select_by))
   if config.train.evaluate_every and config.data.dev_split and config.data.dev_split == config.data.train_split:
     raise InputError("the dev split is the training split", value=config.data.dev_split, fix="Name another, or ''")

@@ -136,7 +136,8 @@ class Loop(abc.ABC):
 
   def _try(self, writer: MetricWriter, step: int) -> None:
     candidate = self.candidate()
-    figures = hosts.first_says(lambda: dict(self.attempt(step, candidate)))
+    with preemption.later():  # the step that is tried is not saved yet
+      figures = hosts.first_says(lambda: dict(self.attempt(step, candidate)))
     writer.write(step, {f"dev/{name}": value for name, value in figures.items()})
 
   def _record_all(self, writer: MetricWriter, shown: progress.Bar, waiting: collections.deque) -> None:

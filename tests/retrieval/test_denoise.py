@@ -29,8 +29,9 @@ PASSAGES = [
   ("", "Yes."),  # 10, a short positive (of query 1)
   ("", "Yes. Take it with food, twice a day."),  # 11, which contains it
   ("", "YES."),  # 12, which equals it
+  ("", f"In short - {POSITIVE.rstrip('.')}, - as a rule; one «unit» is 10 ml."),  # 13, within other signs
 ]
-TRAPS = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+TRAPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 13]
 
 
 def texts(rows):
@@ -57,14 +58,14 @@ def test_traps_of_text(tmp_path):
   pool, qrels = make(tmp_path / "p", [[0, *TRAPS]])
   assert 0 not in pool.candidates(0)  # the judged one goes when runs are merged
   clean = denoise(tmp_path / "c", tmp_path / "p", [TextRule(qrels, texts)])
-  expected = dict.fromkeys([1, 2, 3, 4, 5, 6], "SAME_TEXT") | {7: "CONTAINS"}
+  expected = dict.fromkeys([1, 2, 3, 4, 5, 6], "SAME_TEXT") | {7: "CONTAINS", 13: "CONTAINS"}
   assert reasons_of(clean) == expected
   assert clean.candidates(0).tolist() == [8, 9]
   assert clean.manifest["denoising"] == [
     {
       "rule": "text", "contains_from": 40, "near_duplicate": None, "shingle": 3, "unjudged": 0,
       "removed": {
-        "SAME_TEXT": {"all": 6, "a": 6}, "CONTAINS": {"all": 1, "a": 1}, "NEAR_DUPLICATE": {"all": 0, "a": 0}
+        "SAME_TEXT": {"all": 6, "a": 6}, "CONTAINS": {"all": 2, "a": 2}, "NEAR_DUPLICATE": {"all": 0, "a": 0}
       },
     }
   ]  # fmt: skip
@@ -78,7 +79,7 @@ def test_traps_of_text(tmp_path):
 def test_a_short_positive_contains_nothing_but_equals(tmp_path):
   pool, qrels = make(tmp_path / "p", [[11, 12, 9]], positives=[(0, 10)])
   assert denoise(tmp_path / "c", tmp_path / "p", [TextRule(qrels, texts)]).candidates(0).tolist() == [11, 9]
-  bold = denoise(tmp_path / "b", tmp_path / "p", [TextRule(qrels, texts, contains_from=4)])
+  bold = denoise(tmp_path / "b", tmp_path / "p", [TextRule(qrels, texts, contains_from=3)])
   assert reasons_of(bold) == {11: "CONTAINS", 12: "SAME_TEXT"}
   assert len(pool.candidates(0)) == 3
 
@@ -102,6 +103,9 @@ def test_normalised_text():
   assert normalise(" A\u00a0 ﬁne\n\tSTRASSE Straße ") == "a fine strasse strasse"
   assert normalise("e\u0301") == normalise("É") == "é"
   assert normalise("plain  ASCII\x1ftext") == "plain ascii text"
+  assert normalise("- A man's «re-reading», 3.5_x!") == normalise("a Man s re reading 3 5 x")
+  assert normalise("हिन्दी।") == "हिन्दी", "marks are parts of letters"
+  assert normalise(" + !") == "+ !" and normalise("«» …") == "«» ..."
 
 
 def test_similarity_of_shingles():
