@@ -6,12 +6,12 @@ In memory a run is passage rows and scores; ids are joined when a file is writte
 
 from __future__ import annotations
 
-import array
 import dataclasses
+import itertools
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 import numpy as np
@@ -21,6 +21,9 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path, atomic_directory, atomic_path, open_text
 
 FILL = -1  # in place of a passage row where a query has fewer than K passages
+_LINES = 1 << 18  # of a run file that are looked up at a time
+
+Lookup = Callable[[Sequence[str]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +113,15 @@ def write_msmarco(path: Path, run: Run, query_ids: Sequence[str], passage_ids: S
   _write(path, run, query_ids, lines)
 
 
-def read_trec(
-  path: Path, query_rows: Mapping[str, int], passage_rows: Mapping[str, int], depth: int | None = None
-) -> Run:
+def read_trec(path: Path, query_rows: Lookup, passage_rows: Lookup, num_queries: int, depth: int | None = None) -> Run:
   """Reads a TREC run file. Its order is that of the scores (ties by row): the rank column is checked, not used.
+
+  What is kept of a file of any length is `depth` passages a query.
 
   Args:
     path: the file, plain or gzip.
-    query_rows: query id → row, 0 … Q − 1; a query that the file lacks has fills only.
-    passage_rows: passage id → row.
+    query_rows: ids → rows of queries, int [n], −1 for an unknown one; passage_rows: the same for passages.
+    num_queries: Q; a query that the file lacks has fills only.
     depth: keeps the best `depth` of each query; default: the longest list in the file.
 
   Raises:
@@ -132,11 +135,11 @@ def read_trec(
     _rank(fields[3])
     return fields[0], fields[2], _score(fields[4])
 
-  return _read(path, parse, query_rows, passage_rows, depth)
+  return _read(path, parse, query_rows, passage_rows, num_queries, depth)
 
 
 def read_msmarco(
-  path: Path, query_rows: Mapping[str, int], passage_rows: Mapping[str, int], depth: int | None = None
+  path: Path, query_rows: Lookup, passage_rows: Lookup, num_queries: int, depth: int | None = None
 ) -> Run:
   """Reads MS MARCO's own format. It has no scores: a passage's score here is −rank. Otherwise as `read_trec`."""
 
@@ -146,7 +149,7 @@ def read_msmarco(
       raise _BadLine(f"{len(fields)} columns where an MS MARCO run has 3 (qid, pid, rank, between tabs)", line)
     return fields[0], fields[1], -float(_rank(fields[2]))
 
-  return _read(path, parse, query_rows, passage_rows, depth)
+  return _read(path, parse, query_rows, passage_rows, num_queries, depth)
 
 
 class _BadLine(Exception):
@@ -182,57 +185,59 @@ def _write(path: Path, run: Run, query_ids: Sequence[str], lines: Callable[..., 
 def _read(
   path: Path,
   parse: Callable[[str], tuple[str, str, float]],
-  query_rows: Mapping[str, int],
-  passage_rows: Mapping[str, int],
+  query_rows: Lookup,
+  passage_rows: Lookup,
+  num_queries: int,
   depth: int | None,
 ) -> Run:
-  queries, passages, scores, numbers = array.array("i"), array.array("i"), array.array("f"), array.array("q")
+  found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
   with open_text(path) as stream:
-    for number, line in _numbered(stream, path):
-      if line.isspace():
-        continue
-      try:
-        query, passage, score = parse(line)
-        if query not in query_rows:
-          raise _BadLine("unknown query id", query)
-        if passage not in passage_rows:
-          raise _BadLine("unknown passage id", passage)
-      except _BadLine as error:
-        raise InputError(error.args[0], path=path, line=number, value=error.args[1]) from None
-      queries.append(query_rows[query])
-      passages.append(passage_rows[passage])
-      scores.append(score)
-      numbers.append(number)
-  lists = [np.frombuffer(values, values.typecode) for values in (queries, passages, scores, numbers)]
-  return _assemble(*lists, len(query_rows), depth, path)
+    lines = _parsed(stream, path, parse)
+    while block := list(itertools.islice(lines, _LINES)):
+      numbers, queries, passages, scores = zip(*block, strict=True)
+      rows = np.stack([query_rows(queries), passage_rows(passages)])
+      if (rows < 0).any():
+        line, kind = next((line, kind) for line in range(len(block)) for kind in (0, 1) if rows[kind, line] < 0)
+        what, value = ("unknown query id", queries[line]) if kind == 0 else ("unknown passage id", passages[line])
+        raise InputError(what, path=path, line=numbers[line], value=value)
+      _take(found, *rows, np.array(scores, np.float32), np.array(numbers), depth, path)
+  run = Run.empty(num_queries, max((len(rows) for rows, _ in found.values()), default=0) if depth is None else depth)
+  for query, (rows, scores) in found.items():
+    run.rows[query, : len(rows)], run.scores[query, : len(rows)] = rows, scores
+  return run
 
 
-def _numbered(stream: TextIO, path: Path) -> Iterator[tuple[int, str]]:
+def _parsed(stream: TextIO, path: Path, parse: Callable[[str], tuple]) -> Iterator[tuple[int, str, str, float]]:
+  """Yields (line number, query, passage, score) of the lines that are not empty."""
   number = 0
   try:
     for line in progress.track(stream, "read run", unit="line"):
       number += 1
-      yield number, line
+      if not line.isspace():
+        yield number, *parse(line)
+  except _BadLine as error:
+    raise InputError(error.args[0], path=path, line=number, value=error.args[1]) from None
   except (EOFError, zlib.error, UnicodeDecodeError, OSError) as error:
     raise InputError(f"cannot be read on ({error})", path=path, line=number + 1, fix="Fetch the file again.") from error
 
 
-def _assemble(
-  queries: np.ndarray, passages: np.ndarray, scores: np.ndarray, numbers: np.ndarray, num_queries: int,
-  depth: int | None, path: Path,
-) -> Run:  # fmt: skip
-  """Sorts entries [E] into a run; `numbers` are their lines, for the error on a passage that stands twice."""
-  by_passage = np.lexsort((numbers, passages, queries))
-  pairs = np.stack([queries, passages])[:, by_passage]
-  twice = by_passage[1:][(pairs[:, 1:] == pairs[:, :-1]).all(0)]
-  if len(twice):
-    raise InputError("passage stands twice for its query", path=path, line=int(numbers[twice].min()))
-  order = np.lexsort((passages, -scores, queries))
-  queries, passages, scores = queries[order], passages[order], scores[order]
-  counts = np.bincount(queries, minlength=num_queries)
-  places = np.arange(len(queries)) - np.repeat(np.cumsum(counts) - counts, counts)
-  run = Run.empty(num_queries, int(counts.max(initial=0)) if depth is None else depth)
-  kept = places < run.depth
-  run.rows[queries[kept], places[kept]] = passages[kept]
-  run.scores[queries[kept], places[kept]] = scores[kept]
-  return run
+def _take(
+  found: dict[int, tuple[np.ndarray, np.ndarray]], queries: np.ndarray, passages: np.ndarray, scores: np.ndarray,
+  numbers: np.ndarray, depth: int | None, path: Path,
+) -> None:  # fmt: skip
+  """Adds entries [E] to the lists by query, which stay in a run's order; `numbers` are lines, for the error."""
+  order = np.argsort(queries, kind="stable")
+  starts = np.flatnonzero(np.diff(queries[order], prepend=-1))
+  for entries in np.split(order, starts[1:]):
+    query = int(queries[entries[0]])
+    rows, values, lines = passages[entries].astype(np.int32), scores[entries], numbers[entries]
+    if query in found:  # its list is not in one piece, or goes on from the block before
+      before, theirs = found[query]
+      rows, values = np.concatenate([before, rows]), np.concatenate([theirs, values])
+      lines = np.concatenate([np.zeros(len(before), lines.dtype), lines])
+    by_row = np.lexsort((lines, rows))
+    twice = by_row[1:][rows[by_row][1:] == rows[by_row][:-1]]
+    if len(twice):
+      raise InputError("passage stands twice for its query", path=path, line=int(lines[twice].min()))
+    best = np.lexsort((rows, -values))[:depth]
+    found[query] = rows[best], values[best]

@@ -168,11 +168,9 @@ def _sources(
     scores = positive_scores(queries, passages, positives)
     searched(DENSE, functools.partial(searches[DENSE], everything), mine.dense, scores)
   if mine.runs and mine.outside.depth and (_is_first(layout, directory) or "runs" in mine.sources):
-    query_rows = {name: row for row, name in enumerate(split.ids.ids(range(len(split))))}
-    passage_rows = {name: row for row, name in enumerate(data.ids.ids(range(len(data.ids))))}
     depth = min(mine.outside.depth, len(data.ids))
     for path in mine.runs:
-      read = functools.partial(runs.read_trec, path, query_rows, passage_rows, depth)
+      read = functools.partial(runs.read_trec, path, split.ids.rows, data.ids.rows, len(split), depth)
       searched(pathlib.Path(path).name, read, mine.outside)
   return found
 

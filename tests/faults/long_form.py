@@ -86,7 +86,8 @@ def _run(out: pathlib.Path, number: int, flags: Sequence[str], kills: Sequence[p
   if not done.exists():
     started = time.monotonic()
     records = pair.run(workdir, flags, kills)
-    differ = [name for name, value in pair.hashes(workdir).items() if expected.get(name) != value]
+    found = pair.hashes(workdir)
+    differ = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     with open(out / "kills.jsonl", "a", encoding="utf-8") as stream:
       for record in records:
         stream.write(json.dumps({"run": number, **record}) + "\n")

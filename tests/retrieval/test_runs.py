@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.retrieval import runs
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retrieval.runs import Run, read_msmarco, read_trec, write_msmarco, write_trec
 
 PASSAGES = ["p-zero", "p-one", "p-two", "p-three"]
 QUERIES = ["q0", "q1", "q2"]
-PASSAGE_ROWS = {name: i for i, name in enumerate(PASSAGES)}
-QUERY_ROWS = {name: i for i, name in enumerate(QUERIES)}
+
+
+def rows_of(names):
+  return lambda ids: np.array([names.index(name) if name in names else -1 for name in ids])
+
+
+KNOWN = rows_of(QUERIES), rows_of(PASSAGES), len(QUERIES)
 
 
 @pytest.fixture
@@ -40,8 +46,8 @@ def test_trec_round_trip_is_exact(run, tmp_path):
   lines = (tmp_path / "a.trec").read_text().splitlines()
   assert lines[0] == "q0 Q0 p-three 1 0.333333343 ours"
   assert len(lines) == 5
-  assert same(read_trec(tmp_path / "a.trec", QUERY_ROWS, PASSAGE_ROWS), run)
-  cut = read_trec(tmp_path / "a.trec", QUERY_ROWS, PASSAGE_ROWS, depth=1)
+  assert same(read_trec(tmp_path / "a.trec", *KNOWN), run)
+  cut = read_trec(tmp_path / "a.trec", *KNOWN, depth=1)
   assert cut.rows.tolist() == [[3], [-1], [1]]
 
 
@@ -51,7 +57,7 @@ def test_msmarco_round_trip_and_gzip(run, tmp_path):
   assert text.splitlines()[1] == "q0\tp-zero\t2"
   (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(text.encode()))
   for name in ("a.tsv", "a.tsv.gz"):
-    got = read_msmarco(tmp_path / name, QUERY_ROWS, PASSAGE_ROWS)
+    got = read_msmarco(tmp_path / name, *KNOWN)
     assert np.array_equal(got.rows, run.rows)
     write_msmarco(tmp_path / "b.tsv", got, QUERIES, PASSAGES)
     assert (tmp_path / "b.tsv").read_text() == text
@@ -59,7 +65,29 @@ def test_msmarco_round_trip_and_gzip(run, tmp_path):
 
 def test_a_run_in_any_order_is_sorted(tmp_path):
   (tmp_path / "a").write_text("q2 Q0 p-two 1 1.0 x\nq0 Q0 p-two 2 5 x\n\nq2 Q0 p-one 9 1.0 x\nq0 Q0 p-one 1 6 x\n")
-  assert read_trec(tmp_path / "a", QUERY_ROWS, PASSAGE_ROWS).rows.tolist() == [[1, 2], [-1, -1], [1, 2]]
+  assert read_trec(tmp_path / "a", *KNOWN).rows.tolist() == [[1, 2], [-1, -1], [1, 2]]
+
+
+@pytest.mark.parametrize("depth", [None, 3, 1])
+def test_a_long_file_is_read_block_by_block(tmp_path, monkeypatch, depth):
+  rng = np.random.default_rng(0)
+  passages = [f"p{row}" for row in range(40)]
+  pairs = [(query, row) for query in range(5) for row in rng.choice(40, rng.integers(1, 12), replace=False)]
+  scores = {pair: float(rng.integers(4)) for pair in pairs}  # many ties
+  known = rows_of([f"q{query}" for query in range(6)]), rows_of(passages), 6
+  for name, order in ("together", pairs), ("mixed", rng.permutation(pairs).tolist()):
+    lines = [f"q{query} Q0 p{row} 1 {scores[query, row]} x\n" for query, row in map(tuple, order)]
+    (tmp_path / name).write_text("".join(lines))
+  monkeypatch.setattr(runs, "_LINES", 10**6)
+  whole = read_trec(tmp_path / "together", *known, depth)
+  assert whole.depth == (depth or max(np.bincount([query for query, _ in pairs]))) and whole.counts()[5] == 0
+  monkeypatch.setattr(runs, "_LINES", 7)
+  assert same(read_trec(tmp_path / "together", *known, depth), whole)
+  assert same(read_trec(tmp_path / "mixed", *known, depth), whole)
+  (tmp_path / "mixed").write_text("".join([*lines, lines[0]]))
+  if depth is None:
+    with pytest.raises(InputError, match=f"mixed:{len(lines) + 1}: passage stands twice"):
+      read_trec(tmp_path / "mixed", *known, depth)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +107,7 @@ def test_bad_trec_lines_are_named(tmp_path, line, says):
   path = tmp_path / "bad.trec"
   path.write_text(f"q1 Q0 p-one 1 2.0 x\n{line}\nq2 Q0 p-one 1 2.0 x\n")
   with pytest.raises(InputError, match=says) as error:
-    read_trec(path, QUERY_ROWS, PASSAGE_ROWS)
+    read_trec(path, *KNOWN)
   assert f"{path}:2: " in str(error.value)
 
 
@@ -87,7 +115,7 @@ def test_bad_trec_lines_are_named(tmp_path, line, says):
 def test_bad_msmarco_lines_are_named(tmp_path, line):
   (tmp_path / "bad.tsv").write_text(f"{line}\n")
   with pytest.raises(InputError, match=r"bad\.tsv:1: "):
-    read_msmarco(tmp_path / "bad.tsv", QUERY_ROWS, PASSAGE_ROWS)
+    read_msmarco(tmp_path / "bad.tsv", *KNOWN)
 
 
 def test_a_truncated_gzip_run_is_named(tmp_path):
@@ -95,7 +123,7 @@ def test_a_truncated_gzip_run_is_named(tmp_path):
   whole = gzip.compress(lines.encode())
   (tmp_path / "a.gz").write_bytes(whole[: len(whole) // 2])
   with pytest.raises(InputError, match="cannot be read on"):
-    read_trec(tmp_path / "a.gz", QUERY_ROWS, PASSAGE_ROWS)
+    read_trec(tmp_path / "a.gz", *KNOWN)
 
 
 def test_a_failed_write_leaves_the_old_file(run, tmp_path):
