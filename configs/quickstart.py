@@ -2,7 +2,7 @@
 
 python -m dptdr_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-With --config.pretrain.enabled=True a short pretraining on the docstrings comes first: some four minutes more.
+With --config.pretrain.enabled=True a short pretraining on the docstrings comes first: some minutes more.
 """
 
 from configs import base
