@@ -91,7 +91,7 @@ def test_a_sigterm_to_one_stops_both_and_one_goes_on(flags, alone, tmp_path):
     for process in running:
       process.kill()
   assert [process.returncode for process in running] == [75, 75], printed[0][-3000:] + printed[1][-3000:]
-  assert time.monotonic() - asked < 30
+  assert time.monotonic() - asked < 55  # on a quiet machine 30 s at most; here other tests compile beside it
   cluster.run(arguments, processes=1, devices=1)
   compare(tmp_path / "work", alone)
 
