@@ -166,7 +166,7 @@ def trained(tmp_path_factory):
   return config, directory
 
 
-def test_a_truncated_checkpoint_is_named_and_the_one_before_goes_on(trained, end):
+def test_from_a_truncated_checkpoint_the_one_before_goes_on(trained, end, caplog):
   config, directory = trained
   round1 = directory / "work/train1"
   expected = (round1 / "retriever/prompts.safetensors").read_bytes()
@@ -175,14 +175,8 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_goes_on(trained, end
   for path in (round1 / "checkpoints/4").rglob("*"):
     if path.is_file():
       cut(path)
-  status, said = end(config, directory / "work")
-  assert status == 2
-  assert said.startswith(f"error: {round1}/checkpoints/4: the checkpoint of step 4 is damaged")
-  assert said.endswith("step 2 is whole")
-  for path in sorted((round1 / "checkpoints/4").rglob("*"), reverse=True):
-    path.unlink() if path.is_file() else path.rmdir()
-  (round1 / "checkpoints/4").rmdir()
   assert end(config, directory / "work")[0] == 0
+  assert "the checkpoint of step 4 is damaged" in caplog.text
   assert (round1 / "retriever/prompts.safetensors").read_bytes() == expected
 
 

@@ -17,6 +17,9 @@ from orbax.checkpoint import v1 as ocp
 
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.runtime import hosts
+
+_log = logging.getLogger(__name__)
 
 State = TypeVar("State")
 
@@ -33,11 +36,8 @@ class Checkpoints:
     self.directory = pathlib.Path(directory).absolute()
     self.directory.mkdir(parents=True, exist_ok=True)
     logging.getLogger("absl").addFilter(_is_news)
-    self._orbax = ocp.training.Checkpointer(
-      self.directory,
-      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-      cleanup_tmp_directories=True,
-    )
+    self._keep = keep
+    self._orbax = self._open()
 
   def steps(self) -> list[int]:
     """The steps that have a finished checkpoint, ascending."""
@@ -65,33 +65,55 @@ class Checkpoints:
         custom_metadata={"metadata": dict(metadata or {}), "layout": _layout(state)},
       )
 
-  def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-    """Reads a checkpoint and checks it against the checksums in it.
+  def restore(self, like: State) -> tuple[int, State, dict[str, Any]] | None:
+    """Step, state and metadata of the newest checkpoint that is whole; None where there is none at all.
+
+    A newer one that is damaged, by the checksums in it, is moved to the directory beside, `NAME.damaged`, and told of:
+    every batch is a function of the step, so that the older one leads to the same end.
 
     Args:
-      step: one of `steps()`.
       like: a tree of arrays or jax.ShapeDtypeStruct with shardings: shapes, dtypes and placement of the result, which
         may be other devices than those that saved.
 
-    Returns:
-      The state and its metadata.
-
     Raises:
-      InputError: no such step, a state of another layout, or a checkpoint that is damaged; names the newest whole one.
+      InputError: a state of another layout, or damage, and no older checkpoint that is whole.
+      LostError: a process of several found damage; it is set aside, and a rerun of all goes on from the one before.
     """
     self.wait()
-    if step not in self.steps():
-      raise InputError(f"no checkpoint of step {step}; there are {self.steps()}", path=self.directory)
-    try:
-      return self._read(step, like)
-    except _DamagedError as damage:
-      whole = next((s for s in reversed(self.steps()) if s != step and self._is_whole(s, like)), None)
-      advice = f"step {whole} is whole" if whole is not None else "no other step is whole: start anew"
-      raise InputError(
-        f"the checkpoint of step {step} is damaged ({damage})",
-        path=self.directory / str(step),
-        fix=f"Remove this directory and run again; {advice}",
-      ) from damage
+    several = hosts.process_count() > 1
+    while (newest := self.latest()) is not None:
+      try:
+        return newest, *self._read(newest, like)
+      except _DamagedError as damage:
+        older = [step for step in self.steps() if step < newest]
+        if not older or not (several or any(self._is_whole(step, like) for step in reversed(older))):
+          raise InputError(
+            f"the checkpoint of step {newest} is damaged ({damage}), and none before it is whole",
+            path=self.directory / str(newest), fix=f"Remove {self.directory} to start anew",
+          ) from damage  # fmt: skip
+        aside = self._set_aside(newest)
+        told = f"the checkpoint of step {newest} is damaged ({damage}); it is now {aside}"
+        if several:  # the others may be waiting within the restore
+          raise hosts.LostError(f"{told}. Start the run again: it goes on from step {older[-1]}") from damage
+        _log.warning("%s", told)
+    return None
+
+  def _set_aside(self, step: int) -> pathlib.Path:
+    aside = self.directory.with_name(f"{self.directory.name}.damaged") / str(step)
+    aside.parent.mkdir(exist_ok=True)
+    files.remove(aside)
+    with contextlib.suppress(FileNotFoundError):  # another process saw it, too, and was faster
+      files.rename(self.directory / str(step), aside)
+    self._orbax.close()
+    self._orbax = self._open()
+    return aside
+
+  def _open(self) -> ocp.training.Checkpointer:
+    return ocp.training.Checkpointer(
+      self.directory,
+      preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+      cleanup_tmp_directories=True,
+    )
 
   def wait(self) -> None:
     """Returns when the save that is going on, if any, is finished; raises what went wrong in it."""

@@ -86,9 +86,9 @@ class Loop(abc.ABC):
     Raises:
       DptdrError: a loss or a gradient that is not finite; nothing of it is kept.
     """
-    first = checkpoints.latest() or 0
-    if first:
-      self.state, metadata = checkpoints.restore(first, self.state)
+    first = 0
+    if (found := checkpoints.restore(self.state)) is not None:
+      first, self.state, metadata = found
       self.restored(metadata)
       _log.info("%s goes on after step %d", self.name, first)
     writer = MetricWriter(directory, first)

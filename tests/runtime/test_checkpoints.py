@@ -43,18 +43,17 @@ def test_comes_back_bitwise_with_metadata_and_keeps_the_newest(tmp_path):
   saved(tmp_path, [2, 4, 6])
   checkpoints = Checkpoints(tmp_path, keep=2)
   assert checkpoints.steps() == [4, 6] and checkpoints.latest() == 6
-  state, metadata = checkpoints.restore(6, make_state(0))
+  step, state, metadata = checkpoints.restore(make_state(0))
+  assert step == 6
   assert_same(state, make_state(6))
   assert metadata == {"stage": "train1", "best": [6, 0.25]}
   checkpoints.save(6, make_state(7))  # again, as a run does that went back to an older step
-  assert_same(checkpoints.restore(6, make_state(0))[0], make_state(7))
+  assert_same(checkpoints.restore(make_state(0))[1], make_state(7))
 
 
 def test_empty_directory_has_no_latest(tmp_path):
   checkpoints = Checkpoints(tmp_path / "new")
-  assert checkpoints.latest() is None
-  with pytest.raises(InputError, match="no checkpoint of step 3"):
-    checkpoints.restore(3, make_state(0))
+  assert checkpoints.latest() is None and checkpoints.restore(make_state(0)) is None
 
 
 def test_state_may_be_donated_while_it_is_written(tmp_path):
@@ -65,7 +64,7 @@ def test_state_may_be_donated_while_it_is_written(tmp_path):
   checkpoints.save(1, {"x": x})
   for _ in range(5):
     x = advance(x)
-  np.testing.assert_array_equal(checkpoints.restore(1, {"x": x})[0]["x"], np.ones((1000, 1000)))
+  np.testing.assert_array_equal(checkpoints.restore({"x": x})[1]["x"], np.ones((1000, 1000)))
 
 
 def test_from_eight_devices_onto_four(tmp_path):
@@ -73,7 +72,7 @@ def test_from_eight_devices_onto_four(tmp_path):
   four = make_mesh(devices=jax.devices()[:4])
   like = jax.eval_shape(lambda: make_state(0))
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(four)), like)
-  state, _ = Checkpoints(tmp_path).restore(1, like)
+  _, state, _ = Checkpoints(tmp_path).restore(like)
   assert state["prompt"].sharding.device_set == set(jax.devices()[:4])
   assert_same(state, make_state(1))
 
@@ -106,21 +105,32 @@ def metadata_file(directory):
     (pathlib.Path.unlink, metadata_file),
   ],
 )
-def test_damage_is_named_with_the_newest_whole_step(tmp_path, harm, which):
-  saved(tmp_path, [4, 6])
-  harm(which(tmp_path / "6"))
-  checkpoints = Checkpoints(tmp_path)
-  with pytest.raises(InputError, match="step 6 is damaged.*step 4 is whole") as raised:
-    checkpoints.restore(6, make_state(0))
-  assert raised.value.path == tmp_path / "6"
-  assert_same(checkpoints.restore(4, make_state(0))[0], make_state(4))
+def test_damage_is_told_and_set_aside(tmp_path, harm, which, caplog):
+  directory = tmp_path / "checkpoints"
+  saved(directory, [2, 4, 6], keep=3)
+  for step in ("4", "6"):
+    harm(which(directory / step))
+  checkpoints = Checkpoints(directory, keep=3)
+  step, state, metadata = checkpoints.restore(make_state(0))
+  assert step == 2 and metadata["best"] == [2, 0.25]
+  assert_same(state, make_state(2))
+  assert "the checkpoint of step 6 is damaged" in caplog.text and "the checkpoint of step 4 is damaged" in caplog.text
+  assert checkpoints.steps() == [2] and sorted(os.listdir(tmp_path / "checkpoints.damaged")) == ["4", "6"]
+  checkpoints.save(4, make_state(4))
+  checkpoints.close()
+  assert Checkpoints(directory).restore(make_state(0))[0] == 4
+  for step in ("2", "4"):
+    harm(which(directory / step))
+  with pytest.raises(InputError, match="step 4 is damaged.*none before it is whole") as raised:
+    Checkpoints(directory).restore(make_state(0))
+  assert raised.value.path == directory / "4" and (directory / "4").exists()
 
 
 def test_other_shapes_are_not_called_damage(tmp_path):
   saved(tmp_path, [4])
   like = {**make_state(0), "prompt": jnp.zeros((8, 96))}
   with pytest.raises(InputError, match=r"prompt.*\[64, 96\].*\[8, 96\]"):
-    Checkpoints(tmp_path).restore(4, like)
+    Checkpoints(tmp_path).restore(like)
 
 
 def test_killed_while_saving(tmp_path):
@@ -141,7 +151,7 @@ def test_killed_while_saving(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   assert checkpoints.steps() == [1]
   like = {"x": jax.device_put(jnp.zeros((4, 4)), replicated(make_mesh()))}
-  np.testing.assert_array_equal(checkpoints.restore(1, like)[0]["x"], np.ones((4, 4)))
+  np.testing.assert_array_equal(checkpoints.restore(like)[1]["x"], np.ones((4, 4)))
   checkpoints.save(2, like)
   checkpoints.close()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
