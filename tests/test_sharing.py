@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from support import tiny
 
 from dptdr_jax import Backbone, Retriever
+from dptdr_jax.core import preemption
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import search
@@ -23,7 +25,7 @@ def test_a_backbone_over_devices_gives_the_same_vectors(tmp_path):
   assert Backbone.load(path, fsdp=12).mesh.shape["fsdp"] == 4, "of all processes' devices, of which 8 are here"
 
 
-def test_processes_search_for_their_shares(tmp_path, monkeypatch):
+def test_processes_search_in_parts(tmp_path, monkeypatch):
   rng = np.random.default_rng(0)
   whole = Run.ranked(rng.permuted(np.tile(np.arange(9), (7, 1)), axis=1), rng.random((7, 9)), 4)
   asked = []
@@ -32,12 +34,12 @@ def test_processes_search_for_their_shares(tmp_path, monkeypatch):
     asked.append((rows.start, rows.stop))
     return Run(whole.rows[rows], whole.scores[rows])
 
-  def as_process(index, processes):
+  def as_process(index, processes, name="dense", part=4):
     monkeypatch.setattr(hosts, "process_index", lambda: index)
     monkeypatch.setattr(hosts, "process_count", lambda: processes)
     monkeypatch.setattr(hosts, "is_main", lambda: index == 0)
     monkeypatch.setattr(hosts, "barrier", lambda name: None)
-    search.shared(tmp_path / "runs/dense", 7, find)
+    search.shared(tmp_path / "runs" / name, 7, find, part)
 
   for index in (2, 1, 0):  # the first joins what the others have found
     as_process(index, 3)
@@ -49,3 +51,13 @@ def test_processes_search_for_their_shares(tmp_path, monkeypatch):
   as_process(1, 2)
   as_process(0, 2)
   assert len(asked) == 3, "what is there is not searched again"
+
+  asked.clear()
+  monkeypatch.setattr(preemption, "asked", lambda: len(asked) == 2)
+  with pytest.raises(preemption.Preempted, match="part 2 of 4"):  # told to stop after two of the four
+    as_process(0, 1, "bm25", part=2)
+  monkeypatch.undo()
+  for index in (1, 0):  # two go on from there, each with one of the others
+    as_process(index, 2, "bm25", part=2)
+  assert asked == [(0, 1), (1, 3), (5, 7), (3, 5)]
+  np.testing.assert_array_equal(Run.open(tmp_path / "runs/bm25").rows, whole.rows)

@@ -217,7 +217,8 @@ def _search_together(
     if hosts.is_main() and DENSE in searches:
       search.build(config, Embeddings(directory / "vectors" / "corpus"), directory / "index")
   for name, make in searches.items():
-    search.shared(directory / "runs" / name, len(data.splits[config.data.train_split]), make)
+    part = search.part_queries(config, dense=name == DENSE)
+    search.shared(directory / "runs" / name, len(data.splits[config.data.train_split]), make, part)
 
 
 def encode_both(

@@ -19,6 +19,8 @@ from dptdr_jax.retrieval.search import search_exact
 from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
 
+_PART = 16_384  # FAISS searches 8.8 million passages for so many in some 20 minutes a 100 GFLOP/s; BM25 is faster
+_DEVICE_PART = 131_072  # on devices it is the reading of the corpus that takes time
 _RESCORE = 2  # so many times the depth is found in bfloat16 and scored again in float32
 
 
@@ -49,24 +51,36 @@ def build(config: ConfigDict, passages: Embeddings, index: pathlib.Path) -> None
     Index.build(passages, config.index.factory, sample=config.index.sample).save(index)
 
 
-def shared(directory: pathlib.Path, count: int, search: Callable[[slice], Run]) -> None:
-  """Writes the run of `count` queries to `directory`: each process searches for its share, the first joins them.
+def part_queries(config: ConfigDict, dense: bool) -> int:
+  """Queries of a part of `shared`: some minutes of work that a kill may cost, against one reading of the corpus."""
+  return _DEVICE_PART if dense and config.index.backend == "devices" else _PART
 
-  What is there already, whole or by shares, is not searched again.
+
+def shared(directory: pathlib.Path, count: int, search: Callable[[slice], Run], part: int) -> None:
+  """Writes the run of `count` queries to `directory`: processes search for parts of it in turn, the first joins them.
+
+  What is there already, whole or by parts, is not searched again; nor by another number of processes, where that leads
+  to the same parts.
+
+  Args:
+    search: the run of some queries.
+    part: queries of a part at most.
   """
-  processes, index = hosts.process_count(), hosts.process_index()
-  shares = [directory.with_name(f"{directory.name}.{number}-of-{processes}") for number in range(processes)]
-  done, mine = directory.exists(), shares[index]
-  if not done and not mine.exists():
-    search(slice(count * index // processes, count * (index + 1) // processes)).save(mine)
-    preemption.check(f"a share of the search is in {mine}")
-  hosts.barrier(f"{directory.name}: shares of the search")
+  processes = hosts.process_count()
+  number = processes * -(-count // (processes * part))
+  parts = [directory.with_name(f"{directory.name}.{index}-of-{number}") for index in range(number)]
+  done = directory.exists()
+  for index in range(hosts.process_index(), 0 if done else number, processes):
+    if not parts[index].exists():
+      search(slice(count * index // number, count * (index + 1) // number)).save(parts[index])
+      preemption.check(f"part {index + 1} of {number} of the search is in {parts[index]}")
+  hosts.barrier(f"{directory.name}: parts of the search")
   if hosts.is_main():
     if not done:
-      found = [Run.open(share) for share in shares]
-      Run(*(np.concatenate([getattr(run, part) for run in found]) for part in ("rows", "scores"))).save(directory)
-    for share in directory.parent.glob(f"{directory.name}.*-of-*"):
-      files.remove(share)
+      found = [Run.open(one) for one in parts]
+      Run(*(np.concatenate([getattr(run, name) for run in found]) for name in ("rows", "scores"))).save(directory)
+    for one in directory.parent.glob(f"{directory.name}.*-of-*"):
+      files.remove(one)
   hosts.barrier(f"{directory.name}: searched")
 
 
