@@ -15,6 +15,9 @@ tokens of text and at least s:
 `SpanBatches.counts` says how many passages are which. Spans begin and end with whole words: an end that falls within a
 word moves inwards (unless the span would be one part of a word), so a span may have a word less than it was drawn with;
 where two spans meet, their common border moves, and no word is lost.
+
+With `neighbours` k > 1 passages are drawn k in a row as the corpus has them, so that where its order means something
+(paragraphs of an article, sections of a document) a batch holds passages that are told apart by more than their topic.
 """
 
 from __future__ import annotations
@@ -91,6 +94,7 @@ class SpanBatches:
     lengths: see SpanLengths.
     masking: None: spans are not masked.
     batch_size: S, even.
+    neighbours: k, passages drawn in a row; 1: each by itself. Where the rows begin changes from epoch to epoch.
     bucket: T is a multiple of it, or the limit.
     host, num_hosts: which slice.
   """
@@ -104,6 +108,7 @@ class SpanBatches:
     *,
     batch_size: int,
     seed: int,
+    neighbours: int = 1,
     bucket: int = 16,
     host: int = 0,
     num_hosts: int = 1,
@@ -112,7 +117,7 @@ class SpanBatches:
     self._full = lengths.text(stores[0].num_special)
     if batch_size % (2 * num_hosts) or batch_size < 4:
       raise InputError(f"a batch of {batch_size} spans is not pairs for each of {num_hosts} hosts, or fewer than two")
-    self._passages, self._seed = batch_size // 2, seed
+    self._passages, self._seed, self._neighbours = batch_size // 2, seed, neighbours
     share = batch_size // num_hosts
     self._mine = slice(host * share, (host + 1) * share)
     self._kept = [_with_text(store) for store in stores]
@@ -194,7 +199,8 @@ class SpanBatches:
     return np.diff([int(step * self._passages * share) for share in self._shares])
 
   def _permutation(self, corpus: int, epoch: int) -> np.ndarray:
-    return generator(self._seed, f"{STAGE}/{corpus}", "order", epoch, 0).permutation(len(self._kept[corpus]))
+    source = generator(self._seed, f"{STAGE}/{corpus}", "order", epoch, 0)
+    return shuffled(len(self._kept[corpus]), self._neighbours, source)
 
   def _width(self, longest: int) -> int:
     needed = longest + self._stores[0].num_special
@@ -253,6 +259,17 @@ def cut(
   starts = np.where(swap[:, None], starts[:, ::-1], starts)
   twins = (totals < 2 * shortest)[:, None]
   return np.where(twins, 0, starts), np.where(twins, totals[:, None], sizes)
+
+
+def shuffled(count: int, neighbours: int, source: np.random.Generator) -> np.ndarray:
+  """A permutation of `count` rows, int64, in which so many neighbours stay together; the first begins anywhere."""
+  if neighbours == 1:
+    return source.permutation(count)
+  begin = int(source.integers(neighbours))
+  edges = np.concatenate([[0], np.arange(begin or neighbours, count, neighbours), [count]])
+  order = source.permutation(len(edges) - 1)
+  sizes = np.diff(edges)[order]
+  return np.repeat(edges[order] - ragged.offsets_of(sizes)[:-1], sizes) + np.arange(count)
 
 
 def _to_words(

@@ -76,6 +76,8 @@ def check(config: ConfigDict) -> None:
       f"pretrain.spans must be pairs that {hosts.process_count()} processes and {devices} devices can share evenly",
       value=pretrain.spans,
     )  # fmt: skip
+  if pretrain.neighbours < 1:
+    raise InputError("pretrain.neighbours must be at least 1", value=pretrain.neighbours)
   special = _ROBERTA_SPECIAL
   if not scratch.is_wanted(config):
     tokenizer = Tokenizer(backbones.locate(config.backbone.path))
@@ -91,7 +93,7 @@ def make_batches(config: ConfigDict, stores: list[TokenStore], backbone: Backbon
   masking = Masking.of(backbone.tokenizer, pretrain.mask_rate) if pretrain.mlm_weight else None
   lengths = SpanLengths(pretrain.span_tokens, pretrain.shortest, pretrain.short_share)
   return SpanBatches(stores, pretrain.weights, lengths, masking, batch_size=pretrain.spans, seed=config.seed,
-    host=hosts.process_index(), num_hosts=hosts.process_count(),
+    neighbours=pretrain.neighbours, host=hosts.process_index(), num_hosts=hosts.process_count(),
   )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from support import tiny
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.masking import Masking
 from dptdr_jax.data.sources.plain import PlainText
-from dptdr_jax.data.spans import SpanBatches, SpanLengths, cut
+from dptdr_jax.data.spans import SpanBatches, SpanLengths, cut, shuffled
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
 
@@ -292,3 +292,23 @@ def test_plain_text_and_json_lines(write):
 def test_bad_lines_are_named(write, name, lines, where):
   with pytest.raises(InputError, match=where):
     PlainText(write(name, lines)).count()
+
+
+@pytest.mark.parametrize(("count", "neighbours"), [(1, 4), (3, 4), (40, 4), (41, 4), (43, 7), (64, 64)])
+def test_neighbours_stay_together(count, neighbours):
+  orders = [shuffled(count, neighbours, np.random.default_rng(seed)) for seed in range(9)]
+  for order in orders:
+    assert sorted(order) == list(range(count))
+    begun = np.flatnonzero(np.diff(order, prepend=-2) != 1)  # where a row of neighbours begins
+    whole = np.diff([*begun, count]) >= neighbours
+    assert np.sum(~whole) <= 2  # what is left at the corpus' two ends
+  if count > 2 * neighbours:
+    assert len({tuple(order) for order in orders}) == 9
+    borders = {row % neighbours for order in orders for row in order[np.flatnonzero(np.diff(order, prepend=-2) != 1)]}
+    assert len(borders) > 1  # not the same rows in every epoch
+
+
+def test_batches_of_neighbours_are_those_of_the_corpus_order(roberta, tmp_path):
+  store = store_of(Tokenizer(roberta), texts(200, (20, 40)), tmp_path / "store")
+  rows = batches_of([store], neighbours=4).draw(1).rows
+  assert len(rows) == 16 and np.sum(np.diff(rows) == 1) >= 9
