@@ -77,34 +77,28 @@ class Checkpoints:
 
     Raises:
       InputError: a state of another layout, or damage, and no older checkpoint that is whole.
-      LostError: a process of several found damage; it is set aside, and a rerun of all goes on from the one before.
+      LostError: one process of several could not read it, which may be another's death; nothing is moved.
     """
     self.wait()
-    several = hosts.process_count() > 1
     while (newest := self.latest()) is not None:
       try:
         return newest, *self._read(newest, like)
       except _DamagedError as damage:
-        older = [step for step in self.steps() if step < newest]
-        if not older or not (several or any(self._is_whole(step, like) for step in reversed(older))):
-          raise InputError(
-            f"the checkpoint of step {newest} is damaged ({damage}), and none before it is whole",
-            path=self.directory / str(newest), fix=f"Remove {self.directory} to start anew",
-          ) from damage  # fmt: skip
-        aside = self._set_aside(newest)
-        told = f"the checkpoint of step {newest} is damaged ({damage}); it is now {aside}"
-        if several:  # the others may be waiting within the restore
-          raise hosts.LostError(f"{told}. Start the run again: it goes on from step {older[-1]}") from damage
-        _log.warning("%s", told)
+        path, told = self.directory / str(newest), f"the checkpoint of step {newest} is damaged ({damage})"
+        if hosts.process_count() > 1:  # or another process died while all read: nothing is moved on such a ground
+          raise hosts.LostError(f"{path}: {told}. Start again; if it stays so, remove this directory") from damage
+        if not any(self._is_whole(step, like) for step in reversed(self.steps()) if step < newest):
+          fix = f"Remove {self.directory} to start anew"
+          raise InputError(f"{told}, and none before it is whole", path=path, fix=fix) from damage
+        _log.warning("%s; it is now %s", told, self._set_aside(newest))
     return None
 
   def _set_aside(self, step: int) -> pathlib.Path:
     aside = self.directory.with_name(f"{self.directory.name}.damaged") / str(step)
     aside.parent.mkdir(exist_ok=True)
     files.remove(aside)
-    with contextlib.suppress(FileNotFoundError):  # another process saw it, too, and was faster
-      files.rename(self.directory / str(step), aside)
-    self._orbax.close()
+    files.rename(self.directory / str(step), aside)
+    self._orbax.close()  # it remembers the steps that it saw
     self._orbax = self._open()
     return aside
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.runtime.mesh import make_mesh, replicated
 
@@ -124,6 +125,16 @@ def test_damage_is_told_and_set_aside(tmp_path, harm, which, caplog):
   with pytest.raises(InputError, match="step 4 is damaged.*none before it is whole") as raised:
     Checkpoints(directory).restore(make_state(0))
   assert raised.value.path == directory / "4" and (directory / "4").exists()
+
+
+def test_several_processes_move_nothing(tmp_path, monkeypatch):
+  saved(tmp_path / "checkpoints", [2, 4])
+  cut(largest_file(tmp_path / "checkpoints/4"))
+  checkpoints = Checkpoints(tmp_path / "checkpoints")
+  monkeypatch.setattr(hosts, "process_count", lambda: 2)
+  with pytest.raises(hosts.LostError, match="step 4 is damaged.*remove this directory"):
+    checkpoints.restore(make_state(0))
+  assert os.listdir(tmp_path) == ["checkpoints"] and checkpoints.steps() == [2, 4]
 
 
 def test_other_shapes_are_not_called_damage(tmp_path):
