@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -128,14 +128,12 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
   return changed
 
 
-def _baselines_once(configs: Iterable[ConfigDict]) -> None:
-  """Leaves BM25 to the first run, and the untuned backbone to the first run with it, pretrained or as it came."""
-  seen = set()
+def _baselines_once(configs: Sequence[ConfigDict]) -> None:
+  """Leaves BM25 to the first run, and the untuned backbone to the first that shows it before and after pretraining."""
+  shown = next((config for config in configs if config.pretrain.enabled), configs[0])
   for config in configs:
-    kind = bool(config.pretrain.enabled)
-    config.evaluate.bm25 &= not seen
-    config.evaluate.backbone &= kind not in seen
-    seen.add(kind)
+    config.evaluate.bm25 &= config is configs[0]
+    config.evaluate.backbone &= config is shown
 
 
 def ablate(
@@ -152,7 +150,7 @@ def ablate(
     for name, fields in arms.items()
     if seed == seeds[0] or name not in one_seed
   ]
-  _baselines_once(changed for _, _, changed in planned)
+  _baselines_once([changed for _, _, changed in planned])
   done: list[comparison.Done] = []
   directories = [workdir / "runs" / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
   if len(set(directories)) < len(directories):

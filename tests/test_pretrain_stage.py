@@ -188,6 +188,7 @@ def test_from_nothing(directory, tmp_path):
     ({"weights": (1.0, 2.0)}, "1 corpora need as many weights"),
     ({"steps": 0, "epochs": 0.0}, "pretraining has no steps"),
     ({"spans": 18}, "spans must be pairs that 1 processes and 8 devices can share"),
+    ({"neighbours": 0}, "pretrain.neighbours must be at least 1"),
     ({"fsdp": 3}, "does not fit 8 devices"),
     ({"mask_rate": 1.5}, "mask_rate must lie between"),
     ({"shortest": 8}, "don't go with a shortest of 8"),
