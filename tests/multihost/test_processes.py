@@ -86,7 +86,8 @@ def test_a_sigterm_to_one_stops_both_and_one_or_four_go_on(flags, alone, tmp_pat
   arguments = [*flags, f"--workdir={tmp_path}/work", "--config.train.loader_workers=1"]
   running = cluster.start(arguments, processes=2)
   try:
-    begun = tmp_path / "work/train1/begun.json"  # seconds before the first of five steps, which is compiled first
+    # Both are in the stage by then, seconds before the first of five steps, which is compiled first.
+    begun = tmp_path / "work/train1/metrics.jsonl"
     deadline = time.monotonic() + 200
     while not begun.exists() and time.monotonic() < deadline:
       time.sleep(0.05)
@@ -97,11 +98,13 @@ def test_a_sigterm_to_one_stops_both_and_one_or_four_go_on(flags, alone, tmp_pat
     for process in running:
       process.kill()
   assert [process.returncode for process in running] == [75, 75], printed[0][-3000:] + printed[1][-3000:]
+  assert all("train stands at step" in text for text in printed), printed[1][-3000:]  # in the middle, not beside it
   assert time.monotonic() - asked < 55  # on a quiet machine 30 s at most; here other tests compile beside it
   shutil.copytree(tmp_path / "work", tmp_path / "again")
   cluster.run(arguments, processes=1, devices=1)
   compare(tmp_path / "work", alone)
-  cluster.run([*arguments, f"--workdir={tmp_path}/again", "--stages=train1"], processes=4, devices=1)
+  printed = cluster.run([*arguments, f"--workdir={tmp_path}/again", "--stages=train1"], processes=4, devices=1)
+  assert all("train goes on after step" in text for text in printed), printed[0][-3000:]
   compare_prompts(tmp_path / "again", alone, "train1")
 
 
