@@ -11,7 +11,9 @@ def fakes(tmp_path):
 
 @pytest.fixture(autouse=True)
 def interruptible():
-  """Scripts react to SIGINT also where pytest was started in the background: there it is ignored, by children too."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  """Scripts react to SIGINT and SIGHUP also where pytest was started in the background, or by nohup: there these are
+  ignored, and by children, too."""
+  before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
   yield
-  signal.signal(signal.SIGINT, before)
+  for number, handler in before.items():
+    signal.signal(number, handler)
