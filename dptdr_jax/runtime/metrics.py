@@ -6,10 +6,9 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-import tensorboardX
 
 from dptdr_jax.core import files
 from dptdr_jax.runtime import hosts
@@ -39,7 +38,7 @@ class MetricWriter:
     self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
     events = self._path.with_name("tensorboard")
     files.remove(events)
-    self._events = tensorboardX.SummaryWriter(os.fspath(events))
+    self._events = _tensorboard().SummaryWriter(os.fspath(events))
     for record in kept:
       self._add_events(record)
     self._events.flush()
@@ -75,6 +74,19 @@ def read_metrics(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
       if not line.endswith("\n"):
         return
       yield json.loads(line)
+
+
+def _tensorboard():
+  """tensorboardX, without torch: it would import that wherever it is installed, which takes longer than all else."""
+  absent = "torch" not in sys.modules
+  if absent:
+    sys.modules["torch"] = None  # an import of it raises ImportError, which tensorboardX is ready for
+  try:
+    import tensorboardX
+  finally:
+    if absent:
+      del sys.modules["torch"]
+  return tensorboardX
 
 
 def _line(record: Mapping[str, Any]) -> str:

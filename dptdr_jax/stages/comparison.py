@@ -7,7 +7,6 @@ import html
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from dptdr_jax.core import files
@@ -107,7 +106,7 @@ def _table(arms: dict[str, dict], measure: str) -> str:
 
 def _plot(arms: dict[str, dict], measure: str) -> str:
   """Quality against trained parameters, with intervals; systems that train none are lines."""
-  figure, axis = plt.subplots(figsize=(7, 4))
+  figure, ((axis,),) = drawing.panels(1, 1, (7, 4))
   for arm, about in arms.items():
     mean, (low, high) = about["means"][measure], about["interval"]
     if not about["parameters"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 
-import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -104,7 +103,7 @@ def section(title: str, about: Mapping) -> str:
 
 
 def _histograms(histograms: Mapping) -> str:
-  figure, axes = plt.subplots(1, len(histograms), figsize=(4.2 * len(histograms), 2.8), squeeze=False)
+  figure, axes = drawing.panels(1, len(histograms), (4.2, 2.8))
   for axis, (name, counts) in zip(axes.flat, histograms.items(), strict=True):
     for kind, colour in (("kept", "#1a7f37"), ("removed", "#cf222e")):
       axis.stairs(counts[kind], EDGES, fill=True, alpha=0.5, color=colour, label=kind)

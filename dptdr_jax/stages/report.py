@@ -7,7 +7,6 @@ import json
 import pathlib
 from collections.abc import Mapping
 
-import matplotlib.pyplot as plt
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files
@@ -125,7 +124,7 @@ def _curves(directory: pathlib.Path, title: str) -> str:
   panels = [name for name in CURVES if any(name in record for record in records)]
   panels += sorted({name for record in records for name in record if name.startswith("dev/")})
   lines = -(-len(panels) // _COLUMNS)
-  figure, axes = plt.subplots(lines, _COLUMNS, figsize=(4.2 * _COLUMNS, 2.8 * lines), squeeze=False)
+  figure, axes = drawing.panels(lines, _COLUMNS, (4.2, 2.8))
   for axis in axes.flat[len(panels) :]:
     axis.set_visible(False)
   for axis, name in zip(axes.flat, panels, strict=False):

@@ -1,6 +1,8 @@
 """metrics.jsonl ends the same whether a run was interrupted or not."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -48,3 +50,14 @@ def test_starts_afresh_and_writes_only_json(tmp_path):
   writer.write(1, {"loss": float("nan")})
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [{"step": 1, "loss": None}]
+
+
+def test_a_run_starts_without_what_it_may_never_use(tmp_path):
+  """torch comes with tensorboardX where it is installed, matplotlib with a report: each takes as long as all else."""
+  pytest.importorskip("torch")
+  program = (
+    "import sys, dptdr_jax.pipeline; from dptdr_jax.runtime.metrics import MetricWriter; "
+    "MetricWriter(sys.argv[1]).write(1, {'loss': 1.0}); assert not {'torch', 'matplotlib'} & set(sys.modules); "
+    "import torch; assert torch.zeros(1).sum() == 0"
+  )
+  subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
