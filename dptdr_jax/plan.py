@@ -2,8 +2,8 @@
 
 The compiler is the TPU's own, from the libtpu package (`pip install dptdr_jax[plan]`); `--topology=cpu:8` takes the
 CPU's, for any number of simulated devices. Nothing runs. Printed for each step, a chip: memory against what the chip
-has, operations, collectives with their bytes, and a time by roofline. Exit status 0: everything fits; 1: something does
-not (what would is printed); 2: an error of input.
+has, operations, collectives with their bytes, and a time by roofline; of several topologies (--topology=A,B) a table in
+Markdown, too. Exit status 0: everything fits; 1: something does not (what would is printed); 2: an error of input.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from dptdr_jax.core import progress
 from dptdr_jax.core.errors import DptdrError, InputError
 
 GIB = 2**30
+_COLUMNS = [
+  "topology", "step", "memory a chip, GiB (arguments, temporaries)", "TFLOP a chip", "between chips, MiB", "s a step",
+  "steps", "hours",
+]  # fmt: skip
 _FEW = 8  # collectives that are told one by one
 _SIZES = {"msmarco": (8_841_823, 502_939), "nq": (21_015_324, 58_880)}  # passages, training queries
 
@@ -109,33 +113,44 @@ def main(argv: list[str]) -> int:
 
 
 def plan(
-  config: ConfigDict, topology: str, only: Sequence[str] = (), *, sizes: tuple[int, int] = (0, 0), memory_gib: float = 0
+  config: ConfigDict,
+  topologies: Sequence[str],
+  only: Sequence[str] = (),
+  *,
+  sizes: tuple[int, int] = (0, 0),
+  memory_gib: float = 0,
 ) -> int:
-  """Compiles the steps of a config for a topology and prints what they take; 1 where one does not fit, else 0.
+  """Compiles the steps of a config for each topology and prints what they take; 1 where one does not fit, else 0.
 
   Args:
     only: names of steps; empty: all of the config.
     sizes: passages of the corpus and training queries; 0: those of the benchmark that the config is for.
     memory_gib: of a chip; 0: as the topology has it.
   """
-  family, devices = find_devices(topology)
-  chip = CHIPS.get(family)
-  memory = memory_gib * GIB if memory_gib else (chip.memory if chip else math.inf)
-  if family != "cpu" and config.compute_dtype == "auto":
-    config.compute_dtype = "bfloat16"
-  fits = True
-  for step in find_steps(config, devices, only, sizes):
-    progress.say(f"{step.name}: {len(devices)} × {family}, {step.chunk}={_get(config, step.chunk)}")
-    try:
-      figures = measure(step, config, len(devices))
-      enough = figures.memory <= memory
-      report(step, figures, chip, memory)
-    except DoesNotFit as error:
-      enough = False
-      progress.say(f"  does not fit: {error}")
-    if not enough:
-      fits = False
-      suggest(step, config, len(devices), memory)
+  fits, rows = True, []
+  found = [find_devices(topology) for topology in topologies]
+  for topology, (family, devices) in zip(topologies, found, strict=True):
+    chip = CHIPS.get(family)
+    memory = memory_gib * GIB if memory_gib else (chip.memory if chip else math.inf)
+    planned = config.copy_and_resolve_references()
+    if family != "cpu" and planned.compute_dtype == "auto":
+      planned.compute_dtype = "bfloat16"
+    for step in find_steps(planned, devices, only, sizes):
+      progress.say(f"{step.name}: {len(devices)} × {family}, {step.chunk}={_get(planned, step.chunk)}")
+      try:
+        figures = measure(step, planned, len(devices))
+        enough = figures.memory <= memory
+        report(step, figures, chip, memory)
+        rows.append(_row(topology, step, figures, chip, memory))
+      except DoesNotFit as error:
+        enough = False
+        progress.say(f"  does not fit: {error}")
+        rows.append([topology, step.name, f"does not fit: {error}", *[""] * (len(_COLUMNS) - 3)])
+      if not enough:
+        fits = False
+        suggest(step, planned, len(devices), memory)
+  if len(topologies) > 1:
+    progress.say("\n".join("| " + " | ".join(row) + " |" for row in (_COLUMNS, ["---"] * len(_COLUMNS), *rows)))
   return 0 if fits else 1
 
 
@@ -147,7 +162,10 @@ def find_devices(topology: str) -> tuple[str, list]:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    return family, jax.devices("cpu")[: int(shape)]
+    found = jax.devices("cpu")
+    if len(found) < int(shape):  # jax is at work already, with as many as there were to be then
+      raise InputError(f"only {len(found)} simulated devices", value=topology, fix="Name the largest cpu:N first")
+    return family, found[: int(shape)]
   if family not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
     raise InputError("unknown topology", value=topology, fix=f"Name one of {', '.join(CHIPS)} and a shape: v5e:4x4")
   # Without these libtpu looks for the machine that it believes to be on, and for a lock on chips that nobody uses here.
@@ -250,6 +268,20 @@ def report(step: Step, figures: Figures, chip: Chip | None, memory: float) -> No
       progress.say(f"  {name:<8} {count:,.0f} steps: {low * count / 3600:.2f} to {high * count / 3600:.2f} h")
 
 
+def _row(topology: str, step: Step, figures: Figures, chip: Chip | None, memory: float) -> list[str]:
+  """The same in the columns of the table."""
+  parts = f"{figures.arguments / GIB:.2f}, {figures.temporaries / GIB:.2f}"
+  size = f"{figures.memory / GIB:.2f}" + (f" of {memory / GIB:.0f}" if math.isfinite(memory) else "")
+  moved = sum(size * times for _, size, times, _ in figures.collectives)
+  row = [topology, step.name, f"{size} ({parts})", f"{figures.operations / 1e12:.1f}", f"{moved / 2**20:,.1f}"]
+  if chip is None:
+    return row + [""] * (len(_COLUMNS) - len(row))
+  seconds = figures.seconds(chip)
+  low, high = max(seconds.values()), sum(seconds.values())
+  hours = f"{low * step.repeats / 3600:.2f} – {high * step.repeats / 3600:.2f}" if step.repeats else ""
+  return [*row, f"{low:.3f} – {high:.3f}", f"{step.repeats:,.0f}" if step.repeats else "", hours]
+
+
 def _collectives(found: Sequence[tuple]) -> list[str]:
   """One line each; where weights are gathered layer by layer, one line a kind."""
   if len(found) <= _FEW:
@@ -305,7 +337,7 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
 def define() -> None:
   """Defines the flags: not on import, where two commands in one process would clash."""
   config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
-  flags.DEFINE_string("topology", None, "Chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, …, or cpu:N.")
+  flags.DEFINE_list("topology", None, "Chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, …, or cpu:N; several: a table.")
   flags.DEFINE_list("steps", [], "Which of pretrain, train and encode; default: those that the config has.")
   flags.DEFINE_integer("passages", 0, "Passages of the corpus; 0: those of MS MARCO or NQ by data.source.")
   flags.DEFINE_integer("queries", 0, "Training queries; 0: those of MS MARCO or NQ by data.source.")

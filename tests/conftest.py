@@ -5,20 +5,15 @@ import os
 import shutil
 import tempfile
 
+from support import quick
+
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the one that whoever started them has made
   _COMPILED = tempfile.mkdtemp(prefix="dptdr-compiled-")
   atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Nearly all of the suite's time is compilation of tiny shapes: the machine code need not be good.
-os.environ["XLA_FLAGS"] = " ".join(
-  [
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-  ]
-).strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.xla_flags(devices=8)}".strip()
 # What one test has compiled, the next one and every process that it starts load.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from support import lost_disk, tiny
+from support import lost_disk, quick, tiny
 
 from dptdr_jax import pipeline
 from dptdr_jax.backbone import Backbone
@@ -38,7 +38,7 @@ def command(tmp_path_factory):
     "--config.evaluate.examples=2",
   ]  # fmt: skip
   environment = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": quick.xla_flags(),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
 

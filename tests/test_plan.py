@@ -16,8 +16,24 @@ def config(tmp_path_factory):
   return made
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+  """What one test has compiled is compiled no more: a program and its figures are the same each time."""
+  measured: dict = {}
+
+  def measure(step, config, chips):
+    key = (step.name, chips, config.to_json())
+    if key not in measured:
+      measured[key] = compile_and_measure(step, config, chips)
+    return measured[key]
+
+  compile_and_measure, plan.measure = plan.measure, measure
+  yield
+  plan.measure = compile_and_measure
+
+
 def test_all_steps_of_a_config_are_planned(config, capsys):
-  assert plan.plan(config, "cpu:8", sizes=(1000, 100)) == 0
+  assert plan.plan(config, ["cpu:8"], sizes=(1000, 100)) == 0
   printed = capsys.readouterr().out
   for step in ("pretrain: 8 × cpu", "train: 8 × cpu", "encode: 8 × cpu"):
     assert step in printed
@@ -27,12 +43,19 @@ def test_all_steps_of_a_config_are_planned(config, capsys):
   assert f"{16 * 32 * 4 / 2**20:9.2f} MiB × 1" in train
 
 
+def test_several_topologies_end_in_a_table(config, capsys):
+  assert plan.plan(config, ["cpu:8", "cpu:2"], ["encode"], sizes=(1000, 100)) == 0
+  table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+  assert [line.split(" | ")[:2] for line in table[2:]] == [["| cpu:8", "encode"], ["| cpu:2", "encode"]]
+  assert len({line.count("|") for line in table}) == 1
+
+
 def test_what_does_not_fit_is_told_with_what_does(config, capsys):
   (step,) = plan.find_steps(config, plan.find_devices("cpu:8")[1], ["train"])
   whole = plan.measure(step, config, 8).memory
-  assert plan.plan(config, "cpu:8", ["train"], memory_gib=0.97 * whole / plan.GIB) == 1
+  assert plan.plan(config, ["cpu:8"], ["train"], memory_gib=0.97 * whole / plan.GIB) == 1
   assert "fits with --config.train.passage_chunk=" in capsys.readouterr().out
-  assert plan.plan(config, "cpu:8", ["train"], memory_gib=1e-6) == 1
+  assert plan.plan(config, ["cpu:8"], ["train"], memory_gib=1e-6) == 1
   assert "no chunk of" in capsys.readouterr().out
 
 
@@ -60,8 +83,13 @@ def test_roofline():
 
 @pytest.mark.parametrize(
   ("topology", "only", "message"),
-  [("v9:2x2", [], "unknown topology"), ("v5e:16", [], "unknown topology"), ("cpu:8", ["mine"], "no such step")],
+  [
+    ("v9:2x2", [], "unknown topology"),
+    ("v5e:16", [], "unknown topology"),
+    ("cpu:8", ["mine"], "no such step"),
+    ("cpu:99", [], "only 8 simulated devices"),
+  ],
 )
 def test_what_cannot_be_planned(config, topology, only, message):
   with pytest.raises(InputError, match=message):
-    plan.plan(config, topology, only)
+    plan.plan(config, [topology], only)

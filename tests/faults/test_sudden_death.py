@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
-from support import doom, tiny
+from support import doom, quick, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -61,7 +61,7 @@ def command(tmp_path_factory):
   usual = tiny.run_flags(directory)
   # One device; and what the undisturbed run compiles the others load, or a dozen processes would do little else.
   environment = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": quick.xla_flags(),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
 

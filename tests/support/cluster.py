@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from support import quick
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -19,7 +21,7 @@ def start(arguments: Sequence[str], processes: int, devices: int = 2) -> list[su
     port = probe.getsockname()[1]
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+    "XLA_FLAGS": quick.xla_flags(devices),
   }
   if processes > 1:  # jax lets the first alone write to a cache: the others would compile while it waits in vain
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)

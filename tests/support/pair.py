@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from support import doom
+from support import doom, quick
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROCESSES = 2
@@ -80,7 +80,7 @@ def run(workdir: pathlib.Path, flags: Sequence[str], kills: Sequence[Kill] = (),
   environment = os.environ | {
     "PATH": f"{log / 'bin'}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": quick.xla_flags(),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "RESTARTS": str(len(kills) + SPARE if restarts is None else restarts), "PAUSE": "0", "GRACE": "2",
   }  # fmt: skip

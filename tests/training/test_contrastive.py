@@ -84,7 +84,7 @@ def gradient_of(name, devices=1, query_chunk=0, passage_chunk=0, both_directions
   config = ContrastiveConfig(5, 0.5, both_directions, query_chunk, passage_chunk)
   mesh = mesh_of(devices, fsdp)
 
-  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  @jax.jit
   def run(state, backbone, batch):
     return loss_and_gradient(MODELS[name][0], config, mesh, state, backbone, batch)
 
@@ -160,9 +160,9 @@ def test_rows_that_fill_the_devices_up_count_for_nothing():
 
 
 @functools.cache
-def make_step(name, devices, query_chunk=0, passage_chunk=0):
+def make_step(name, devices, query_chunk=0, passage_chunk=0, optimizer=OPTIMIZER):
   return make_train_step(
-    MODELS[name][0], OPTIMIZER, seed=5, query_chunk=query_chunk, passage_chunk=passage_chunk,
+    MODELS[name][0], optimizer, seed=5, query_chunk=query_chunk, passage_chunk=passage_chunk,
     temperature=0.5, both_directions=False, mesh=mesh_of(devices),
   )  # fmt: skip
 
@@ -200,11 +200,13 @@ def test_five_steps_on_eight_devices_in_chunks(name):
 
 
 def test_training_lowers_the_loss():
-  step, state, losses = make_step("tied", 1), make_state("tied"), []
-  for _ in range(20):
+  # A rate high enough for the fall (from 10 to 5) to stand far above what dropout's noise and a machine's rounding do.
+  optimizer = make_optimizer(make_schedule(5e-2, 40))
+  step, state, losses = make_step("tied", 1, optimizer=optimizer), make_state("tied"), []
+  for _ in range(40):
     state, metrics = step(state, backbone(), make_batch())
     losses.append(float(metrics["loss"]))
-  assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+  assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:4])
 
 
 def test_masks_change_with_the_step_and_nothing_else():

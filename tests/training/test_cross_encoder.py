@@ -65,7 +65,7 @@ def make_batch(seed=0, queries=8):
 
 @functools.cache
 def gradient_of(devices=1, chunk=0):
-  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  @jax.jit
   def run(state, backbone, batch):
     return loss_and_gradient(MODEL, 5, chunk, mesh_of(devices), state, backbone, batch)
 

@@ -34,7 +34,6 @@ MODELS = {
 }
 OPTIMIZER = make_optimizer(make_schedule(1e-3, 20), weight_decay=0.01)
 SPANS = 32
-FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
@@ -71,7 +70,7 @@ def gradient_of(name, devices=1, fsdp=1, chunk=0):
 def loss_and_gradient_of(name, state, mesh, chunk=0):
   batch = put_batch(make_batch(masked=MODELS[name].mlm_weight > 0), mesh, whole=("groups",))
 
-  @functools.partial(jax.jit, compiler_options=FAST_TO_COMPILE)
+  @jax.jit
   def run(state, batch):
     return loss_and_gradient(MODELS[name], state, batch, seed=3, chunk=chunk, mesh=mesh)
 

@@ -1,0 +1,15 @@
+"""How tests compile: nearly all of their time is compilation of tiny shapes, whose machine code need not be good."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+# Fusions by way of MLIR take as long to compile as all else; XLA aborts on a flag that it does not know, as another
+# version may not.
+_FUSIONS = " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
+
+
+def xla_flags(devices: int = 1) -> str:
+  """XLA_FLAGS for a process with so many simulated devices."""
+  count = f"--xla_force_host_platform_device_count={devices} " if devices > 1 else ""
+  return f"{count}--xla_backend_optimization_level=0{_FUSIONS}"
