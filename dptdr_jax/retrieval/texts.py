@@ -17,6 +17,8 @@ from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retrieval.denoise import Verdict
 from dptdr_jax.retrieval.qrels import Qrels
 
+_KEPT = 100_000  # passages that stay in memory, normalised: some 150 MB
+_KEPT_SHINGLED = 10_000  # the same where shingles are kept with them
 _SIGNS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")  # what is neither letter nor mark nor digit
 _ASCII = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
 
@@ -33,7 +35,8 @@ class TextRule:
   positive's text in one piece. Near-duplicates are told by the Jaccard similarity of the texts' word shingles (Broder,
   1997), |A ∩ B| / |A ∪ B|.
 
-  Each passage is read once a query: the positives and the candidates that are still negatives.
+  What is read and normalised are the positives and the candidates that are still negatives; those met lately stay in
+  memory, as hard negatives are the same passages again and again.
 
   Attributes:
     positives: judgements of the Q queries; rows with a grade above 0 count.
@@ -49,6 +52,9 @@ class TextRule:
   contains_from: int | None = 40
   near_duplicate: float | None = None
   shingle: int = 3
+  _met: collections.OrderedDict[int, _Form] = dataclasses.field(
+    default_factory=collections.OrderedDict, init=False, repr=False, compare=False
+  )
 
   def __post_init__(self):
     if self.contains_from is not None and self.contains_from < 1:
@@ -78,14 +84,25 @@ class TextRule:
     return Verdict({reason: found == reason for reason in reasons}, unjudged)
 
   def _reasons(self, positives: np.ndarray, candidates: np.ndarray) -> list[Reason]:
-    rows = np.concatenate([positives, candidates])
-    forms = [_Form(title, text, self.shingle) for title, text in self.texts(rows)]
-    if len(forms) != len(rows):
-      raise ValueError(f"{len(forms)} texts for {len(rows)} passage rows")
+    forms = self._forms([*positives.tolist(), *candidates.tolist()])
     known = forms[: len(positives)]
     same = {text for form in known for text in form.whole if text}
     inside = [form.text for form in known if self.contains_from is not None and len(form.text) >= self.contains_from]
     return [self._reason(form, known, same, inside) for form in forms[len(positives) :]]
+
+  def _forms(self, rows: list[int]) -> list[_Form]:
+    met, missing = self._met, [row for row in dict.fromkeys(rows) if row not in self._met]
+    if missing:
+      found = list(self.texts(np.array(missing)))
+      if len(found) != len(missing):
+        raise ValueError(f"{len(found)} texts for {len(missing)} passage rows")
+      met.update((row, _Form(*passage, self.shingle)) for row, passage in zip(missing, found, strict=True))
+    for row in rows:
+      met.move_to_end(row)
+    forms = [met[row] for row in rows]
+    while len(met) > (_KEPT if self.near_duplicate is None else _KEPT_SHINGLED):
+      met.popitem(last=False)
+    return forms
 
   def _reason(self, candidate: _Form, positives: list[_Form], same: set[str], inside: list[str]) -> Reason:
     if not same.isdisjoint(candidate.whole):

@@ -10,7 +10,7 @@ import functools
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -36,7 +36,6 @@ _log = logging.getLogger(__name__)
 DENSE = "dense"  # the name of the round's own retriever among the sources
 SOURCES = ("bm25", DENSE, "runs")  # as config.mine.sources names them
 _BLOCK = 65_536  # queries whose positives are scored at a time
-_TEXTS = 100_000  # passages kept in memory while texts are compared: some 100 MB
 
 
 def check(config: ConfigDict) -> None:
@@ -269,11 +268,11 @@ def _margins(config: ConfigDict, sources: Iterable[str]) -> list[MarginRule]:
 
 
 def texts(data: PreparedData) -> Callable[[np.ndarray], Iterable[tuple[str, str]]]:
-  """What reads (title, text) of passage rows; those read lately stay in memory."""
+  """What reads (title, text) of passage rows."""
 
-  @functools.lru_cache(maxsize=_TEXTS)  # hard negatives are the same passages again and again
-  def text(row: int) -> tuple[str, str]:
-    passage = data.passages[row]
-    return passage.title, passage.text
+  def read(rows: np.ndarray) -> Iterator[tuple[str, str]]:
+    for row in rows.tolist():
+      passage = data.passages[row]
+      yield passage.title, passage.text
 
-  return lambda rows: map(text, rows.tolist())
+  return read

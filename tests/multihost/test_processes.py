@@ -45,15 +45,11 @@ def metrics(workdir: pathlib.Path, stage: str) -> dict[str, np.ndarray]:
   return {name: np.array([record[name] for record in records if name in record]) for name in ("loss", "gradient_norm")}
 
 
-def compare_prompts(workdir: pathlib.Path, expected: pathlib.Path, stage: str) -> None:
-  mine, theirs = (load_file(path / stage / "retriever/prompts.safetensors") for path in (workdir, expected))
-  for name, table in theirs.items():
-    assert np.linalg.norm(mine[name] - table) <= 1e-4 * np.linalg.norm(table), (stage, name)
-
-
 def compare(workdir: pathlib.Path, expected: pathlib.Path) -> None:
   for stage in STAGES:
-    compare_prompts(workdir, expected, stage)
+    mine, theirs = (load_file(path / stage / "retriever/prompts.safetensors") for path in (workdir, expected))
+    for name, table in theirs.items():
+      assert np.linalg.norm(mine[name] - table) <= 1e-4 * np.linalg.norm(table), (stage, name)
   results = [json.loads((path / "results.json").read_text()) for path in (workdir, expected)]
   assert list(results[0]) == list(results[1])
   for system, splits in results[1].items():
@@ -99,13 +95,13 @@ def test_a_sigterm_to_one_stops_both_and_one_or_four_go_on(flags, alone, tmp_pat
       process.kill()
   assert [process.returncode for process in running] == [75, 75], printed[0][-3000:] + printed[1][-3000:]
   assert all("train stands at step" in text for text in printed), printed[1][-3000:]  # in the middle, not beside it
-  assert time.monotonic() - asked < 55  # on a quiet machine 30 s at most; here other tests compile beside it
+  assert time.monotonic() - asked < 30
   shutil.copytree(tmp_path / "work", tmp_path / "again")
   cluster.run(arguments, processes=1, devices=1)
   compare(tmp_path / "work", alone)
-  printed = cluster.run([*arguments, f"--workdir={tmp_path}/again", "--stages=train1"], processes=4, devices=1)
+  printed = cluster.run([*arguments, f"--workdir={tmp_path}/again"], processes=4, devices=1)
   assert all("train goes on after step" in text for text in printed), printed[0][-3000:]
-  compare_prompts(tmp_path / "again", alone, "train1")
+  compare(tmp_path / "again", alone)
 
 
 def test_an_error_of_input_in_one_keeps_nobody_waiting(flags, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval import candidates
+from dptdr_jax.retrieval import texts as retrieval_texts
 from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retrieval.denoise import CrossEncoderRule, MarginRule, denoise
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
@@ -84,7 +85,9 @@ def test_a_short_positive_contains_nothing_but_equals(tmp_path):
   assert len(pool.candidates(0)) == 3
 
 
-def test_every_positive_counts_and_passages_are_read_once_a_query(tmp_path):
+@pytest.mark.parametrize("kept", [100, 1])
+def test_every_positive_counts_and_passages_met_lately_are_not_read_again(tmp_path, monkeypatch, kept):
+  monkeypatch.setattr(retrieval_texts, "_KEPT", kept)
   read = []
 
   def reading(rows):
@@ -95,7 +98,7 @@ def test_every_positive_counts_and_passages_are_read_once_a_query(tmp_path):
   _, qrels = make(tmp_path / "p", rows, positives=[(0, 0), (0, 10), (1, 10), (2, 0)])
   clean = denoise(tmp_path / "c", tmp_path / "p", [TextRule(qrels, reading)])
   assert [clean.candidates(query).tolist() for query in range(4)] == [[9, 11], [9, 1], [], [9, 12]]
-  assert read == [[0, 10, 1, 12, 9, 11], [10, 12, 9, 1]]
+  assert read == [[0, 10, 1, 12, 9, 11], *([[10, 12, 9, 1]] if kept == 1 else [])]
   assert clean.manifest["denoising"][0]["unjudged"] == 2  # query 3 has no positive to compare with
 
 
