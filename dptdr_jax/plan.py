@@ -81,6 +81,11 @@ class Figures:
       "compute": self.operations / chip.flops, "memory": self.traffic / chip.bandwidth, "links": moved / chip.links
     }  # fmt: skip
 
+  def bounds(self, chip: Chip) -> tuple[float, float]:
+    """Seconds that a step takes at least and at most, by roofline."""
+    seconds = self.seconds(chip).values()
+    return max(seconds), sum(seconds)
+
 
 class DoesNotFit(DptdrError):
   """The compiler gave up: bytes needed, where it says so."""
@@ -260,7 +265,7 @@ def report(step: Step, figures: Figures, chip: Chip | None, memory: float) -> No
     return
   seconds = figures.seconds(chip)
   bound = max(seconds, key=seconds.get)
-  low, high = max(seconds.values()), sum(seconds.values())
+  low, high = figures.bounds(chip)
   parts = ", ".join(f"{name} {value:.4f}" for name, value in seconds.items())
   progress.say(f"  time     {low:.3f} to {high:.3f} s a step by roofline ({parts}); bound by {bound}")
   for name, count in ("epoch", step.epoch), ("run", step.repeats):
@@ -276,8 +281,7 @@ def _row(topology: str, step: Step, figures: Figures, chip: Chip | None, memory:
   row = [topology, step.name, f"{size} ({parts})", f"{figures.operations / 1e12:.1f}", f"{moved / 2**20:,.1f}"]
   if chip is None:
     return row + [""] * (len(_COLUMNS) - len(row))
-  seconds = figures.seconds(chip)
-  low, high = max(seconds.values()), sum(seconds.values())
+  low, high = figures.bounds(chip)
   hours = f"{low * step.repeats / 3600:.2f} – {high * step.repeats / 3600:.2f}" if step.repeats else ""
   return [*row, f"{low:.3f} – {high:.3f}", f"{step.repeats:,.0f}" if step.repeats else "", hours]
 

@@ -233,7 +233,7 @@ class Encoder(nn.Module):
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=last,
-        check_constancy_invariants=False,
+        check_constancy_invariants=False,  # of variables for all layers, of which there are none: a second trace
       )
       lower = None if deep is None else (deep[0][:-1], deep[1][:-1])
       layers = scanned(config, self.dtype, self.method, remember=remember, name="layers")

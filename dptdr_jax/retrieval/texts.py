@@ -17,8 +17,8 @@ from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retrieval.denoise import Verdict
 from dptdr_jax.retrieval.qrels import Qrels
 
-_KEPT = 100_000  # passages that stay in memory, normalised: some 150 MB
-_KEPT_SHINGLED = 10_000  # the same where shingles are kept with them
+_KEPT = 100_000_000  # characters of normalised passages that stay in memory
+_SHINGLED = 20  # how many times as much a passage counts where its shingles may be kept with it
 _SIGNS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")  # what is neither letter nor mark nor digit
 _ASCII = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
 
@@ -52,9 +52,7 @@ class TextRule:
   contains_from: int | None = 40
   near_duplicate: float | None = None
   shingle: int = 3
-  _met: collections.OrderedDict[int, _Form] = dataclasses.field(
-    default_factory=collections.OrderedDict, init=False, repr=False, compare=False
-  )
+  _met: _Met = dataclasses.field(default_factory=lambda: _Met(), init=False, repr=False, compare=False)
 
   def __post_init__(self):
     if self.contains_from is not None and self.contains_from < 1:
@@ -96,12 +94,13 @@ class TextRule:
       found = list(self.texts(np.array(missing)))
       if len(found) != len(missing):
         raise ValueError(f"{len(found)} texts for {len(missing)} passage rows")
-      met.update((row, _Form(*passage, self.shingle)) for row, passage in zip(missing, found, strict=True))
+      for row, passage in zip(missing, found, strict=True):
+        met.add(row, _Form(*passage, self.shingle))
     for row in rows:
       met.move_to_end(row)
     forms = [met[row] for row in rows]
-    while len(met) > (_KEPT if self.near_duplicate is None else _KEPT_SHINGLED):
-      met.popitem(last=False)
+    while met.characters * (1 if self.near_duplicate is None else _SHINGLED) > _KEPT:
+      met.forget()
     return forms
 
   def _reason(self, candidate: _Form, positives: list[_Form], same: set[str], inside: list[str]) -> Reason:
@@ -162,3 +161,18 @@ class _Form:
   def starts(self) -> collections.Counter[str]:
     """How many shingles begin with a word."""
     return collections.Counter(shingle[0] for shingle in self.shingles if shingle)
+
+
+class _Met(collections.OrderedDict[int, _Form]):
+  """Forms of passage rows, those met longest ago first, and how many characters they have."""
+
+  characters = 0
+
+  def add(self, row: int, form: _Form) -> None:
+    self[row] = form
+    self.characters += len(form.text) + len(form.joined)
+
+  def forget(self) -> None:
+    """Drops the form that was met longest ago."""
+    form = self.popitem(last=False)[1]
+    self.characters -= len(form.text) + len(form.joined)
