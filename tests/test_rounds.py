@@ -117,6 +117,16 @@ def test_a_rerun_does_nothing_and_another_margin_only_what_follows(finished, tmp
   assert anew == {"mine1", "train2", "encode", "evaluate", "report"}
 
 
+def test_a_round_on_bm25_alone_does_not_depend_on_the_retriever_to_come(directory):
+  def keys(**fields) -> dict[str, str]:
+    config = make_config(directory, train__negatives="bm25", **fields)
+    return {item.stage.name: item.key for item in pipeline.plan(config, Layout.of(directory / "planned"))}
+
+  usual, later = keys(), keys(mine__dense__relative_margin=0.5, mine__sources=("dense",), mine__cross_encoder=False)
+  assert [name for name in usual if usual[name] == later[name]] == ["prepare", "mine0", "train1"]
+  assert keys(mine__bm25__depth=5)["mine0"] != usual["mine0"]
+
+
 def test_a_round_may_go_on_with_the_prompts_of_the_one_before(finished, directory, tmp_path):
   config = make_config(directory, train__restart=False, train__steps=1, train__learning_rate=1e-9)
   pipeline.run(config, tmp_path / "work", ["prepare", "train", "mine"])
