@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from support import lost_disk, quick, tiny
+from support import forks, lost_disk, tiny
 
 from dptdr_jax import pipeline
 from dptdr_jax.backbone import Backbone
@@ -37,16 +34,11 @@ def command(tmp_path_factory):
     "--config.prompt.length=4", "--config.text.passage_length=32", "--config.encode.shard_passages=16",
     "--config.evaluate.examples=2",
   ]  # fmt: skip
-  environment = os.environ | {
-    "XLA_FLAGS": quick.xla_flags(),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
 
   def run(workdir: pathlib.Path, remote: pathlib.Path, point: str) -> tuple[int, str]:
-    own = {"DPTDR_CACHE": f"{workdir}-cache"}  # every machine has its own
-    arguments = [sys.executable, lost_disk.__file__, point, *usual, f"--workdir={workdir}", f"--remote=file://{remote}"]
-    done = subprocess.run(arguments, cwd=ROOT, env=environment | own, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    said, own = pathlib.Path(f"{workdir}.said"), {"DPTDR_CACHE": f"{workdir}-cache"}  # every machine has its own
+    arguments = [*usual, f"--workdir={workdir}", f"--remote=file://{remote}"]
+    return forks.run(lost_disk.main, point, arguments, said=said, environment=own), said.read_text()
 
   return run
 

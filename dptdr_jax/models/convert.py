@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import re
@@ -216,10 +217,11 @@ def _is_leftover(name: str, config: EncoderConfig) -> bool:
   return bool(_LEFTOVERS.match(name)) or (name == _UNUSED_POSITIONS and not config.has_positions)
 
 
-def _shapes(config: EncoderConfig) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+@functools.lru_cache(maxsize=8)  # a quarter of a second each, and a backbone that trains is measured again and again
+def _shapes(config: EncoderConfig) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
   """Path and shape of every array of our tree."""
   abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
-  return [(path, leaf.shape) for path, leaf in _leaves(abstract)]
+  return tuple((path, leaf.shape) for path, leaf in _leaves(abstract))
 
 
 def _leaves(params: Params) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -13,9 +13,8 @@ import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import bm25s
 import numpy as np
 import Stemmer
 
@@ -23,6 +22,9 @@ from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path, atomic_directory, read_json, write_json
 from dptdr_jax.retrieval.runs import Run
+
+if TYPE_CHECKING:  # it computes on a jax device as it is imported: not before the processes of a run have met
+  import bm25s
 
 _FORMAT = 1
 _CHUNK = 10_000  # texts cut at a time
@@ -109,6 +111,8 @@ class Bm25:
     return np.array([self._vocabulary[token] for token in found if token in self._vocabulary], np.int32)
 
   def _open(self, number: int) -> bm25s.BM25:
+    import bm25s
+
     shard = bm25s.BM25(method="lucene")
     paths = {part: self.directory / f"{part}-{number:05d}.npy" for part in ("data", "indices", "indptr")}
     try:
@@ -122,6 +126,8 @@ class Bm25:
 
 
 def _tokenize(texts: Sequence[str]) -> list[list[str]]:
+  import bm25s
+
   return bm25s.tokenize(
     list(texts), stopwords="english", stemmer=Stemmer.Stemmer("english"), return_ids=False, show_progress=False
   )

@@ -5,18 +5,13 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import json
-import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
-from support import doom, quick, tiny
-
-ROOT = pathlib.Path(__file__).parents[2]
+from support import doom, forks, tiny
 
 # Two runs' lives. In each the stages are in order, one death a stage: every stage then begins where nothing of it is
 # there, so that it has as many events as undisturbed and each drawn point is reached.
@@ -57,20 +52,14 @@ MADE = {
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
   """A function (workdir, point, *flags) that runs the main job once, on one device, and returns its exit status."""
-  directory = tmp_path_factory.mktemp("faults")
-  usual = tiny.run_flags(directory)
-  # One device; and what the undisturbed run compiles the others load, or a dozen processes would do little else.
-  environment = os.environ | {
-    "XLA_FLAGS": quick.xla_flags(),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+  usual = tiny.run_flags(tmp_path_factory.mktemp("faults"))
 
   def run(workdir: pathlib.Path, point: str, *flags: str) -> int:
-    log = workdir.with_suffix(".events")
-    arguments = [sys.executable, doom.__file__, str(log), point, *usual, *flags, f"--workdir={workdir}"]
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-4000:]
-    return done.returncode
+    said = workdir.with_suffix(".said")
+    arguments = [*usual, *flags, f"--workdir={workdir}"]
+    status = forks.run(doom.main, str(workdir.with_suffix(".events")), point, arguments, said=said)
+    assert status in (0, -signal.SIGKILL), said.read_text()[-4000:]
+    return status
 
   return run
 

@@ -15,23 +15,26 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start(arguments: Sequence[str], processes: int, devices: int = 2) -> list[subprocess.Popen]:
-  """Starts `python -m dptdr_jax.main ARGUMENTS` that many times; the processes find each other."""
+  """Starts the main job with ARGUMENTS that many times; the processes find each other."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
   environment = os.environ | {
+    "PYTHONPATH": str(ROOT / "tests"),
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": quick.xla_flags(devices),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
-  if processes > 1:  # jax lets the first alone write to a cache: the others would compile while it waits in vain
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-  place = [f"--coordinator=localhost:{port}", f"--processes={processes}"] if processes > 1 else []
-  return [
-    subprocess.Popen(
-      [sys.executable, "-m", "dptdr_jax.main", *arguments, *place, *([f"--process={index}"] if place else [])],
-      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) for index in range(processes)
-  ]  # fmt: skip
+  compiled = pathlib.Path(environment.pop("JAX_COMPILATION_CACHE_DIR"))
+
+  def command(index: int) -> list[str]:
+    place = [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={index}"]
+    place = place if processes > 1 else []
+    member = [sys.executable, "-m", "support.member", str(compiled / f"{processes}x{devices}-{index}")]
+    return [*member, *arguments, *place]
+
+  options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  return [subprocess.Popen(command(index), **options) for index in range(processes)]
 
 
 def run(arguments: Sequence[str], processes: int, devices: int = 2, timeout_s: float = 300) -> list[str]:

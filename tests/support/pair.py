@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from support import doom, quick
+from support import doom, member, quick
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROCESSES = 2
@@ -126,6 +126,7 @@ def _records(log: pathlib.Path) -> list[dict]:
 def main(log: pathlib.Path, flags: list[str]) -> None:
   """One process of the run: says who it is, and strikes where the plan has the next kill by its count."""
   me = next(int(flag.removeprefix("--process=")) for flag in flags if flag.startswith("--process="))
+  member.keep_compiled(log.parent / f"compiled-{me}")
   (log / f"pid-{me}").write_text(str(os.getpid()))
   plan, done = json.loads((log / "plan.json").read_text()), len(_records(log))
   kill = Kill(**plan[done]) if done < len(plan) else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 
-# Fusions by way of MLIR take as long to compile as all else; XLA aborts on a flag that it does not know, as another
-# version may not.
-_FUSIONS = " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
+# Fusions by way of MLIR take as long to compile as all else, and so many parts are dear for so few cores. XLA aborts on a
+# flag that it does not know, as another version may not.
+_KNOWN = importlib.metadata.version("jaxlib").startswith("0.10.")
+_QUICK = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if _KNOWN else ""
 
 
 def xla_flags(devices: int = 1) -> str:
   """XLA_FLAGS for a process with so many simulated devices."""
   count = f"--xla_force_host_platform_device_count={devices} " if devices > 1 else ""
-  return f"{count}--xla_backend_optimization_level=0{_FUSIONS}"
+  return f"{count}--xla_backend_optimization_level=0{_QUICK}"
