@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
-# Fusions by way of MLIR take as long to compile as all else, and so many parts are dear for so few cores. XLA aborts on a
-# flag that it does not know, as another version may not.
+# Fusions by way of MLIR take as long to compile as all else, and many parts are dear for few cores. XLA aborts on flags
+# that it does not know, as another version may not.
 _KNOWN = importlib.metadata.version("jaxlib").startswith("0.10.")
 _QUICK = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if _KNOWN else ""
 
