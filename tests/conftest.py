@@ -14,6 +14,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the one that whoeve
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.xla_flags(devices=8)}".strip()
+# Where in Python each operation comes from is a sixth of the work, and nobody reads these programs.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 # What one test has compiled, the next one and every process that it starts load.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["HF_HUB_OFFLINE"] = "1"
+quick.collect_seldom()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -53,8 +56,14 @@ def pretrain_model(config: ConfigDict, encoder: EncoderConfig) -> PretrainModel:
 
 def optimizer(section: ConfigDict, steps: int) -> Optimizer:
   """The optimiser of config.train or config.pretrain."""
-  schedule = make_schedule(section.learning_rate, steps, warmup=section.warmup, decay=section.schedule)
-  return make_optimizer(schedule, clip=section.clip, weight_decay=section.weight_decay)
+  rates = section.learning_rate, steps, section.warmup, section.schedule
+  return _optimizer(*rates, section.clip, section.weight_decay)
+
+
+@functools.lru_cache(maxsize=4)  # equal ones are one: a step is known by it
+def _optimizer(peak: float, steps: int, warmup: float, decay: str, clip: float, weight_decay: float) -> Optimizer:
+  schedule = make_schedule(peak, steps, warmup=warmup, decay=decay)
+  return make_optimizer(schedule, clip=clip, weight_decay=weight_decay)
 
 
 def train_step(
@@ -64,9 +73,10 @@ def train_step(
   backbone ({} where all weights are trained); both may be of shapes alone."""
   train = config.train
   placed = shardings.of_state(state, mesh), shardings.by_rules(backbone, mesh) if backbone else {}
-  step = make_train_step(
-    model, updates, seed=config.seed, query_chunk=train.query_chunk, passage_chunk=train.passage_chunk,
-    temperature=config.vector.temperature, both_directions=train.both_directions, mesh=mesh, shardings=placed,
+  step = _made_once(
+    make_train_step, model, updates, placed, mesh=mesh, seed=config.seed,
+    query_chunk=train.query_chunk, passage_chunk=train.passage_chunk,
+    temperature=config.vector.temperature, both_directions=train.both_directions,
   )  # fmt: skip
   return step, *placed
 
@@ -74,8 +84,19 @@ def train_step(
 def pretrain_step(config: ConfigDict, model: PretrainModel, updates: Optimizer, state: TrainState, mesh: Mesh) -> tuple:
   """The step of pretraining and the state's shardings; `state` may be of shapes alone."""
   placed = shardings.of_state(state, mesh)
-  options = {"seed": config.seed, "chunk": config.pretrain.chunk, "mesh": mesh, "shardings": placed}
-  return make_pretrain_step(model, updates, **options), placed
+  options = {"seed": config.seed, "chunk": config.pretrain.chunk, "mesh": mesh}
+  return _made_once(make_pretrain_step, model, updates, placed, **options), placed
+
+
+def _made_once(make: Callable, model: Any, updates: Optimizer, placed: Any, **options: Any) -> Callable:
+  """A step of `make`; rounds and arms of one process that have the same one trace and compile it once."""
+  leaves, tree = jax.tree.flatten(placed)
+  return _make(make, model, updates, tuple(leaves), tree, tuple(sorted(options.items())))
+
+
+@functools.lru_cache(maxsize=4)
+def _make(make: Callable, model: Any, updates: Optimizer, leaves: tuple, tree: Any, options: tuple) -> Callable:
+  return make(model, updates, shardings=jax.tree.unflatten(tree, leaves), **dict(options))
 
 
 def dropout(rate: float) -> Dropout | None:

@@ -37,5 +37,6 @@ def _child(program: Callable[..., None], arguments: tuple, said: pathlib.Path, e
     os.dup2(stream, standard)
   os.environ.update({"XLA_FLAGS": quick.xla_flags(), **environment})
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  quick.collect_seldom()
   os.chdir(ROOT)
   program(*arguments)

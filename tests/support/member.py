@@ -7,6 +7,8 @@ import pathlib
 import sys
 from unittest import mock
 
+from support import quick
+
 
 def keep_compiled(directory: pathlib.Path) -> None:
   """Compiled programs go to `directory` and come from there: one for each process, as they differ by its devices.
@@ -29,6 +31,7 @@ def keep_compiled(directory: pathlib.Path) -> None:
 def main(directory: pathlib.Path, flags: list[str]) -> None:
   """Runs the main job with `flags`."""
   sys.path.insert(0, os.getcwd())  # as `python -m` has it; the configs import each other from there
+  quick.collect_seldom()
   keep_compiled(directory)
   from dptdr_jax import main as job
 

@@ -126,6 +126,7 @@ def _records(log: pathlib.Path) -> list[dict]:
 def main(log: pathlib.Path, flags: list[str]) -> None:
   """One process of the run: says who it is, and strikes where the plan has the next kill by its count."""
   me = next(int(flag.removeprefix("--process=")) for flag in flags if flag.startswith("--process="))
+  quick.collect_seldom()
   member.keep_compiled(log.parent / f"compiled-{me}")
   (log / f"pid-{me}").write_text(str(os.getpid()))
   plan, done = json.loads((log / "plan.json").read_text()), len(_records(log))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 
 # Fusions by way of MLIR take as long to compile as all else, and many parts are dear for few cores. XLA aborts on flags
@@ -14,3 +15,8 @@ def xla_flags(devices: int = 1) -> str:
   """XLA_FLAGS for a process with so many simulated devices."""
   count = f"--xla_force_host_platform_device_count={devices} " if devices > 1 else ""
   return f"{count}--xla_backend_optimization_level=0{_QUICK}"
+
+
+def collect_seldom() -> None:
+  """Tracing makes millions of objects that are no garbage; looking through them is a tenth of its time."""
+  gc.set_threshold(200_000, 50, 100)

@@ -132,7 +132,7 @@ def test_gradient_cache_equals_direct_with_dropout_on(name):
   assert distance(cached[2], direct[2]) < 1e-6
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("tied", (0, 0)), ("tied", (1, 3)), ("fine-tuning", (1, 3))])
+@pytest.mark.parametrize(("name", "chunks"), [("tied", (0, 0)), ("fine-tuning", (1, 3))])
 def test_eight_devices_equal_one(name, chunks):
   one, eight = gradient_of(name), gradient_of(name, 8, *chunks)
   assert distance(eight[0], one[0]) < 1e-6
@@ -185,7 +185,7 @@ def without_key_biases(tree):
   ]
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "fine-tuning"])
+@pytest.mark.parametrize("name", ["tied", "fine-tuning"])
 def test_five_steps_on_eight_devices_in_chunks(name):
   one, metrics = train(name, 1)
   eight, _ = train(name, 8, 1, 2)
@@ -243,8 +243,8 @@ def collectives(text):
 
 
 def test_only_vectors_and_the_prompt_gradient_move_between_devices():
-  abstract = jax.eval_shape(lambda: (make_state("tied"), backbone()))
-  moved = collectives(make_step("tied", 8, 1, 2).lower(*abstract, make_batch()).compile().as_text())
+  placed = make_state("tied", 8), put(backbone(), 8)
+  moved = collectives(make_step("tied", 8, 1, 2).lower(*placed, make_batch()).compile().as_text())
   vectors = sorted(shape for kind, shapes in moved if kind == "all-gather" for shape in shapes)
   assert vectors == sorted(f"{rows},{ENCODER.hidden_size}" for rows in (QUERIES, QUERIES * GROUP))
   others = [(kind, shape) for kind, shapes in moved if kind != "all-gather" for shape in shapes]
