@@ -8,5 +8,5 @@ ruff check .
 ruff format --check .
 # Compilers ask for memory and give it back all the time: what the system has given stays with the process.
 export MALLOC_TOP_PAD_=268435456 MALLOC_TRIM_THRESHOLD_=2000000000
-# Two at a time, a file in one process: its fixtures are dear.
-exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
+# Two at a time, a file in one process: its fixtures are dear; in the order of tests/conftest.py.
+exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
