@@ -1,8 +1,8 @@
 """The stages of a run in order: which are done, what each reads, and what a change makes stale.
 
 A stage is done when its manifest carries the key that its config fields, the stages before it and the files from
-outside give today. A stage that was begun under another key is cleared first: nothing of two
-configs is ever mixed.
+outside give today. A stage that was begun under another key is cleared first, but for parts of it that depend on
+less and on nothing that has changed: nothing of two configs is ever mixed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import dataclasses
 import functools
 import importlib.metadata
 import logging
+import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -52,6 +53,8 @@ class Stage:
     files: the files from outside that it depends on.
     together: all processes of the run work in it; else the first one alone, and the others wait.
     beside: what it writes outside of its own directory, by path from the run's.
+    kept: parts of its directory that do not depend on what `after` names, and are not made again for it.
+    after: fields ('config.a.b') and inputs ('stages.a').
   """
 
   name: str
@@ -61,6 +64,12 @@ class Stage:
   files: Callable[[ConfigDict], Sequence[files.Path]] = lambda config: ()
   together: bool = True
   beside: tuple[str, ...] = ()
+  kept: tuple[str, ...] = ()
+  after: frozenset[str] = frozenset()
+
+  def key_of_kept(self, made_from: Mapping[str, Any]) -> str:
+    """Equal ones, equal kept parts."""
+    return manifest.key_of(manifest.without(made_from, self.after))
 
 
 # Fields of a stage that cannot change what it makes, but for the order in which sums are rounded, as the number of
@@ -82,6 +91,7 @@ MINED_FIRST = (
   "mine.bm25", "mine.outside", "mine.runs", "mine.same_text", "mine.near_duplicate", "mine.width",
 )  # fmt: skip
 
+_BEGUN = "begun.json"
 MANY_FILES = 16  # more are told by one hash over all
 
 
@@ -124,7 +134,8 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
       fields = ("mine", "encode", "index", "cross.depth", *model) if number > 1 else MINED_FIRST
       fields += ("data.train_split",)
       mined = functools.partial(mine.run, number=number - 1)
-      yield Stage(f"mine{number - 1}", mined, fields, inputs, mine.outside_files)
+      parts = {"kept": mine.SEARCHED, "after": mine.AFTER_SEARCH}
+      yield Stage(f"mine{number - 1}", mined, fields, inputs, mine.outside_files, **parts)
       inputs = (*inputs, f"mine{number - 1}")
     if number == 1 and config.cross.enabled:
       fields = ("seed", "cross", "data.train_split", "data.dev_split", *model)
@@ -235,16 +246,40 @@ def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Plann
 def share(config: ConfigDict, workdir: files.Path, others: Sequence[files.Path]) -> list[str]:
   """Links the stages that other runs have done and this one would do the same; returns their names.
 
-  A stage whose key is that of another run's has the same files, whatever the rest of the two configs says.
+  A stage whose key is that of another run's has the same files, whatever the rest of the two configs says; and so have
+  the kept parts of one where these agree.
   """
   layout, shared = Layout.of(workdir), []
-  for stage, _, key in plan(config, layout):
-    for other in map(Layout.of, others):
-      own = stage.name in ("evaluate", "report")  # these write beside their directories
-      if not own and not _is_done(layout, stage, key) and _is_done(other, stage, key):
-        files.link_tree(other.stage(stage.name), layout.stage(stage.name))
-        shared.append(stage.name)
+  others = [Layout.of(other) for other in others]
+  for item in plan(config, layout):
+    stage, directory = item.stage, layout.stage(item.stage.name)
+    if stage.beside or _is_done(layout, stage, item.key):
+      continue
+    if done := [other for other in others if _is_done(other, stage, item.key)]:
+      files.link_tree(done[0].stage(stage.name), directory)
+      shared.append(stage.name)
+    elif parts := [] if directory.exists() else _link_kept(item, directory, others):
+      shared.append(f"{' and '.join(parts)} of {stage.name}")
   return shared
+
+
+def _link_kept(item: Planned, directory: pathlib.Path, others: Sequence[Layout]) -> list[str]:
+  """Begins a stage with the kept parts of another run's where these are the same; returns their names."""
+  stage = item.stage
+  for source in (other.stage(stage.name) for other in others):
+    if not stage.kept or not (source / manifest.NAME).exists():
+      continue
+    made_from = files.read_json(source / manifest.NAME)["made_from"]
+    if stage.key_of_kept(made_from) == stage.key_of_kept(item.made_from):
+      parts = [part for part in stage.kept if (source / part).exists()]
+      if not parts:
+        return []
+      with files.atomic_directory(directory) as partial:
+        for part in parts:
+          files.link_tree(source / part, partial / part)
+        files.write_json(partial / _BEGUN, _record(item.stage, item.key, item.made_from, 0.0))
+      return parts
+  return []
 
 
 def seconds(layout: Layout, config: ConfigDict) -> dict[str, float]:
@@ -312,27 +347,46 @@ def _execute(
   hosts.barrier(f"after {stage.name}", whom="the others" if stage.together else "process 0")
 
 
+def _clear(directory: pathlib.Path, kept: Sequence[str]) -> None:
+  """Removes a stage's directory, but for the kept parts; what says that it was begun goes last, or stays for them."""
+  if not kept:
+    files.remove(directory)
+    return
+  files.remove(directory / manifest.NAME)  # not done from here on
+  for path in sorted(directory.iterdir()):
+    if path.name not in (*kept, _BEGUN):
+      files.remove(path)
+
+
+def _record(stage: Stage, key: str, made_from: Mapping[str, Any], spent: float) -> dict:
+  return {"stage": stage.name, "key": key, "made_from": made_from, "seconds": spent}
+
+
 def _execute_first(
   stage: Stage, config: ConfigDict, layout: Layout, description: dict, key: str, mirror: Mirror | None
 ) -> None:
   """The first process runs a stage, with the others where it is for all, and keeps the books."""
   directory = layout.stage(stage.name)
-  begun = directory / "begun.json"
+  begun = directory / _BEGUN
   spent = 0.0
   if begun.exists():
     before = files.read_json(begun)
     if before["key"] != key:
       changes = manifest.differences(before["made_from"], description)
-      _log.info("%s: done anew, because of %s", stage.name, "; ".join(changes) or "a newer layout")
-      for path in (directory, *(layout.root / name for name in stage.beside)):
-        files.remove(path)
+      same = stage.kept and stage.key_of_kept(before["made_from"]) == stage.key_of_kept(description)
+      kept = [part for part in stage.kept if same and (directory / part).exists()]
+      _log.info("%s: done anew%s, because of %s", stage.name, f" but for {', '.join(kept)}" if kept else "",
+                "; ".join(changes) or "a newer layout")  # fmt: skip
+      _clear(directory, kept)
+      for name in stage.beside:
+        files.remove(layout.root / name)
     else:
       _log.info("%s: goes on", stage.name)
       spent = before["seconds"]
   else:
     files.remove(directory)  # a directory without begun.json is nobody's
   directory.mkdir(parents=True, exist_ok=True)
-  record = {"stage": stage.name, "key": key, "made_from": description, "seconds": spent}
+  record = _record(stage, key, description, spent)
   (directory / manifest.NAME).unlink(missing_ok=True)
   files.write_json(begun, record)
   hosts.barrier(f"{stage.name} is begun")

@@ -112,9 +112,23 @@ def test_a_rerun_does_nothing_and_another_margin_only_what_follows(finished, tmp
   assert {path: path.stat().st_mtime_ns for path in before} == before
   changed = config.copy_and_resolve_references()
   changed.mine.dense.relative_margin = 0.9
+  found = [workdir / "mine1" / name for name in ("vectors/corpus/vectors-00000.npy", "runs/dense", "runs/bm25")]
+  kept = [path.stat().st_ino for path in found]
   pipeline.run(changed, workdir)
   anew = {path.parent.name for path in before if path.stat().st_mtime_ns != before[path]}
   assert anew == {"mine1", "train2", "encode", "evaluate", "report"}
+  assert [path.stat().st_ino for path in found] == kept, "the margin chooses among what was found"
+  pipeline.run(changed, tmp_path / "alone", ["prepare", "train1", "mine1"])
+  reasons = [np.load(path / "mine1/pool/reasons.npy") for path in (workdir, tmp_path / "alone", finished[1])]
+  np.testing.assert_array_equal(reasons[0], reasons[1])
+  assert (reasons[0] != reasons[2]).any()
+  changed.mine.dense.depth = 10
+  assert pipeline.share(changed, tmp_path / "deeper", [workdir]) == ["prepare", "train1"]
+  changed.mine.dense.update({"depth": 20, "relative_margin": 0.5})
+  shared = pipeline.share(changed, tmp_path / "other", [workdir])
+  assert shared == ["prepare", "train1", "vectors and runs of mine1"]
+  pipeline.run(changed, tmp_path / "other", ["mine1"])
+  assert (tmp_path / "other/mine1/vectors/corpus/vectors-00000.npy").samefile(found[0])
 
 
 def test_a_round_on_bm25_alone_does_not_depend_on_the_retriever_to_come(directory):

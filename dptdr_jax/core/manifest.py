@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dptdr_jax.core import files
@@ -58,6 +58,15 @@ def key_of(description: Mapping[str, Any]) -> str:
   """Returns a hash (16 hexadecimal digits) of a JSON-able description."""
   text = json.dumps(description, sort_keys=True, ensure_ascii=False)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def without(description: Mapping[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
+  """Returns a nested description without the entries of these names ('a.b')."""
+  return {
+    name: without(value, names, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+    for name, value in description.items()
+    if f"{prefix}{name}" not in names
+  }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -35,6 +35,15 @@ _log = logging.getLogger(__name__)
 
 DENSE = "dense"  # the name of the round's own retriever among the sources
 SOURCES = ("bm25", DENSE, "runs")  # as config.mine.sources names them
+SEARCHED = ("vectors", "index", "runs")  # what is dear: encoding and searching, hours at MS MARCO's size
+# What does not touch it: it says which of the candidates found become negatives.
+AFTER_SEARCH = frozenset((
+  *(f"config.mine.{source}.{field}" for source in ("bm25", DENSE, "outside")
+    for field in ("first", "quota", "relative_margin", "absolute_margin")),
+  *(f"config.mine.{field}" for field in ("same_text", "near_duplicate", "cross_encoder", "negative_below",
+                                         "positive_above", "pseudo_positives", "width")),
+  "config.cross.depth", "stages.cross",
+))  # fmt: skip
 _BLOCK = 65_536  # queries whose positives are scored at a time
 
 
