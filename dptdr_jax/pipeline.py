@@ -67,9 +67,9 @@ class Stage:
   kept: tuple[str, ...] = ()
   after: frozenset[str] = frozenset()
 
-  def key_of_kept(self, made_from: Mapping[str, Any]) -> str:
-    """Equal ones, equal kept parts."""
-    return manifest.key_of(manifest.without(made_from, self.after))
+  def has_kept_of(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether there are kept parts, and made from this or from that they are the same."""
+    return bool(self.kept) and not manifest.differences(*(manifest.without(each, self.after) for each in (one, other)))
 
 
 # Fields of a stage that cannot change what it makes, but for the order in which sums are rounded, as the number of
@@ -91,7 +91,6 @@ MINED_FIRST = (
   "mine.bm25", "mine.outside", "mine.runs", "mine.same_text", "mine.near_duplicate", "mine.width",
 )  # fmt: skip
 
-_BEGUN = "begun.json"
 MANY_FILES = 16  # more are told by one hash over all
 
 
@@ -250,36 +249,32 @@ def share(config: ConfigDict, workdir: files.Path, others: Sequence[files.Path])
   the kept parts of one where these agree.
   """
   layout, shared = Layout.of(workdir), []
-  others = [Layout.of(other) for other in others]
   for item in plan(config, layout):
     stage, directory = item.stage, layout.stage(item.stage.name)
     if stage.beside or _is_done(layout, stage, item.key):
       continue
-    if done := [other for other in others if _is_done(other, stage, item.key)]:
-      files.link_tree(done[0].stage(stage.name), directory)
+    theirs = [Layout.of(other).stage(stage.name) for other in others]
+    theirs = [source for source in theirs if (source / manifest.NAME).exists()]
+    made = {source: files.read_json(source / manifest.NAME) for source in theirs}
+    same = [source for source in theirs if made[source]["key"] == item.key]
+    alike = [source for source in theirs if stage.has_kept_of(made[source]["made_from"], item.made_from)]
+    if same:
+      files.link_tree(same[0], directory)
       shared.append(stage.name)
-    elif parts := [] if directory.exists() else _link_kept(item, directory, others):
+    elif alike and not directory.exists():
+      parts = _link_kept(item, alike[0], directory)
       shared.append(f"{' and '.join(parts)} of {stage.name}")
   return shared
 
 
-def _link_kept(item: Planned, directory: pathlib.Path, others: Sequence[Layout]) -> list[str]:
-  """Begins a stage with the kept parts of another run's where these are the same; returns their names."""
-  stage = item.stage
-  for source in (other.stage(stage.name) for other in others):
-    if not stage.kept or not (source / manifest.NAME).exists():
-      continue
-    made_from = files.read_json(source / manifest.NAME)["made_from"]
-    if stage.key_of_kept(made_from) == stage.key_of_kept(item.made_from):
-      parts = [part for part in stage.kept if (source / part).exists()]
-      if not parts:
-        return []
-      with files.atomic_directory(directory) as partial:
-        for part in parts:
-          files.link_tree(source / part, partial / part)
-        files.write_json(partial / _BEGUN, _record(item.stage, item.key, item.made_from, 0.0))
-      return parts
-  return []
+def _link_kept(item: Planned, source: pathlib.Path, directory: pathlib.Path) -> list[str]:
+  """Begins a stage with what it keeps of another run's; returns the names of these parts."""
+  parts = [part for part in item.stage.kept if (source / part).exists()]
+  with files.atomic_directory(directory) as partial:
+    for part in parts:
+      files.link_tree(source / part, partial / part)
+    files.write_json(partial / manifest.BEGUN, _record(item.stage, item.key, item.made_from, 0.0))
+  return parts
 
 
 def seconds(layout: Layout, config: ConfigDict) -> dict[str, float]:
@@ -347,17 +342,6 @@ def _execute(
   hosts.barrier(f"after {stage.name}", whom="the others" if stage.together else "process 0")
 
 
-def _clear(directory: pathlib.Path, kept: Sequence[str]) -> None:
-  """Removes a stage's directory, but for the kept parts; what says that it was begun goes last, or stays for them."""
-  if not kept:
-    files.remove(directory)
-    return
-  files.remove(directory / manifest.NAME)  # not done from here on
-  for path in sorted(directory.iterdir()):
-    if path.name not in (*kept, _BEGUN):
-      files.remove(path)
-
-
 def _record(stage: Stage, key: str, made_from: Mapping[str, Any], spent: float) -> dict:
   return {"stage": stage.name, "key": key, "made_from": made_from, "seconds": spent}
 
@@ -367,17 +351,17 @@ def _execute_first(
 ) -> None:
   """The first process runs a stage, with the others where it is for all, and keeps the books."""
   directory = layout.stage(stage.name)
-  begun = directory / _BEGUN
+  begun = directory / manifest.BEGUN
   spent = 0.0
   if begun.exists():
     before = files.read_json(begun)
     if before["key"] != key:
       changes = manifest.differences(before["made_from"], description)
-      same = stage.kept and stage.key_of_kept(before["made_from"]) == stage.key_of_kept(description)
+      same = stage.has_kept_of(before["made_from"], description)
       kept = [part for part in stage.kept if same and (directory / part).exists()]
       _log.info("%s: done anew%s, because of %s", stage.name, f" but for {', '.join(kept)}" if kept else "",
                 "; ".join(changes) or "a newer layout")  # fmt: skip
-      _clear(directory, kept)
+      manifest.clear(directory, kept)
       for name in stage.beside:
         files.remove(layout.root / name)
     else:

@@ -22,7 +22,7 @@ from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retriever import Retriever
-from dptdr_jax.stages import common, mine
+from dptdr_jax.stages import common, mine, steps
 from dptdr_jax.stages.generations import Generations
 from dptdr_jax.stages.layout import Layout
 
@@ -141,9 +141,12 @@ def test_a_round_on_bm25_alone_does_not_depend_on_the_retriever_to_come(director
   assert keys(mine__bm25__depth=5)["mine0"] != usual["mine0"]
 
 
-def test_a_round_may_go_on_with_the_prompts_of_the_one_before(finished, directory, tmp_path):
+def test_a_round_may_go_on_with_the_prompts_of_the_one_before(finished, directory, tmp_path, monkeypatch):
+  made, make = [], steps.make_train_step
+  monkeypatch.setattr(steps, "make_train_step", lambda *args, **options: made.append(1) or make(*args, **options))
   config = make_config(directory, train__restart=False, train__steps=1, train__learning_rate=1e-9)
   pipeline.run(config, tmp_path / "work", ["prepare", "train", "mine"])
+  assert len(made) == 1, "both rounds have the same step: it is compiled once"
   one, two = (Retriever.load(tmp_path / f"work/train{number}/retriever") for number in (1, 2))
   np.testing.assert_allclose(two.prompts["query"]["table"], one.prompts["query"]["table"], atol=1e-6)
 

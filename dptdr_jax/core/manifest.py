@@ -17,6 +17,7 @@ from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 
 NAME = "manifest.json"
+BEGUN = "begun.json"  # what a stage puts first into its directory: the same, of what is not finished yet
 
 
 class Fingerprints:
@@ -79,3 +80,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     elif json.dumps(before) != json.dumps(after):  # as stored: a tuple comes back as a list
       lines.append(f"{prefix}{name}: {before!r} → {after!r}")
   return lines
+
+
+def clear(directory: pathlib.Path, kept: Collection[str] = ()) -> None:
+  """Removes a stage's directory; where parts of it are kept, all but these and what says how it was begun.
+
+  Killed meanwhile it leaves a stage that is not done, under its old key, so that the next call clears the rest.
+  """
+  if not kept:
+    files.remove(directory)
+    return
+  files.remove(directory / NAME)
+  for path in sorted(directory.iterdir()):
+    if path.name not in (*kept, BEGUN):
+      files.remove(path)

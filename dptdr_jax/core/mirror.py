@@ -39,7 +39,6 @@ _SLOWEST_S = 300.0  # the same, after several failures
 _LOOKS = 100  # at a directory that keeps changing; then a later look will do
 _UNFINISHED = (".partial", ".replaced", ".growing")  # ends of names that are not yet, or no longer, whole
 _UNFINISHED_CHECKPOINT = "orbax-checkpoint-tmp"
-_BEGUN = "begun.json"  # what the pipeline puts first into a stage's directory
 _GROWS = "metrics.jsonl"  # appended to at any time, and cut to the checkpoint on resuming: taken after all else
 _MANY = 100  # files that are worth a bar
 ASIDE = ".mirror"  # in the run's directory: links to what is being copied
@@ -113,7 +112,7 @@ class StageCopy:
 
   def made_from(self) -> dict[str, Any]:
     """What the stage that is there says that it was made from; empty where it says nothing."""
-    entry = self._listing.entries.get(f"{self.name}/{_BEGUN}")
+    entry = self._listing.entries.get(f"{self.name}/{manifest.BEGUN}")
     return json.loads((entry and self._remote.read(entry.at)) or b"{}").get("made_from", {})
 
   def fetch(self) -> None:
@@ -265,8 +264,8 @@ class StageCopy:
       FileNotFoundError: the directory has lost what every stage has; the copy must not lose it too.
     """
     found = dict(_walk(self._root / self.name, self.name, () if ended else _AT_THE_END))
-    if f"{self.name}/{_BEGUN}" not in found:
-      raise FileNotFoundError(f"{self._root / self.name / _BEGUN} is gone")
+    if f"{self.name}/{manifest.BEGUN}" not in found:
+      raise FileNotFoundError(f"{self._root / self.name / manifest.BEGUN} is gone")
     found.pop(f"{self.name}/{manifest.NAME}", None)
     if not ended:
       found.pop(f"{self.name}/{_GROWS}", None)
@@ -332,10 +331,10 @@ class Mirror:
     make = functools.partial(StageCopy, self._remote, self._root, name, beside)
     copy = self._copies[name] = self._insist(name, make)
     here = {}
-    for part in (_BEGUN, manifest.NAME):
+    for part in (manifest.BEGUN, manifest.NAME):
       path = self._root / name / part
       here[part] = files.read_json(path)["key"] if path.exists() else None
-    if here[manifest.NAME] != key and (copy.is_whole(key) or (copy.is_begun(key) and here[_BEGUN] != key)):
+    if here[manifest.NAME] != key and (copy.is_whole(key) or (copy.is_begun(key) and here[manifest.BEGUN] != key)):
       copy.fetch()
       _log.info("%s: fetched from %s", name, self._remote.url)
     elif before := {} if copy.is_begun(key) else self._insist(name, copy.made_from):

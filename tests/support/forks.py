@@ -20,18 +20,20 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["dptdr_jax.pipeline", "matplotlib.figure", "tensorflow_datasets"])
 
 
-def run(program: Callable[..., None], *arguments: object, said: pathlib.Path, environment: Mapping = ()) -> int:
+def run(
+  program: Callable[..., None], *arguments: object, said: pathlib.Path, environment: Mapping[str, str] | None = None
+) -> int:
   """Calls `program` there, on one device; returns the exit status (-9: SIGKILL). What it prints is in the file `said`.
 
   What one compiles the next one loads.
   """
-  process = _CONTEXT.Process(target=_child, args=(program, arguments, said, dict(environment)))
+  process = _CONTEXT.Process(target=_child, args=(program, arguments, said, environment or {}))
   process.start()
   process.join()
   return process.exitcode
 
 
-def _child(program: Callable[..., None], arguments: tuple, said: pathlib.Path, environment: Mapping) -> None:
+def _child(program: Callable[..., None], arguments: tuple, said: pathlib.Path, environment: Mapping[str, str]) -> None:
   stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   for standard in (1, 2):
     os.dup2(stream, standard)
