@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import faiss
 import jax
 import numpy as np
+from accelerators import BANDWIDTHS
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dptdr_jax.retrieval.device import DTYPES, Plan, group_size, search_block, search_devices
@@ -29,12 +30,6 @@ from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.runtime.mesh import make_mesh
 
-# Main memory's bytes a second of one device, from the makers' data sheets, by jax's device_kind.
-BANDWIDTHS = {
-  "TPU v4": 1.228e12, "TPU v5 lite": 0.819e12, "TPU v5": 2.765e12, "TPU v6 lite": 1.64e12,
-  "NVIDIA A100-SXM4-40GB": 1.555e12, "NVIDIA A100-SXM4-80GB": 2.039e12, "NVIDIA H100 80GB HBM3": 3.35e12,
-  "NVIDIA H200": 4.8e12,
-}  # fmt: skip
 NEAR = 1e-5  # scores as near as this are a tie
 
 

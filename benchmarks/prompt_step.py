@@ -1,7 +1,7 @@
 """A prompt step against a fine-tuning step at equal shapes, batch, dropout and chunks: time, operations, memory.
 
   python benchmarks/prompt_step.py
-  python benchmarks/prompt_step.py --shapes roberta-base --queries 64 --group 8 --dtype bfloat16   (an accelerator)
+  python benchmarks/prompt_step.py --shapes roberta-large --queries 64 --group 4 --dtype bfloat16   (an accelerator)
 
 Weights are random and seeded. The two steps take turns in one process, so that a busy machine slows both; ratios are of
 medians. Operations are counted by hand (models/flops.py: 4N against 6N a token, and attention), with the second forward
@@ -17,6 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from accelerators import share_of_peak
 
 from dptdr_jax.models import flops
 from dptdr_jax.models.config import EncoderConfig
@@ -31,12 +32,13 @@ from dptdr_jax.training.towers import TowerModel
 SHAPES = {
   "minilm": EncoderConfig("bert", 30522, 384, 6, 12, 1536, 512),
   "roberta-base": EncoderConfig("roberta", 50265, 768, 12, 12, 3072, 514, type_vocab_size=1, pad_id=1),
+  "roberta-large": EncoderConfig("roberta", 50265, 1024, 24, 16, 4096, 514, type_vocab_size=1, pad_id=1),
 }
 
 
 def parse_arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+  parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["minilm", "roberta-base"])
   parser.add_argument("--queries", type=int, default=4)
   parser.add_argument("--group", type=int, default=2, help="passages a query")
   parser.add_argument("--query-tokens", type=int, default=32)
@@ -44,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--prompt", type=int, default=32, help="prompt length")
   parser.add_argument("--query-chunk", type=int, default=0)
   parser.add_argument("--passage-chunk", type=int, default=0)
+  parser.add_argument("--remat", choices=["none", "attention", "layer"], default="none")
   parser.add_argument("--pooling", choices=["first", "mean"], default="first")
   parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
   parser.add_argument("--rounds", type=int, default=3)
@@ -66,7 +69,7 @@ def make_batch(config: EncoderConfig, args: argparse.Namespace) -> dict[str, np.
 def prepare(config: EncoderConfig, spec: PromptSpec, args: argparse.Namespace):
   """The compiled step, and a function that runs it once and returns seconds."""
   mesh = make_mesh()
-  model = TowerModel(config, spec, args.pooling, compute_dtype=jnp.dtype(args.dtype))
+  model = TowerModel(config, spec, args.pooling, compute_dtype=jnp.dtype(args.dtype), remat=args.remat)
   optimizer = make_optimizer(make_schedule(1e-3, 1000))
   step = make_train_step(
     model, optimizer, seed=0, query_chunk=args.query_chunk, passage_chunk=args.passage_chunk,
@@ -81,7 +84,7 @@ def prepare(config: EncoderConfig, spec: PromptSpec, args: argparse.Namespace):
   def run() -> float:
     nonlocal state
     start = time.perf_counter()
-    state, metrics = compiled(state, frozen, batch)
+    state, metrics = compiled(step.seed, state, frozen, batch)
     float(metrics["loss"])
     jax.block_until_ready(state)
     return time.perf_counter() - start
@@ -106,8 +109,11 @@ def count(config: EncoderConfig, spec: PromptSpec, args: argparse.Namespace) -> 
 
 def main() -> None:
   args = parse_arguments()
-  print(f"{jax.devices()[0].device_kind} × {jax.device_count()}, {vars(args)}")
-  print("| shape | step | ms (median) | GFLOP | temporaries MiB | arguments MiB |\n|---|---|---|---|---|---|")
+  device = jax.devices()[0].device_kind
+  print(f"{device} × {jax.device_count()}, {vars(args)}")
+  tokens = args.queries * (args.query_tokens + args.group * args.passage_tokens)
+  columns = ["shape", "step", "ms (median)", "tokens/s", "GFLOP", "of the peak", "temporaries MiB", "arguments MiB"]
+  print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
   for name in args.shapes:
     config = SHAPES[name]
     specs = {
@@ -124,10 +130,12 @@ def main() -> None:
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     counts = {kind: count(config, spec, args) for kind, spec in specs.items()}
     memory = {kind: compiled.memory_analysis() for kind, (compiled, _) in prepared.items()}
-    for kind in specs:
-      sizes = [getattr(memory[kind], f"{what}_size_in_bytes") / 2**20 for what in ("temp", "argument")]
+    for way, taken in medians.items():
+      sizes = [getattr(memory[way], f"{what}_size_in_bytes") / 2**20 for what in ("temp", "argument")]
+      share = share_of_peak(device, counts[way] / jax.device_count(), taken)
       print(
-        f"| {name} | {kind} | {1e3 * medians[kind]:.0f} | {counts[kind] / 1e9:.1f} | {sizes[0]:.0f} | {sizes[1]:.0f} |"
+        f"| {name} | {way} | {1e3 * taken:.1f} | {tokens / taken:,.0f} | {counts[way] / 1e9:.1f} | {share} "
+        f"| {sizes[0]:.0f} | {sizes[1]:.0f} |"
       )
     time_ratio = medians["prompt"] / medians["fine-tuning"]
     flop_ratio = counts["prompt"] / counts["fine-tuning"]

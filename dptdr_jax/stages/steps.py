@@ -18,6 +18,7 @@ from dptdr_jax.runtime import shardings
 from dptdr_jax.training.contrastive import make_train_step
 from dptdr_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from dptdr_jax.training.pretrain import PretrainModel, make_pretrain_step
+from dptdr_jax.training.seeded import SeededStep
 from dptdr_jax.training.state import TrainState
 from dptdr_jax.training.towers import TowerModel
 
@@ -74,7 +75,7 @@ def train_step(
   train = config.train
   placed = shardings.of_state(state, mesh), shardings.by_rules(backbone, mesh) if backbone else {}
   step = _made_once(
-    make_train_step, model, updates, placed, mesh=mesh, seed=config.seed,
+    make_train_step, config.seed, model, updates, placed, mesh=mesh,
     query_chunk=train.query_chunk, passage_chunk=train.passage_chunk,
     temperature=config.vector.temperature, both_directions=train.both_directions,
   )  # fmt: skip
@@ -84,19 +85,19 @@ def train_step(
 def pretrain_step(config: ConfigDict, model: PretrainModel, updates: Optimizer, state: TrainState, mesh: Mesh) -> tuple:
   """The step of pretraining and the state's shardings; `state` may be of shapes alone."""
   placed = shardings.of_state(state, mesh)
-  options = {"seed": config.seed, "chunk": config.pretrain.chunk, "mesh": mesh}
-  return _made_once(make_pretrain_step, model, updates, placed, **options), placed
+  options = {"chunk": config.pretrain.chunk, "mesh": mesh}
+  return _made_once(make_pretrain_step, config.seed, model, updates, placed, **options), placed
 
 
-def _made_once(make: Callable, model: Any, updates: Optimizer, placed: Any, **options: Any) -> Callable:
-  """A step of `make`; rounds and arms of one process that have the same one trace and compile it once."""
+def _made_once(make: Callable, seed: int, model: Any, updates: Optimizer, placed: Any, **options: Any) -> SeededStep:
+  """A step of `make`; rounds, arms and seeds of one process that have the same one trace and compile it once."""
   leaves, tree = jax.tree.flatten(placed)
-  return _make(make, model, updates, tuple(leaves), tree, tuple(sorted(options.items())))
+  return _make(make, model, updates, tuple(leaves), tree, tuple(sorted(options.items()))).with_seed(seed)
 
 
 @functools.lru_cache(maxsize=4)
-def _make(make: Callable, model: Any, updates: Optimizer, leaves: tuple, tree: Any, options: tuple) -> Callable:
-  return make(model, updates, shardings=jax.tree.unflatten(tree, leaves), **dict(options))
+def _make(make: Callable, model: Any, updates: Optimizer, leaves: tuple, tree: Any, options: tuple) -> SeededStep:
+  return make(model, updates, seed=0, shardings=jax.tree.unflatten(tree, leaves), **dict(options))
 
 
 def dropout(rate: float) -> Dropout | None:

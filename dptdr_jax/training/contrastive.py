@@ -8,7 +8,6 @@ example's row in the global batch, so that the second pass sees the masks of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_all, on_data, share_inner, split
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
+from dptdr_jax.training.seeded import SeededStep
 from dptdr_jax.training.state import TrainState, apply_gradient
 from dptdr_jax.training.towers import SIDES, TowerModel
 
@@ -27,13 +27,13 @@ class ContrastiveConfig:
   """What a step depends on beside the model and its parameters.
 
   Attributes:
-    seed: of every random mask, with the step.
+    seed: of every random mask, with the step; may be traced.
     temperature: what scores are divided by.
     both_directions: also passages against queries.
     query_chunk, passage_chunk: examples per device that are encoded at once with a gradient; 0 is all of them.
   """
 
-  seed: int
+  seed: int | jax.Array
   temperature: float = 1.0
   both_directions: bool = False
   query_chunk: int = 0
@@ -55,7 +55,7 @@ def make_train_step(
   both_directions: bool,
   mesh: Mesh,
   shardings: tuple[Any, Any] | None = None,
-) -> Callable[[TrainState, Any, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+) -> SeededStep:
   """Builds the jitted step: (state, backbone_params, batch) → (state, metrics).
 
   The state is donated, the backbone never. `shardings` of the two, leaf by leaf; None: whole on every device. The batch
@@ -71,20 +71,22 @@ def make_train_step(
   """
   config = ContrastiveConfig(seed, temperature, both_directions, query_chunk, passage_chunk)
 
-  def step(state: TrainState, backbone: Any, batch: dict[str, jax.Array]):
-    loss, metrics, gradient = loss_and_gradient(model, config, mesh, state, backbone, batch)
+  def step(seed: jax.Array, state: TrainState, backbone: Any, batch: dict[str, jax.Array]):
+    seeded = dataclasses.replace(config, seed=seed)
+    loss, metrics, gradient = loss_and_gradient(model, seeded, mesh, state, backbone, batch)
     state, applied = apply_gradient(state, optimizer, loss, gradient)
     return state, applied | metrics
 
   whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   of_state, of_backbone = shardings or (whole, whole)
   batch = {f"{side}_{what}": rows for side in SIDES for what in ("tokens", "lengths")}
-  return jax.jit(
+  jitted = jax.jit(
     step,
-    in_shardings=(of_state, of_backbone, {**batch, "targets": whole, "blocked": whole}),
+    in_shardings=(whole, of_state, of_backbone, {**batch, "targets": whole, "blocked": whole}),
     out_shardings=(of_state, whole),
-    donate_argnums=0,
+    donate_argnums=1,
   )
+  return SeededStep(jitted, seed)
 
 
 def loss_and_gradient(

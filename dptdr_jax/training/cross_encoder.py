@@ -10,7 +10,6 @@ p / (1 − p) is how much likelier the pair is among positives than among negati
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_data, share_inner, split
 from dptdr_jax.training.optimizer import Optimizer
+from dptdr_jax.training.seeded import SeededStep
 from dptdr_jax.training.state import TrainState, apply_gradient
 
 
@@ -65,7 +65,7 @@ class CrossModel:
 
 def make_cross_step(
   model: CrossModel, optimizer: Optimizer, *, seed: int, chunk: int, mesh: Mesh, frozen: Any | None = None
-) -> Callable[[TrainState, Any, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+) -> SeededStep:
   """Builds the jitted step: (state, backbone_params, batch) → (state, metrics).
 
   The state is donated, the backbone never; `frozen` are its shardings, leaf by leaf (None: whole on every device). The
@@ -80,19 +80,25 @@ def make_cross_step(
     InputError: a chunk that does not divide its share of the batch.
   """
 
-  def step(state: TrainState, backbone: Any, batch: dict[str, jax.Array]):
+  def step(seed: jax.Array, state: TrainState, backbone: Any, batch: dict[str, jax.Array]):
     loss, accuracy, gradient = loss_and_gradient(model, seed, chunk, mesh, state, backbone, batch)
     state, applied = apply_gradient(state, optimizer, loss, gradient)
     return state, applied | {"accuracy": accuracy}
 
   whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   batch = dict.fromkeys(("tokens", "lengths", "relevant", "real"), rows)
-  shardings = (whole, whole if frozen is None else frozen, batch)
-  return jax.jit(step, in_shardings=shardings, out_shardings=whole, donate_argnums=0)
+  shardings = (whole, whole, whole if frozen is None else frozen, batch)
+  return SeededStep(jax.jit(step, in_shardings=shardings, out_shardings=whole, donate_argnums=1), seed)
 
 
 def loss_and_gradient(
-  model: CrossModel, seed: int, chunk: int, mesh: Mesh, state: TrainState, backbone: Any, batch: dict[str, jax.Array]
+  model: CrossModel,
+  seed: int | jax.Array,
+  chunk: int,
+  mesh: Mesh,
+  state: TrainState,
+  backbone: Any,
+  batch: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array, Any]:
   """The loss of a batch, its accuracy, and the gradient with respect to `state.trainable` (a tree like it).
 

@@ -24,6 +24,7 @@ from dptdr_jax.models.represent import hidden_states, pool, represent
 from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_all, on_data, share_inner, split
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
+from dptdr_jax.training.seeded import SeededStep
 from dptdr_jax.training.state import TrainState, apply_gradient
 
 _NO_PROMPT = PromptSpec("none")
@@ -98,7 +99,7 @@ class PretrainModel:
 
 def make_pretrain_step(
   model: PretrainModel, optimizer: Optimizer, *, seed: int, chunk: int, mesh: Mesh, shardings: TrainState
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+) -> SeededStep:
   """Builds the jitted step: (state, batch) → (state, metrics); the state is donated.
 
   The batch, as `data.spans.SpanBatches` makes it: tokens [S, T], lengths [S] and with masked language modelling
@@ -116,7 +117,7 @@ def make_pretrain_step(
     InputError: a chunk that does not divide its share of the batch.
   """
 
-  def step(state: TrainState, batch: dict[str, jax.Array]):
+  def step(seed: jax.Array, state: TrainState, batch: dict[str, jax.Array]):
     loss, metrics, gradient = loss_and_gradient(model, state, batch, seed=seed, chunk=chunk, mesh=mesh)
     gradient = jax.lax.with_sharding_constraint(gradient, shardings.trainable)
     state, applied = apply_gradient(state, optimizer, loss, gradient)
@@ -124,16 +125,17 @@ def make_pretrain_step(
 
   whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   names = ("tokens", "lengths", *(("positions", "labels") if model.mlm_weight else ()))
-  return jax.jit(
+  jitted = jax.jit(
     step,
-    in_shardings=(shardings, {**dict.fromkeys(names, rows), "groups": whole}),
+    in_shardings=(whole, shardings, {**dict.fromkeys(names, rows), "groups": whole}),
     out_shardings=(shardings, whole),
-    donate_argnums=0,
+    donate_argnums=1,
   )
+  return SeededStep(jitted, seed)
 
 
 def loss_and_gradient(
-  model: PretrainModel, state: TrainState, batch: dict[str, jax.Array], *, seed: int, chunk: int, mesh: Mesh
+  model: PretrainModel, state: TrainState, batch: dict[str, jax.Array], *, seed: int | jax.Array, chunk: int, mesh: Mesh
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
   """The loss of a batch, metrics of it, and the gradient with respect to `state.trainable` (a tree like it)."""
   key = jax.random.fold_in(jax.random.key(seed), state.step)

@@ -169,11 +169,11 @@ def make_step(name, devices, query_chunk=0, passage_chunk=0, optimizer=OPTIMIZER
 
 def train(name, devices, *chunks):
   step, state, metrics = make_step(name, devices, *chunks), make_state(name, devices), []
-  frozen, before = put(backbone(), devices), step._cache_size()
+  frozen, before = put(backbone(), devices), step.jitted._cache_size()
   for number in range(5):
     state, measured = step(state, frozen, make_batch(number))
     metrics.append(jax.device_get(measured))
-  assert step._cache_size() == before + 1, "the same shapes compile once"
+  assert step.jitted._cache_size() == before + 1, "the same shapes compile once"
   return jax.device_get(state), metrics
 
 
@@ -209,12 +209,14 @@ def test_training_lowers_the_loss():
   assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:4])
 
 
-def test_masks_change_with_the_step_and_nothing_else():
-  losses = []
-  for number in (0, 1, 0):
+def test_masks_change_with_the_step_and_the_seed_and_nothing_else():
+  step, losses, programs = make_step("tied", 1), [], set()
+  for seed, number in ((5, 0), (5, 1), (5, 0), (6, 0)):
     state = dataclasses.replace(make_state("tied"), step=jnp.int32(number))
-    losses.append(float(make_step("tied", 1)(state, backbone(), make_batch())[1]["loss"]))
-  assert losses[0] == losses[2] != losses[1]
+    losses.append(float(step.with_seed(seed)(state, backbone(), make_batch())[1]["loss"]))
+    programs.add(step.jitted._cache_size())
+  assert losses[0] == losses[2] and len(set(losses)) == 3
+  assert len(programs) == 1, "one program for all seeds"
 
 
 def test_non_finite_step_leaves_the_state_as_it_was():

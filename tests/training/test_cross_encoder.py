@@ -147,7 +147,7 @@ def test_five_steps_on_eight_devices_in_chunks():
     for number in range(5):
       state, metrics = step(state, frozen, make_batch(number))
     states[devices] = jax.device_get(state)
-    assert step._cache_size() == 1
+    assert step.jitted._cache_size() == 1
     assert set(metrics) == {"loss", "accuracy", "gradient_norm", "learning_rate"}
   assert distance(states[8].trainable, states[1].trainable) < 1e-4
 
