@@ -164,7 +164,8 @@ def write_text(source: Source, part: str, directory: pathlib.Path, on_row: Calla
 
 
 class TextRows(Sequence):
-  """Random access to one part that `write_text` wrote: `rows[row]` → Passage or Query; `rows.read(start)` streams."""
+  """Random access to one part that `write_text` wrote: `rows[row]` → Passage or Query, `rows.take(rows)` → a list of
+  them; `rows.read(start)` streams."""
 
   def __init__(self, directory: str | pathlib.Path, part: str):
     version = PreparedText.VERSION
@@ -181,6 +182,13 @@ class TextRows(Sequence):
     if not 0 <= row < self._count:
       raise IndexError(f"row {row} of {self._count}")
     return self._decode(self._records[int(row)])
+
+  def take(self, rows: np.ndarray) -> list[Passage] | list[Query]:
+    """Some rows, in the order of `rows`: many at once are read an order of magnitude faster than one by one."""
+    if len(rows) and not 0 <= min(rows) <= max(rows) < self._count:
+      raise IndexError(f"rows {min(rows)} to {max(rows)} of {self._count}")
+    records = self._records.__getitems__([int(row) for row in rows]) if len(rows) else []
+    return [self._decode(record) for record in records]
 
   def read(self, start: int = 0) -> Iterator[Passage | Query]:
     """Yields rows in order from `start`, read in blocks."""

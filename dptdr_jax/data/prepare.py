@@ -20,7 +20,6 @@ from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import ragged
 from dptdr_jax.data.ids import DuplicateId, IdTable, IdTableWriter
-from dptdr_jax.data.records import Passage, Query
 from dptdr_jax.data.sources import Source
 
 CORPUS = "corpus"
@@ -43,7 +42,7 @@ class PreparedSplit:
 
     self.split = split
     self.ids = IdTable(directory / "ids")
-    self.queries: Sequence[Query] = TextRows(directory, split)
+    self.queries = TextRows(directory, split)
     self.judgements = ragged.RowLists(directory / "judgements")
     self.negatives = ragged.RowLists(directory / "negatives")
 
@@ -60,7 +59,7 @@ class PreparedData:
 
   Attributes:
     ids: IdTable of the corpus, row ↔ id.
-    passages: sequence of Passage with random access; `passages.read(start)` streams.
+    passages: sequence of Passage with random access; `passages.take(rows)` reads many, `passages.read(start)` streams.
     splits: {name: PreparedSplit}.
   """
 
@@ -70,7 +69,7 @@ class PreparedData:
     directory = pathlib.Path(directory)
     self.directory = directory
     self.ids = IdTable(directory / CORPUS / "ids")
-    self.passages: Sequence[Passage] = TextRows(directory / CORPUS, CORPUS)
+    self.passages = TextRows(directory / CORPUS, CORPUS)
     names = files.read_json(directory / "prepared.json")["splits"]
     self.splits = {name: PreparedSplit(directory / "splits" / name, name) for name in names}
 

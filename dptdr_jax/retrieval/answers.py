@@ -36,14 +36,19 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
 
 
 def match_run(
-  run: Run, answers: Sequence[Sequence[str]], text_of: Callable[[int], str], *, depth: int = 100, workers: int = 0
+  run: Run,
+  answers: Sequence[Sequence[str]],
+  texts: Callable[[np.ndarray], Sequence[str]],
+  *,
+  depth: int = 100,
+  workers: int = 0,
 ) -> np.ndarray:
   """Marks the passages of a run that contain an answer of their query.
 
   Args:
     run: Q queries.
     answers: Q lists of answers.
-    text_of: the text of a passage row. DPR matches in the text without its title.
+    texts: texts(passage rows) → as many texts. DPR matches in the text without its title.
     depth: the ranks to look at.
     workers: processes; 0 works in this one. At most 2 blocks of 64 queries' texts a worker are in flight.
 
@@ -58,7 +63,12 @@ def match_run(
   def blocks() -> Iterator[tuple[range, list[tuple[list[str], list[str]]]]]:
     for start in range(0, len(rows), 64):
       block = range(start, min(len(rows), start + 64))
-      yield block, [(list(answers[q]), [text_of(int(row)) for row in rows[q] if row >= 0]) for q in block]
+      found = [rows[query][rows[query] >= 0] for query in block]
+      wanted, place = np.unique(np.concatenate(found), return_inverse=True)
+      read = texts(wanted)
+      ends = np.cumsum([len(part) for part in found])
+      parts = np.split(place, ends[:-1])
+      yield block, [(list(answers[q]), [read[at] for at in part]) for q, part in zip(block, parts, strict=True)]
 
   with progress.bar("match answers", len(rows), "query") as shown:
     for block, found in _spread(blocks(), workers):

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from dptdr_jax.retrieval.denoise import Verdict
 from dptdr_jax.retrieval.qrels import Qrels
 
 _KEPT = 100_000_000  # characters of normalised passages that stay in memory
+_AT_ONCE = 16_384  # passages read at a time: one by one takes ten times as long
 _SHINGLED = 20  # how many times as much a passage counts where its shingles may be kept with it
 _SIGNS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")  # what is neither letter nor mark nor digit
 _ASCII = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
@@ -71,37 +72,45 @@ class TextRule:
     if len(self.positives) != len(pool):
       raise ValueError(f"judgements of {len(self.positives)} queries for a pool of {len(pool)}")
     found, unjudged = np.zeros(kept.shape, np.uint8), 0
+    judged: list[tuple[int, np.ndarray, np.ndarray]] = []  # place, positives, candidates
     for place in np.flatnonzero(kept.any(1)):
       rows, grades = self.positives.of(block.start + place)
       rows = rows[grades > 0]
       if len(rows):
-        found[place, kept[place]] = self._reasons(rows, pool.rows[block.start + place][kept[place]])
+        judged.append((place, rows, pool.rows[block.start + place][kept[place]]))
       else:
         unjudged += int(kept[place].sum())
+    for some in _groups(judged):
+      self._meet(np.concatenate([part for _, *parts in some for part in parts]))
+      for place, rows, candidates in some:
+        found[place, kept[place]] = self._reasons(rows, candidates)
+      self._forget()
     reasons = (Reason.SAME_TEXT, Reason.CONTAINS, Reason.NEAR_DUPLICATE)
     return Verdict({reason: found == reason for reason in reasons}, unjudged)
 
   def _reasons(self, positives: np.ndarray, candidates: np.ndarray) -> list[Reason]:
-    forms = self._forms([*positives.tolist(), *candidates.tolist()])
-    known = forms[: len(positives)]
+    known, others = ([self._met[row] for row in rows.tolist()] for rows in (positives, candidates))
     same = {text for form in known for text in form.whole if text}
     inside = [form.text for form in known if self.contains_from is not None and len(form.text) >= self.contains_from]
-    return [self._reason(form, known, same, inside) for form in forms[len(positives) :]]
+    return [self._reason(form, known, same, inside) for form in others]
 
-  def _forms(self, rows: list[int]) -> list[_Form]:
-    met, missing = self._met, [row for row in dict.fromkeys(rows) if row not in self._met]
+  def _meet(self, rows: np.ndarray) -> None:
+    """Reads what is not in memory, all at once."""
+    wanted = np.unique(rows).tolist()
+    missing = [row for row in wanted if row not in self._met]
     if missing:
       found = list(self.texts(np.array(missing)))
       if len(found) != len(missing):
         raise ValueError(f"{len(found)} texts for {len(missing)} passage rows")
       for row, passage in zip(missing, found, strict=True):
-        met.add(row, _Form(*passage, self.shingle))
-    for row in rows:
-      met.move_to_end(row)
-    forms = [met[row] for row in rows]
-    while met.characters * (1 if self.near_duplicate is None else _SHINGLED) > _KEPT:
-      met.forget()
-    return forms
+        self._met.add(row, _Form(*passage, self.shingle))
+    for row in wanted:
+      self._met.move_to_end(row)
+
+  def _forget(self) -> None:
+    """Drops what was met longest ago, where it is too much."""
+    while self._met.characters * (1 if self.near_duplicate is None else _SHINGLED) > _KEPT:
+      self._met.forget()
 
   def _reason(self, candidate: _Form, positives: list[_Form], same: set[str], inside: list[str]) -> Reason:
     if not same.isdisjoint(candidate.whole):
@@ -119,6 +128,19 @@ class TextRule:
         if similarity(candidate.shingles, positive.shingles) >= self.near_duplicate:
           return Reason.NEAR_DUPLICATE
     return Reason.KEPT
+
+
+def _groups(judged: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray, np.ndarray]]]:
+  """Cuts (place, positives, candidates) into groups of about _AT_ONCE passages."""
+  some, count = [], 0
+  for item in judged:
+    some.append(item)
+    count += len(item[1]) + len(item[2])
+    if count >= _AT_ONCE:
+      yield some
+      some, count = [], 0
+  if some:
+    yield some
 
 
 def normalise(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -91,11 +91,16 @@ def _measure(
   if by_answers:
     cutoffs = [int(name.partition("@")[2]) for name in by_answers]
     lists = [query.answers for query in queries.queries.read()]
-    hits = answers.match_run(found, lists, lambda row: data.passages[row].text, depth=max(cutoffs))
+    hits = answers.match_run(found, lists, _texts(data), depth=max(cutoffs))
     yield from measures.evaluate_hits(hits, cutoffs).values.items()
   by_judgement = [name_on(config, split, name) for name in wanted if name not in by_answers]
   if by_judgement:
     yield from measures.evaluate(found, common.qrels(queries), by_judgement).values.items()
+
+
+def _texts(data: PreparedData) -> Callable[[np.ndarray], list[str]]:
+  """What reads the texts of passage rows."""
+  return lambda rows: [passage.text for passage in data.passages.take(rows)]
 
 
 def name_on(config: ConfigDict, split: str, measure: str) -> str:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -279,9 +279,7 @@ def _margins(config: ConfigDict, sources: Iterable[str]) -> list[MarginRule]:
 def texts(data: PreparedData) -> Callable[[np.ndarray], Iterable[tuple[str, str]]]:
   """What reads (title, text) of passage rows."""
 
-  def read(rows: np.ndarray) -> Iterator[tuple[str, str]]:
-    for row in rows.tolist():
-      passage = data.passages[row]
-      yield passage.title, passage.text
+  def read(rows: np.ndarray) -> list[tuple[str, str]]:
+    return [(passage.title, passage.text) for passage in data.passages.take(rows)]
 
   return read

@@ -18,6 +18,11 @@ def test_round_trip(beir, tmp_path):
   assert list(data.passages.read()) == list(source.passages())
   assert data.passages[4] == list(source.passages())[4]
   assert list(data.passages.read(4)) == list(source.passages())[4:]
+  assert data.passages.take(np.array([4, 0, 4])) == [data.passages[row] for row in (4, 0, 4)]
+  assert data.passages.take(np.array([], int)) == []
+  for wrong in ([6], [0, -1]):
+    with pytest.raises(IndexError):
+      data.passages.take(np.array(wrong))
   with pytest.raises(IndexError):
     data.passages[6]
   train, dev = data.splits["train"], data.splits["dev"]

@@ -71,7 +71,9 @@ def test_match_run(workers):
   texts = ["Paris is in France", "Rome", "the city of paris", "nothing"]
   run = Run(np.array([[3, 0, 2], [1, -1, -1], [-1, -1, -1]], np.int32), np.zeros((3, 3), np.float32))
   run = Run(np.tile(run.rows, (50, 1)), np.tile(run.scores, (50, 1)))
-  hits = match_run(run, [["Paris"], ["Rom"], ["x"]] * 50, texts.__getitem__, depth=2, workers=workers)
+  hits = match_run(
+    run, [["Paris"], ["Rom"], ["x"]] * 50, lambda rows: [texts[row] for row in rows], depth=2, workers=workers
+  )
   assert hits.shape == (150, 2)
   assert hits[:3].tolist() == [[False, True], [False, False], [False, False]]
   assert np.array_equal(hits, np.tile(hits[:3], (50, 1)))

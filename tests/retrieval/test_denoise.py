@@ -85,9 +85,10 @@ def test_a_short_positive_contains_nothing_but_equals(tmp_path):
   assert len(pool.candidates(0)) == 3
 
 
-@pytest.mark.parametrize("kept", [10_000, 1])
-def test_every_positive_counts_and_passages_met_lately_are_not_read_again(tmp_path, monkeypatch, kept):
+@pytest.mark.parametrize(("kept", "at_once"), [(10_000, 1), (1, 1), (1, 100)])
+def test_every_positive_counts_and_passages_met_lately_are_not_read_again(tmp_path, monkeypatch, kept, at_once):
   monkeypatch.setattr(retrieval_texts, "_KEPT", kept)
+  monkeypatch.setattr(retrieval_texts, "_AT_ONCE", at_once)
   read = []
 
   def reading(rows):
@@ -98,7 +99,7 @@ def test_every_positive_counts_and_passages_met_lately_are_not_read_again(tmp_pa
   _, qrels = make(tmp_path / "p", rows, positives=[(0, 0), (0, 10), (1, 10), (2, 0)])
   clean = denoise(tmp_path / "c", tmp_path / "p", [TextRule(qrels, reading)])
   assert [clean.candidates(query).tolist() for query in range(4)] == [[9, 11], [9, 1], [], [9, 12]]
-  assert read == [[0, 10, 1, 12, 9, 11], *([[10, 12, 9, 1]] if kept == 1 else [])]
+  assert read == [[0, 1, 9, 10, 11, 12], *([[1, 9, 10, 12]] if kept == at_once else [])]
   assert clean.manifest["denoising"][0]["unjudged"] == 2  # query 3 has no positive to compare with
 
 
