@@ -80,6 +80,7 @@ def _pretrain() -> dict:
     span_tokens=128,  # limit of a span, special tokens included (method: 80-128)
     shortest=8,  # fewest tokens of text in a span
     short_share=0.1,  # spans that aim at a random shorter length (coCondenser's 10 %)
+    overlap=False,  # the spans of a passage may overlap, each drawn by itself (Contriever's cropping)
     neighbours=1,  # passages drawn in a row, where the corpus' order means something: harder contrast
     contrast_weight=1.0,  # of the contrast between spans; 0: none
     mlm_weight=1.0,  # of masked language modelling; 0: none, and spans are not masked

@@ -1,7 +1,7 @@
 """Pairs of spans for retrieval-oriented pretraining, as a function of (seed, 'pretrain', step).
 
-A pair is two random spans of one passage that do not overlap. What a passage of n tokens gives, with spans of at most S
-tokens of text and at least s:
+A pair is two random spans of one passage that do not overlap, as in coCondenser. What a passage of n tokens gives, with
+spans of at most S tokens of text and at least s:
 
   n ≥ both   Each span aims at S tokens, or with probability `short_share` at a random length from s on. Both lie
              anywhere in the passage.
@@ -15,6 +15,9 @@ tokens of text and at least s:
 `SpanBatches.counts` says how many passages are which. Spans begin and end with whole words: an end that falls within a
 word moves inwards (unless the span would be one part of a word), so a span may have a word less than it was drawn with;
 where two spans meet, their common border moves, and no word is lost.
+
+With `overlap` each span is drawn by itself anywhere in the passage, as in Contriever (Izacard et al. 2022), and so both
+may have what the passage says only once; one that is shorter than what a span aims at is the span.
 
 With `neighbours` k > 1 passages are drawn k in a row as the corpus has them, so that where its order means something
 (paragraphs of an article, sections of a document) a batch holds passages that are told apart by more than their topic.
@@ -47,11 +50,13 @@ class SpanLengths:
     tokens: limit of a span, special tokens included.
     shortest: s, fewest tokens of text in a span, before its ends move to whole words.
     short_share: probability that a span aims at a random length instead of the limit.
+    overlap: whether the two spans of a passage may overlap.
   """
 
   tokens: int = 128
   shortest: int = 8
   short_share: float = 0.1
+  overlap: bool = False
 
   def text(self, num_special: int) -> int:
     """The most tokens of text in a span, beside so many special ones.
@@ -130,11 +135,15 @@ class SpanBatches:
     return sum(len(kept) for kept in self._kept) / self._passages
 
   def counts(self) -> list[dict[str, int]]:
-    """For each corpus the number of passages by what they give: 'whole' (two full spans), 'cut', 'twins', 'empty'."""
-    found = []
+    """For each corpus the number of passages by what they give: 'whole' (two full spans), 'cut', 'twins', 'empty'.
+
+    Where spans may overlap 'cut' are passages shorter than a full span, 'twins' those that are no longer than the
+    shortest.
+    """
+    found, shortest = [], self._lengths.shortest
+    edges = [1, shortest + 1, self._full] if self._lengths.overlap else [1, 2 * shortest, 2 * self._full]
     for store in self._stores:
-      lengths = store.lengths
-      kinds = np.searchsorted([1, 2 * self._lengths.shortest, 2 * self._full], lengths, side="right")
+      kinds = np.searchsorted(edges, store.lengths, side="right")
       numbers = np.bincount(kinds, minlength=4).tolist()
       found.append(dict(zip(("empty", "twins", "cut", "whole"), numbers, strict=True)))
     return found
@@ -248,6 +257,9 @@ def cut(
   shortest = lengths.shortest
   drawn = shortest + np.floor(length * (full - shortest)).astype(np.int64)
   aims = np.where(short < lengths.short_share, drawn, full)
+  if lengths.overlap:
+    sizes = np.minimum(aims, totals[:, None])
+    return np.floor(place * (totals[:, None] - sizes + 1)).astype(np.int64), sizes
   ratio = aims[:, 0] / aims.sum(1) + (jitter - 0.5) / 2
   left = np.clip(np.rint(totals * ratio).astype(np.int64), shortest, np.maximum(totals - shortest, shortest))
   halves = np.minimum(np.stack([left, totals - left], 1), full)

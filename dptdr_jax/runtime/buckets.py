@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from dptdr_jax.core import progress
+from dptdr_jax.core import preemption, progress
 from dptdr_jax.runtime.mesh import put_batch
 
 BATCH_TOKENS = 16384  # tokens a device takes at a time, padding included
@@ -50,6 +50,9 @@ def map_sequences(
     function: of a batch on the mesh, rows sharded, to an array [B, *shape]; returns at once, as jitted ones do.
     batch_tokens: a device's tokens at a time, padding included.
     description: of the progress bar, which counts in `unit`s; '' for none.
+
+  Raises:
+    Preempted: SIGTERM came; nothing of it is kept.
   """
   lengths = sequences.lengths()
   results = np.empty((len(lengths), *shape), np.float32)
@@ -66,6 +69,7 @@ def map_sequences(
       under_way.append((places, function(put_batch(batch, mesh))))
       if len(under_way) > _AHEAD:
         fetch()
+      preemption.check(f"{description or 'what was computed'} will begin again, from the last whole part")
     while under_way:
       fetch()
   return results

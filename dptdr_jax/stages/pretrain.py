@@ -91,7 +91,7 @@ def make_batches(config: ConfigDict, stores: list[TokenStore], backbone: Backbon
   """The batches of spans: a function of (seed, step)."""
   pretrain = config.pretrain
   masking = Masking.of(backbone.tokenizer, pretrain.mask_rate) if pretrain.mlm_weight else None
-  lengths = SpanLengths(pretrain.span_tokens, pretrain.shortest, pretrain.short_share)
+  lengths = SpanLengths(pretrain.span_tokens, pretrain.shortest, pretrain.short_share, pretrain.overlap)
   return SpanBatches(stores, pretrain.weights, lengths, masking, batch_size=pretrain.spans, seed=config.seed,
     neighbours=pretrain.neighbours, host=hosts.process_index(), num_hosts=hosts.process_count(),
   )  # fmt: skip

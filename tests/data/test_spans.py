@@ -142,9 +142,25 @@ def test_cuts_do_not_overlap_and_follow_the_rule():
   assert (first[long, 0] < first[long, 1]).mean() == pytest.approx(0.5, abs=0.08)
 
 
-def test_spans_are_parts_of_their_passage_and_whole_words(tokenizer, tmp_path):
+def test_spans_that_may_overlap_are_drawn_each_by_itself():
+  lengths = SpanLengths(34, 4, 0.5, overlap=True)
+  totals = np.repeat([1, 4, 20, 32, 300], 1000)
+  first, count = cut(totals, lengths, 32, np.random.default_rng(0))
+  assert (first >= 0).all() and (first + count <= totals[:, None]).all()
+  for total in (1, 4):
+    assert (count[totals == total] == total).all()
+  assert (count[totals == 20] == 20).mean() == pytest.approx(0.5 + 0.5 * 12 / 28, abs=0.05)  # as it aims at 20 or more
+  assert (count[totals >= 20] >= 4).all() and (count[totals == 300] == 32).mean() == pytest.approx(0.5, abs=0.05)
+  begin, end = first[totals == 32], (first + count)[totals == 32]
+  shared = np.minimum(end[:, 0], end[:, 1]) - np.maximum(begin[:, 0], begin[:, 1])
+  assert (shared > 0).mean() > 0.75 and (shared < 0).any()
+  assert np.corrcoef(first[totals == 300].T)[0, 1] == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_spans_are_parts_of_their_passage_and_whole_words(tokenizer, tmp_path, overlap):
   store = store_of(tokenizer, texts(40, (1, 120)), tmp_path / "store")
-  batches = batches_of([store])
+  batches = batches_of([store], lengths=SpanLengths(32, 4, 0.2, overlap))
   for step in range(4):
     batch, rows = batches[step], np.repeat(batches.draw(step).rows, 2)
     assert (batch["groups"][::2] == batch["groups"][1::2]).all()

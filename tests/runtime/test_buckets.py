@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dptdr_jax.core import preemption
 from dptdr_jax.runtime.buckets import map_sequences, plan
 from dptdr_jax.runtime.mesh import make_mesh
 
@@ -40,6 +41,17 @@ def test_results_stand_where_their_sequences_do(devices):
   assert all(rows % devices == 0 and rows * width <= 320 * devices for rows, width in shapes)
   assert len(shapes) <= 5 + 1, "a full one for 16, 32, 48, 64 and the limit, and the last"
   assert map_sequences(total, Numbered([]), make_mesh(devices=jax.devices()[:1])).shape == (0,)
+
+
+def test_sigterm_ends_it_within_a_batch(monkeypatch):
+  seen = []
+  monkeypatch.setattr(preemption, "asked", lambda: len(seen) == 3)
+  arguments = (lambda batch: seen.append(1) or batch["tokens"].sum(1), Numbered([16] * 100), make_mesh())
+  with pytest.raises(preemption.Preempted, match="texts will begin again"):
+    map_sequences(*arguments, batch_tokens=16, description="texts")
+  assert len(seen) == 3
+  with preemption.later():  # a trial on dev, behind which training asks
+    assert len(map_sequences(*arguments, batch_tokens=16)) == 100
 
 
 def test_a_lone_sequence_pays_for_itself_alone():
