@@ -5,8 +5,8 @@
 
 Contrast and masked language modelling, all weights trained, dropout on; weights are random and seeded, spans of full
 length. A way is `CHUNK:REMAT`, as pretrain.chunk and pretrain.remat: the gradient cache's spans at a time (0: all), and
-what the backward pass computes again. Operations are counted in what was traced,
-with what is computed twice; memory is the compiler's figure. A way that does not fit says so.
+what the backward pass computes again. Operations are counted in what was traced, with what is computed twice; memory is
+the compiler's figure. A way that does not fit says so.
 """
 
 from __future__ import annotations
