@@ -30,7 +30,12 @@ _TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
   "sentencepiece.bpe.model",
 )  # fmt: skip
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WEIGHTS = (*_SAFE_WEIGHTS, "pytorch_model.bin")
+_PUBLISHED = ("modules.json", "*_Pooling/config.json")  # how sentence-transformers makes vectors
+_POOLINGS = {  # as its older and newer versions name them: as config.vector does
+  "pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean", "cls": "first", "mean": "mean",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,8 @@ class Backbone:
     dtype = resolve_dtype(compute_dtype)
     config = EncoderConfig.from_file(directory / "config.json")
     params = convert.from_huggingface(tensors, config, dtype=jnp.dtype(dtype), source=directory)
-    tokenizer = Tokenizer(directory) if _has_tokenizer(directory) else None
+    home = _tokenizer_home(directory)
+    tokenizer = Tokenizer(home) if home else None
     if tokenizer is not None:
       tokenizer.check_model(config.vocab_size, directory)
     mesh = meshes.make_mesh(fsdp=math.gcd(fsdp, jax.local_device_count()), devices=jax.local_devices())
@@ -125,9 +131,11 @@ def locate(path: str) -> pathlib.Path:
     raise InputError("no such directory", path=path)
   import huggingface_hub  # only here: local weights need no hub client
 
+  kept = [*_TOKENIZER_FILES, *_SAFE_WEIGHTS, "model-*.safetensors", "config.json", *_PUBLISHED]
   try:
-    kept = [*_TOKENIZER_FILES, *_WEIGHTS, "config.json", "model-*.safetensors"]
     found = pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=kept))
+    if not any((found / weights).is_file() for weights in _SAFE_WEIGHTS):  # else the .bin is the same once more
+      found = pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=[*kept, *_WEIGHTS]))
   except (OSError, ValueError) as error:  # the client's network, cache and name errors are all of these
     raise InputError(
       f"neither a directory nor a hub id that can be fetched ({type(error).__name__})", value=path,
@@ -235,8 +243,29 @@ def resolve_dtype(name: str) -> str:
   return name
 
 
-def _has_tokenizer(directory: pathlib.Path) -> bool:
-  return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+def published_vectors(directory: pathlib.Path) -> dict[str, Any]:
+  """How sentence-transformers makes vectors of a backbone, where its directory says so: fields of config.vector.
+
+  Returns:
+    'normalize', and 'pooling' where it is one of ours; {} for a directory without modules.json.
+  """
+  if not (directory / "modules.json").is_file():
+    return {}
+  listed = files.read_json(directory / "modules.json")
+  modules = {module["type"].rpartition(".")[2]: module["path"] for module in listed}
+  said: dict[str, Any] = {"normalize": "Normalize" in modules}
+  if "Pooling" in modules:
+    about = files.read_json(directory / modules["Pooling"] / "config.json")
+    modes = about.get("pooling_mode") or [name for name in about if name.startswith("pooling_mode_") and about[name]]
+    mode = modes if isinstance(modes, str) else "+".join(modes)
+    said |= {"pooling": _POOLINGS[mode]} if mode in _POOLINGS else {}
+  return said
+
+
+def _tokenizer_home(directory: pathlib.Path) -> pathlib.Path | None:
+  """Where a backbone's tokenizer is: beside it, or above both sides of an untied checkpoint of the original."""
+  homes = [directory, directory.parent] if directory.name in ("query_model", "passage_model") else [directory]
+  return next((home for home in homes if any((home / name).is_file() for name in _TOKENIZER_FILES)), None)
 
 
 def check_sha256(directory: pathlib.Path, expected: str) -> None:
@@ -248,7 +277,10 @@ def check_sha256(directory: pathlib.Path, expected: str) -> None:
 
 
 def _in_package(name: str) -> pathlib.Path:
-  spec = importlib.util.find_spec(name)  # found, not imported
+  try:
+    spec = importlib.util.find_spec(name)  # found, not imported
+  except (ImportError, ValueError):  # no such parent, or no name
+    spec = None
   if spec is None or not spec.submodule_search_locations:
     raise InputError("no such package is installed", value=name, fix=f"pip install the one that carries {name}")
   roots = [pathlib.Path(location) for location in spec.submodule_search_locations]

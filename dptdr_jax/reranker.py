@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import text
 from dptdr_jax.data.pairs import PairFormat, Pairs, TokenLists
-from dptdr_jax.data.records import Passage, Query
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models import convert, prompts
 from dptdr_jax.models.cross import check_cross, cross_logits
@@ -91,7 +90,7 @@ class CrossEncoder:
 
   def save(self, path: files.Path) -> None:
     """Writes cross_encoder.json and prompts.safetensors, as a whole or not at all; the backbone is named and hashed."""
-    with remote.written(path, last=_ABOUT) as local, files.atomic_directory(local) as partial:
+    with remote.written(path, last=_ABOUT, whole=True) as local, files.atomic_directory(local) as partial:
       safetensors.numpy.save_file(prompts.flatten(self.trainable), partial / _TENSORS)
       about = {
         "format": FORMAT,
@@ -119,28 +118,31 @@ class CrossEncoder:
     """How two texts become one sequence."""
     return PairFormat.of(self.backbone.tokenizer, self.settings.query_length, self.settings.pair_length)
 
-  def score(self, queries: Sequence[str], passages: Sequence[str | tuple[str, str] | Passage]) -> np.ndarray:
+  def score(self, queries: Iterable[str], passages: Iterable[text.GivenPassage]) -> np.ndarray:
     """Probabilities that passage i is relevant to query i, at even odds (see `training.cross_encoder`).
 
     Args:
       queries: n texts; one that comes again is tokenised once.
-      passages: n, each its text, (title, text), or a Passage.
+      passages: n, each a text, (title, text), a Passage, or {'text': …} with a 'title' or none; a title may be None.
 
     Returns:
       float32 [n].
+
+    Raises:
+      InputError: more of one than of the other, one text in place of a list, or what is none of these, by its place.
     """
-    if len(queries) != len(passages):
-      raise InputError(f"{len(queries)} queries and {len(passages)} passages: pairs want as many of both")
     settings, tokenizer = self.settings, self.backbone.tokenizer
-    different = {query: place for place, query in enumerate(dict.fromkeys(queries))}
-    asked = [text.query_text(Query("", query), settings.query_template) for query in different]
-    whole = [text.titled_text(item, settings.separator, settings.passage_template) for item in passages]
+    asked = text.query_texts(queries, settings.query_template)
+    whole = text.passage_texts(passages, settings.separator, settings.passage_template)
+    if len(asked) != len(whole):
+      raise InputError(f"{len(asked)} queries and {len(whole)} passages: pairs want as many of both")
+    different = {query: place for place, query in enumerate(dict.fromkeys(asked))}
     lists = (
-      TokenLists(tokenizer.encode(asked, settings.query_length)),
+      TokenLists(tokenizer.encode(list(different), settings.query_length)),
       TokenLists(tokenizer.encode(whole, settings.pair_length)),
     )
-    rows = np.array([different[query] for query in queries], np.int64)
-    return self._score(Pairs(*lists, rows, np.arange(len(passages)), self.form))
+    rows = np.array([different[query] for query in asked], np.int64)
+    return self._score(Pairs(*lists, rows, np.arange(len(whole)), self.form))
 
   def score_stored(
     self, queries: TokenStore, passages: TokenStore, query_rows: np.ndarray, passage_rows: np.ndarray, *,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import text
-from dptdr_jax.data.records import Passage, Query
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models import convert, prompts
 from dptdr_jax.models.prompts import PromptSpec
@@ -69,8 +68,13 @@ class Retriever:
   passage_backbone: Backbone | None = None
 
   def __post_init__(self):
-    longest = max(self.settings.query_length, self.settings.passage_length)
-    prompts.check_lengths(self.backbone.config, self.spec, longest)
+    lengths = (self.settings.query_length, self.settings.passage_length)
+    prompts.check_lengths(self.backbone.config, self.spec, max(lengths))
+    tokenizer = self.backbone.tokenizer
+    special = len(tokenizer.wrap([])) if tokenizer else 0
+    if min(lengths) <= special:
+      what = "query_length and passage_length leave no room for a text"
+      raise InputError(what, value=lengths, fix=f"Raise both above {special}, the number of special tokens")
 
   @classmethod
   def untuned(cls, backbone: Backbone, **settings: Any) -> Retriever:
@@ -102,7 +106,7 @@ class Retriever:
     """
     tied = self.prompts["query"] is self.prompts["passage"]
     trees = {"prompt": self.prompts["query"]} if tied else self.prompts
-    with remote.written(path, last="retriever.json") as local, files.atomic_directory(local) as partial:
+    with remote.written(path, last="retriever.json", whole=True) as local, files.atomic_directory(local) as partial:
       safetensors.numpy.save_file(prompts.flatten(trees), partial / "prompts.safetensors")
       description = {
         "format": FORMAT,
@@ -123,6 +127,7 @@ class Retriever:
     """Over everything that a vector depends on: what embeddings on disk are tied to."""
     tensors = {**prompts.flatten({"query": self.prompts["query"], "passage": self.prompts["passage"]})}
     hashes = [self.backbone_of(kind).hash for kind in ("query", "passage")]
+    hashes += [self.backbone.tokenizer.hash] if self.backbone.tokenizer else []
     described = json.dumps([self.spec.read_fields(), dataclasses.asdict(self.settings), hashes], sort_keys=True)
     return backbones.hash_tensors(tensors, described)
 
@@ -130,15 +135,25 @@ class Retriever:
     """The backbone of a 'query' or a 'passage'."""
     return self.passage_backbone if kind == "passage" and self.passage_backbone else self.backbone
 
-  def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
-    """Vectors of queries, float32 [n, H]."""
-    return self._encode_texts([text.query_text(Query("", t), self.settings.query_template) for t in texts], "query")
+  def encode_queries(self, texts: Iterable[str]) -> np.ndarray:
+    """Vectors of queries, float32 [n, H].
 
-  def encode_passages(self, texts: Iterable[str | tuple[str, str] | Passage]) -> np.ndarray:
-    """Vectors of passages, float32 [n, H]; a passage is its text, (title, text), or a Passage."""
+    Raises:
+      InputError: one query in place of a list, or what is no text or an empty one, by its place.
+    """
+    return self._encode_texts(text.query_texts(texts, self.settings.query_template), "query")
+
+  def encode_passages(self, texts: Iterable[text.GivenPassage]) -> np.ndarray:
+    """Vectors of passages, float32 [n, H].
+
+    Args:
+      texts: each a text, (title, text), a Passage, or {'text': …} with a 'title' or none; a title may be None.
+
+    Raises:
+      InputError: one passage in place of a list, or what is none of these or empty, by its place.
+    """
     settings = self.settings
-    whole = [text.titled_text(item, settings.separator, settings.passage_template) for item in texts]
-    return self._encode_texts(whole, "passage")
+    return self._encode_texts(text.passage_texts(texts, settings.separator, settings.passage_template), "passage")
 
   def encode_tokens(self, ids: np.ndarray, mask: np.ndarray, kind: str = "query") -> np.ndarray:
     """Vectors of padded token ids.
@@ -150,12 +165,22 @@ class Retriever:
 
     Returns:
       float32 [n, H].
+
+    Raises:
+      InputError: a mask of another form, an id that is not in the vocabulary, an unknown kind.
     """
-    ids, mask = np.asarray(ids, np.int32), np.asarray(mask).astype(bool)
+    if kind not in ("query", "passage"):
+      raise InputError("unknown kind of text", value=kind, fix="Use query or passage")
+    ids, mask = np.asarray(ids), np.asarray(mask).astype(bool)
     lengths = mask.sum(1)
     if ids.shape != mask.shape or (mask != (np.arange(ids.shape[1]) < lengths[:, None])).any() or not lengths.all():
       raise InputError("the mask must be of the ids' shape, with ones before zeros and a one in every row")
-    return self._encode(_Padded(ids, lengths), kind)
+    size = self.backbone_of(kind).config.vocab_size
+    wrong = mask & ~((ids >= 0) & (ids < size))
+    if wrong.any():
+      row = int(np.flatnonzero(wrong.any(1))[0])
+      raise InputError(f"token ids are 0 … {size - 1}, row {row} has another", value=ids[wrong][0].item())
+    return self._encode(_Padded(ids.astype(np.int32), lengths), kind)
 
   def encode_store(
     self, store: TokenStore, kind: str, rows: np.ndarray | None = None, *,
@@ -262,16 +287,19 @@ def _load_original(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
   """The original's directory: a whole model, or untied query_model/ and passage_model/, as a rule on one backbone."""
   tied = not (path / "query_model").is_dir()
   places = {"query": path if tied else path / "query_model"} | ({} if tied else {"passage": path / "passage_model"})
-  sides, loaded, hashes = {}, {}, {}
+  specs, sides, loaded, hashes = {}, {}, {}, {}
   for side, place in places.items():
     tensors = convert.load_backbone_tensors(place)
-    spec, sides[side] = prompts.from_original(tensors, files.read_json(place / "config.json"))
+    specs[side], sides[side] = prompts.from_original(tensors, files.read_json(place / "config.json"))
     hashes[side] = backbones.hash_tensors(backbones.encoder_tensors(tensors))
     known = {one.hash: one for one in (backbone, *loaded.values()) if one is not None}
     loaded[side] = known.get(hashes[side]) or Backbone.from_tensors(str(place), place, tensors)
+    prompts.check_prompt(specs[side], sides[side], loaded[side].config, place)
   if backbone is not None and backbone.hash not in hashes.values():
     raise InputError(f"this checkpoint's backbone is not the one of {backbone.path}", path=path)
-  backbone = loaded["query"]
+  backbone, spec = loaded["query"], specs["query"]
+  if any(other.read_fields() != spec.read_fields() for other in specs.values()):
+    raise InputError("query_model and passage_model have prompts of two kinds or lengths", path=path)
   second = None if loaded.get("passage", backbone) is backbone else loaded["passage"]
   sides = {"query": sides["query"], "passage": sides.get("passage", sides["query"])}
   usual = VectorSettings(separator=backbone.tokenizer.separator if backbone.tokenizer else " ")

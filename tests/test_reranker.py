@@ -77,6 +77,9 @@ def test_saved_and_loaded_it_scores_the_same(encoder, tmp_path):
     np.testing.assert_array_equal(loaded.score(QUERIES, titled), encoder.score(QUERIES, titled))
     assert loaded.hash == encoder.hash and loaded.settings == encoder.settings
   assert not np.array_equal(encoder.score(QUERIES, titled), encoder.score(QUERIES, PASSAGES))
+  given = [{"title": "title" if row % 2 else None, "text": passage} for row, passage in enumerate(PASSAGES)]
+  bare = [titled[row] if row % 2 else passage for row, passage in enumerate(PASSAGES)]
+  np.testing.assert_array_equal(encoder.score(iter(QUERIES), given), encoder.score(QUERIES, bare))
 
 
 def test_what_is_refused(encoder, tmp_path):
@@ -88,6 +91,10 @@ def test_what_is_refused(encoder, tmp_path):
     CrossEncoder.load(tmp_path)
   with pytest.raises(InputError, match="2 queries and 1 passages"):
     encoder.score(QUERIES[:2], PASSAGES[:1])
+  with pytest.raises(InputError, match="one query where a list is wanted: 'merge'"):
+    encoder.score("merge", ["a"] * 5)
+  with pytest.raises(InputError, match=r"passage 1 \(NoneType\) has no text"):
+    encoder.score(QUERIES[:2], ["merge", None])
   with pytest.raises(InputError, match="don't fit the backbone's"):
     CrossEncoder(encoder.backbone, SPEC, encoder.trainable, PairSettings(pair_length=120))
   tensors = load_file(tmp_path / "saved/prompts.safetensors")

@@ -147,12 +147,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-  """Reads a JSON file; a broken one is an InputError that names file and line."""
+  """Reads a JSON file; a broken one, or one that is not UTF-8, is an InputError that names file and line."""
   with open_text(path) as stream:
     try:
       return json.load(stream)
     except json.JSONDecodeError as error:
       raise InputError(f"broken JSON ({error.msg})", path=path, line=error.lineno) from error
+    except UnicodeDecodeError as error:
+      line = 1 + error.object.count(b"\n", 0, error.start)
+      raise InputError("not UTF-8", path=path, line=line, value=error.object[error.start : error.start + 8]) from error
 
 
 def sha256(path: Path) -> str:

@@ -6,11 +6,14 @@ same names comes before every download, for networks that are closed.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import http.client
 import pathlib
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from typing import BinaryIO, NamedTuple
 
 from dptdr_jax.core import files, progress
@@ -80,7 +83,11 @@ DATASETS = {
 def fetch_dataset(
   dataset: str, directory: str | pathlib.Path, manual_dir: str | pathlib.Path | None = None
 ) -> pathlib.Path:
-  """Brings all files of "msmarco", "msmarco-titles" or "nq" into `directory`, archives unpacked, and returns it."""
+  """Brings all files of "msmarco", "msmarco-titles" or "nq" into `directory`, archives unpacked, and returns it.
+
+  Raises:
+    InputError: as `fetch`; an archive that cannot be unpacked, which is removed, unless it is the manual directory's.
+  """
   directory = pathlib.Path(directory)
   for name in DATASETS[dataset]:
     wanted = FILES[name].members
@@ -92,7 +99,7 @@ def fetch_dataset(
       continue
     path = fetch(name, directory, manual_dir)
     if wanted:
-      _unpack(path, wanted, directory)
+      _unpack(path, FILES[name], directory)
     elif path.parent != directory:
       _link(path, directory / name)
   return directory
@@ -102,7 +109,7 @@ def fetch(name: str, directory: str | pathlib.Path, manual_dir: str | pathlib.Pa
   """Returns the path of the file `name`: the manual directory's, the one fetched before, or a new download.
 
   Raises:
-    InputError: size or MD5 differ, or the network is closed (it says which file to put where).
+    InputError: size or MD5 differ, the download broke off, or the network is closed (it says which file to put where).
   """
   entry = FILES[name]
   if manual_dir is not None and pathlib.Path(manual_dir, name).is_file():
@@ -120,8 +127,12 @@ def fetch(name: str, directory: str | pathlib.Path, manual_dir: str | pathlib.Pa
 def _download(entry: Download, partial: pathlib.Path, name: str, place: str | pathlib.Path) -> None:
   try:
     with urllib.request.urlopen(entry.url, timeout=60) as answer:
-      _copy(answer, partial, f"download {name}", entry.size)
-  except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+      announced = int(answer.headers.get("Content-Length", 0))
+      _copy(answer, partial, f"download {name}", entry.size or announced or None)
+    found = partial.stat().st_size
+    if announced and found != announced:  # to urllib a connection that closes early is an end like any other
+      raise InputError(f"the download broke off after {found} of {announced} bytes", value=entry.url, fix="Try again")
+  except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
     fix = f"Without a network: get {name} elsewhere and put it into {place}"
     raise InputError(f"the download failed ({error})", value=entry.url, fix=fix) from error
 
@@ -138,18 +149,23 @@ def _check(path: pathlib.Path, shown: pathlib.Path, entry: Download) -> None:
       raise InputError(f"MD5 {entry.md5} expected, {found} found", path=shown, fix=fix)
 
 
-def _unpack(archive: pathlib.Path, members: tuple[str, ...], directory: pathlib.Path) -> None:
-  """Takes `members` out of an archive, wherever in it they stand; nothing else is written."""
-  missing = set(members)
-  with tarfile.open(archive) as packed:
-    for info in packed:
-      name = pathlib.PurePosixPath(info.name).name
-      content = packed.extractfile(info) if name in missing and info.isfile() else None
-      if content is None:
-        continue
-      with files.atomic_path(directory / name) as partial:
-        _copy(content, partial, f"unpack {name}", info.size)
-      missing.remove(name)
+def _unpack(archive: pathlib.Path, entry: Download, directory: pathlib.Path) -> None:
+  """Takes the wanted members out of an archive, wherever in it they stand; nothing else is written."""
+  missing = set(entry.members)
+  try:
+    with tarfile.open(archive) as packed:
+      for info in packed:
+        name = pathlib.PurePosixPath(info.name).name
+        content = packed.extractfile(info) if name in missing and info.isfile() else None
+        if content is None:
+          continue
+        with files.atomic_path(directory / name) as partial:
+          _copy(content, partial, f"unpack {name}", info.size)
+        missing.remove(name)
+  except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    if archive.parent == directory:  # what was fetched; it would be taken for whole again
+      files.remove(archive)
+    raise InputError(f"a broken archive ({error})", path=archive, fix=f"Fetch it again from {entry.url}") from error
   if missing:
     raise InputError(f"{', '.join(sorted(missing))} is not in the archive", path=archive)
 

@@ -11,7 +11,7 @@ class Passage(NamedTuple):
   Attributes:
     id: the corpus's own name for it, unique.
     title: the title of the page that it comes from; "" where there is none.
-    text: the passage; never empty.
+    text: the passage; empty only where those of a BEIR folder are kept (data.empty_text).
   """
 
   id: str

@@ -9,9 +9,13 @@ passages: {text}` with the default, and the original's TSV path is the default w
 from __future__ import annotations
 
 import string
+from collections.abc import Iterable
+from typing import Any
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.records import Passage, Query
+
+GivenPassage = str | tuple[str | None, str] | Passage | dict[str, Any]  # what users may give for a passage
 
 PASSAGE_TEMPLATE = "{title}{separator}{text}"
 QUERY_TEMPLATE = "{text}"
@@ -23,15 +27,60 @@ def passage_text(passage: Passage, separator: str = " ", template: str = PASSAGE
   return template.format(title=title, separator=separator if title else "", text=passage.text)
 
 
-def titled_text(item: str | tuple[str, str] | Passage, separator: str, template: str) -> str:
-  """Returns the same for a passage as users give it: its text, (title, text), or a Passage."""
-  title, body = ("", item) if isinstance(item, str) else item[-2:]
-  return passage_text(Passage("", title, body), separator, template)
-
-
 def query_text(query: Query, template: str = QUERY_TEMPLATE) -> str:
   """Returns the text to tokenize for a query."""
   return template.format(text=query.text)
+
+
+def passage_texts(passages: Iterable[GivenPassage], separator: str, template: str) -> list[str]:
+  """Returns the texts to tokenize for passages as users give them.
+
+  Args:
+    passages: each its text, (title, text), a Passage, or {"text": …} with a "title" or none, as BEIR's lines have it;
+      a title may be None.
+
+  Raises:
+    InputError: something else, named by its place; or one passage that stands where a list of them is wanted.
+  """
+  alone = isinstance(passages, tuple) and any(isinstance(part, str) for part in passages)
+  _check_list(passages, "passage", alone)
+  return [passage_text(_passage(item, place), separator, template) for place, item in enumerate(passages)]
+
+
+def query_texts(queries: Iterable[str], template: str) -> list[str]:
+  """Returns the texts to tokenize for queries as users give them.
+
+  Raises:
+    InputError: what is no string, named by its place; or one query that stands where a list of them is wanted.
+  """
+  _check_list(queries, "query")
+  texts = []
+  for place, item in enumerate(queries):
+    if not isinstance(item, str):
+      raise InputError(f"query {place} ({type(item).__name__}) is no text", value=item)
+    texts.append(query_text(Query("", item), template))
+  return texts
+
+
+def _check_list(items: Any, what: str, alone: bool = False) -> None:
+  """Raises an InputError for one item in place of a list: its letters or parts would each pass for an item."""
+  if alone or isinstance(items, str | bytes | dict) or not isinstance(items, Iterable):
+    raise InputError(f"one {what} where a list is wanted", value=items, fix="Put it into a list")
+
+
+def _passage(item: GivenPassage, place: int) -> Passage:
+  title, body = None, item
+  if isinstance(item, Passage):
+    title, body = item.title, item.text
+  elif isinstance(item, dict):
+    title, body = item.get("title"), item.get("text")
+  elif isinstance(item, tuple | list) and len(item) == 2:
+    title, body = item
+  if not isinstance(body, str) or not isinstance(title, str | None):
+    fix = "Give its text, (title, text), a Passage or {'title': …, 'text': …}"
+    what = f"passage {place} ({type(item).__name__}) has no text, or a title that is none"
+    raise InputError(what, value=item, fix=fix)
+  return Passage("", title or "", body)
 
 
 def check_templates(query_template: str, passage_template: str) -> None:

@@ -1,9 +1,11 @@
 """Small files in the public formats, and two tokenizers."""
 
 import gzip
+import importlib
 import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
 import tokenizers
@@ -42,6 +44,13 @@ def beir(write, tmp_path):
   write("beir/qrels/train.tsv", [header, "q0\td1\t1", "q0\td2\t2", "q0\td5\t0", "q2\td0\t1"])
   write("beir/qrels/dev.tsv", [header, "q1\td3\t1"])
   return tmp_path / "beir"
+
+
+@pytest.fixture
+def config(monkeypatch):
+  """configs/beir.py."""
+  monkeypatch.setattr(sys, "path", [str(pathlib.Path(__file__).parents[2]), *sys.path])  # the configs import each other
+  return importlib.import_module("configs.beir").get_config()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.records import Judgement, Passage, Query
 from dptdr_jax.data.sources import Source
 from dptdr_jax.data.sources.beir import Beir
+from dptdr_jax.stages.prepare import open_source
 
 
 def test_reads_passages_queries_and_judgements(beir):
@@ -35,11 +36,37 @@ def test_gzip_and_missing_header_and_numeric_ids(write, tmp_path):
   assert source.locate("passages", 1)[1] == 3
 
 
-def test_a_title_may_be_the_text_where_asked(beir, write):
-  write("beir/corpus.jsonl", [{"_id": "d0", "title": "Only a title", "text": ""}])
-  with pytest.raises(InputError, match=r"corpus\.jsonl:1: empty text"):
+def test_what_becomes_of_a_passage_without_text(beir, write):
+  titled, bare = {"_id": "d0", "title": "Only a title", "text": ""}, {"_id": "d1", "title": None, "text": " "}
+  write("beir/corpus.jsonl", [titled])
+  assert list(Beir(beir).passages()) == [Passage("d0", "", "Only a title")]
+  with pytest.raises(InputError, match=r"corpus\.jsonl:1: empty text\. .*data\.empty_text=title"):
+    list(Beir(beir, empty_text="error").passages())
+  write("beir/corpus.jsonl", [titled, bare])
+  for empty_text in ("error", "title"):
+    with pytest.raises(InputError, match=r"corpus\.jsonl:[12]: empty text"):
+      list(Beir(beir, empty_text=empty_text).passages())
+  with pytest.raises(InputError, match=r"corpus\.jsonl:2: empty text and no title\. .*data\.empty_text=keep"):
     list(Beir(beir).passages())
-  assert list(Beir(beir, empty_text="title").passages()) == [Passage("d0", "", "Only a title")]
+  kept = [Passage("d0", "", "Only a title"), Passage("d1", "", "")]
+  assert list(Beir(beir, empty_text="keep").passages()) == kept
+  with pytest.raises(InputError, match="unknown data.empty_text: 'drop'. Use error, title, keep"):
+    Beir(beir, empty_text="drop")
+
+
+def test_the_config_says_what_becomes_of_it(beir, write, config):
+  write("beir/corpus.jsonl", [{"_id": "d0", "text": ""}])
+  config.data.dir = str(beir)
+  with pytest.raises(InputError, match="empty text and no title"):
+    list(open_source(config).passages())
+  config.data.empty_text = "keep"
+  assert list(open_source(config).passages()) == [Passage("d0", "", "")]
+
+
+def test_a_split_is_a_tsv_file(beir, write):
+  for name in ("train.tsv~", "dev.tsv.bak", "test.tsvx", "notes.txt"):
+    write(f"beir/qrels/{name}", ["q0\td1\t1"])
+  assert Beir(beir).splits() == ("train", "dev")
 
 
 GOOD = json.dumps({"_id": "a", "text": "x"})

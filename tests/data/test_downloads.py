@@ -1,14 +1,17 @@
 """Official downloads, with a file:// address in place of the network."""
 
 import hashlib
+import http.server
 import io
 import tarfile
+import threading
 
 import pytest
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import builders, downloads
 from dptdr_jax.data.downloads import Download, fetch, fetch_dataset
+from dptdr_jax.stages.prepare import open_source
 
 
 @pytest.fixture
@@ -96,6 +99,49 @@ def test_unpacked_members_in_the_manual_directory_will_do(tmp_path):
   (tmp_path / "manual" / "para.title.txt").write_text("0\tZero\n")
   found = fetch_dataset("msmarco-titles", tmp_path / "d", tmp_path / "manual")
   assert (found / "para.title.txt").read_text() == "0\tZero\n"
+
+
+def test_a_broken_archive_is_fetched_again(served, tmp_path):
+  whole = _archive({"para.title.txt": b"".join(b"%d\tTitle %d\n" % (row, row * 7919) for row in range(500))})
+  served("marco.tar.gz", whole[:-1000], md5=None, size=None)
+  with pytest.raises(InputError, match=r"d/marco\.tar\.gz: a broken archive .*Fetch it again from file:"):
+    fetch_dataset("msmarco-titles", tmp_path / "d")
+  assert not list((tmp_path / "d").iterdir())
+  (tmp_path / "manual").mkdir()
+  for broken in (whole[:-1000], b"<html>not found</html>"):  # a user's own file stays
+    (tmp_path / "manual" / "marco.tar.gz").write_bytes(broken)
+    with pytest.raises(InputError, match=r"manual/marco\.tar\.gz: "):
+      fetch_dataset("msmarco-titles", tmp_path / "d", tmp_path / "manual")
+    assert (tmp_path / "manual" / "marco.tar.gz").is_file()
+  served("marco.tar.gz", whole, md5=None, size=None)
+  assert (fetch_dataset("msmarco-titles", tmp_path / "d") / "para.title.txt").read_text().startswith("0\tTitle 0\n")
+
+
+class _BreaksOff(http.server.BaseHTTPRequestHandler):
+  def do_GET(self):
+    self.send_response(200)
+    self.send_header("Content-Length", "1000")
+    self.end_headers()
+    self.wfile.write(b"x" * 300)
+
+  def log_message(self, *args):
+    pass
+
+
+def test_a_download_that_breaks_off_is_not_kept(served, tmp_path):
+  with http.server.HTTPServer(("127.0.0.1", 0), _BreaksOff) as server:
+    served("marco.tar.gz", b"", url=f"http://127.0.0.1:{server.server_port}/marco.tar.gz", md5=None, size=None)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    with pytest.raises(InputError, match=r"broke off after 300 of 1000 bytes: 'http://.*marco\.tar\.gz'"):
+      fetch("marco.tar.gz", tmp_path / "d")
+  assert not list((tmp_path / "d").iterdir())
+
+
+@pytest.mark.parametrize("source", ["beir", "original", "docstrings"])
+def test_there_are_downloads_of_official_files_only(config, tmp_path, source):
+  config.data.update({"source": source, "dir": str(tmp_path), "download": True})
+  with pytest.raises(InputError, match=f"data.download has no files of this source: '{source}'"):
+    open_source(config)
 
 
 def test_an_archive_without_a_wanted_member(served, tmp_path):

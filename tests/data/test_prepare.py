@@ -8,8 +8,13 @@ from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import builders
 from dptdr_jax.data.prepare import PreparedData, prepare_source
+from dptdr_jax.data.records import Passage
 from dptdr_jax.data.sources.beir import Beir
 from dptdr_jax.data.sources.msmarco import MsMarco
+from dptdr_jax.data.spans import SpanBatches, SpanLengths
+from dptdr_jax.data.store import write_token_store
+from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.retrieval.bm25 import Bm25
 
 
 def test_round_trip(beir, tmp_path):
@@ -93,6 +98,24 @@ def test_negatives_by_row(write, tmp_path):
   write("m/qidpidtriples.train.full.2.tsv", ["8\t104\t101", "55\t100\t101"])
   with pytest.raises(InputError, match=r"full\.2\.tsv:2: unknown query id in negatives: '55'"):
     prepare_source(MsMarco(tmp_path / "m"), tmp_path / "p")
+
+
+def test_a_passage_without_text_is_a_row_that_no_word_finds(beir, write, minilm, tmp_path):
+  texts = ["merge sort of lists", "", "sockets and ports", "lists in order", "a heap", "trees"]
+  write("beir/corpus.jsonl", [{"_id": f"d{row}", "title": "", "text": text} for row, text in enumerate(texts)])
+  data = prepare_source(Beir(beir, empty_text="keep"), tmp_path / "p")
+  assert data.passages[1] == Passage("d1", "", "") and [passage.text for passage in data.passages.read()] == texts
+  found = Bm25.build((passage.text for passage in data.passages.read()), tmp_path / "bm25").search(["lists", ""], 6)
+  assert sorted(found.rows[0].tolist()) == [-1, -1, -1, -1, 0, 3] and (found.rows[1] == -1).all()
+  tokenizer = Tokenizer(minilm)
+  for words in (False, True):  # with words: what spans are cut from
+    store = write_token_store(
+      lambda start: iter(texts[start:]), 6, tokenizer, tmp_path / f"s{words}", max_tokens=16, words=words
+    )
+    tokens, lengths = store.batch(np.arange(3), 8)
+    assert lengths.tolist() == [6, 2, 5] and tokens[1, :2].tolist() == tokenizer.wrap([])
+  spans = SpanBatches([store], [], SpanLengths(8, 1), None, batch_size=4, seed=0)
+  assert spans.counts()[0]["empty"] == 1 and 1 not in {int(row) for step in range(20) for row in spans.draw(step).rows}
 
 
 HEADER = "query-id\tcorpus-id\tscore"

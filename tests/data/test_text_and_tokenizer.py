@@ -1,14 +1,17 @@
 """Templates, and tokenizers against transformers."""
 
 import json
+import math
+import re
 import shutil
 
+import numpy as np
 import pytest
 import transformers
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.records import Passage, Query
-from dptdr_jax.data.text import check_templates, passage_text, query_text
+from dptdr_jax.data.text import check_templates, passage_text, passage_texts, query_text, query_texts
 from dptdr_jax.data.tokenizer import Tokenizer
 
 TEXTS = ["hello world", "Straße Ümläut 猫 ☃", "a" * 40, "the cat sat on the mat " * 20, "x [SEP] y </s> z"]
@@ -23,6 +26,43 @@ def test_passage_and_query_text():
   assert passage_text(bare, ": ", "passage: {title}{separator}{text}") == "passage: text"
   assert query_text(Query("q", "what?")) == "what?"
   assert query_text(Query("q", "what?"), "query: {text}") == "query: what?"
+
+
+def test_texts_as_users_give_them():
+  form = (": ", "{title}{separator}{text}")
+  given = ["text", ("Title", "text"), ["Title", "text"], (None, "text"), Passage("7", "Title", "text")]
+  given += [{"text": "text"}, {"_id": "7", "title": "Title", "text": "text"}, {"title": None, "text": "text"}]
+  wanted = ["text", "Title: text", "Title: text", "text", "Title: text", "text", "Title: text", "text"]
+  assert passage_texts(iter(given), *form) == wanted
+  assert passage_texts(tuple(given[1:]), *form) == wanted[1:]
+  assert query_texts(("what?", np.str_("who?")), "query: {text}") == ["query: what?", "query: who?"]
+  assert passage_texts([], *form) == query_texts([], "{text}") == []
+
+
+@pytest.mark.parametrize("alone", ["merge", b"merge", ("Title", "text"), Passage("7", "", "t"), {"text": "t"}, None, 7])
+def test_one_passage_is_no_list_of_passages(alone):
+  with pytest.raises(InputError, match="one passage where a list is wanted"):
+    passage_texts(alone, " ", "{text}")
+
+
+@pytest.mark.parametrize(
+  "wrong", [None, math.nan, 7, b"t", ("t",), ("i", "T", "t"), ("T", None), (math.nan, "t"), {"title": "T"}, {"t"}]
+)
+def test_what_is_no_passage_is_named(wrong):
+  shown = "" if wrong is None else f": {re.escape(repr(wrong))}"
+  with pytest.raises(InputError, match=rf"passage 1 \({type(wrong).__name__}\) has no text, .*{shown}"):
+    passage_texts(["fine", wrong], " ", "{text}")
+
+
+def test_what_is_no_query_is_named():
+  for alone in ("merge", {"q0": "merge"}, None):
+    with pytest.raises(InputError, match="one query where a list is wanted"):
+      query_texts(alone, "{text}")
+  for wrong in (math.nan, 7, ("T", "t"), Query("q", "t"), {"text": "t"}):
+    with pytest.raises(InputError, match=rf"query 1 \({type(wrong).__name__}\) is no text: {re.escape(repr(wrong))}"):
+      query_texts(["fine", wrong], "{text}")
+  with pytest.raises(InputError, match=r"query 0 \(NoneType\) is no text"):
+    query_texts([None], "{text}")
 
 
 @pytest.mark.parametrize(

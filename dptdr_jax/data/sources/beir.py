@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import find_file
@@ -25,6 +25,7 @@ from dptdr_jax.data.sources.lines import (
 )
 
 _HEADERS = ("query-id", "query_id", "qid")
+_EMPTY_TEXTS = ("error", "title", "keep")  # each takes what those before it take
 
 
 class Beir(FileSource):
@@ -32,19 +33,25 @@ class Beir(FileSource):
 
   Args:
     directory: the folder.
-    empty_text: what a passage with a title and no text is: "error", or "title" to let the title be its text
-      (TREC-COVID and others have thousands of them).
+    empty_text: what becomes of a passage without text: "error"; "title", its title is its text (TREC-COVID has
+      thousands of them), and one without a title too is an error; "keep", that one stays, with an empty text (FiQA).
 
   A query's `metadata.answers` (a list of strings), where there are any, become its answers.
+
+  Raises:
+    InputError: no such directory, or an unknown `empty_text`.
   """
 
-  def __init__(self, directory: str | pathlib.Path, *, empty_text: Literal["error", "title"] = "error"):
+  def __init__(self, directory: str | pathlib.Path, *, empty_text: str = "title"):
     super().__init__(directory)
+    if empty_text not in _EMPTY_TEXTS:
+      raise InputError("unknown data.empty_text", value=empty_text, fix=f"Use {', '.join(_EMPTY_TEXTS)}")
     self._empty_text = empty_text
 
   def splits(self) -> tuple[str, ...]:
     """Names of the files in qrels/, training first."""
-    names = {path.name.removesuffix(".gz").removesuffix(".tsv") for path in (self.directory / "qrels").glob("*.tsv*")}
+    found = [path.name for ending in ("*.tsv", "*.tsv.gz") for path in (self.directory / "qrels").glob(ending)]
+    names = {name.removesuffix(".gz").removesuffix(".tsv") for name in found}
     if not names:
       raise InputError("no qrels/SPLIT.tsv here", path=self.directory)
     return tuple(sorted(names, key=lambda name: (name != "train", name)))
@@ -74,9 +81,20 @@ class Beir(FileSource):
       if not isinstance(title, str):
         raise InputError("a title must be a string", path=path, line=line, value=title)
       title, text = unicode_of(title.strip(), "title", path, line), value.get("text")
-      if self._empty_text == "title" and title and isinstance(text, str) and not text.strip():
-        title, text = "", title
-      yield path, line, Passage(_id(value, path, line), title, text_of(text, "text", path, line))
+      if isinstance(text, str) and not text.strip():
+        title, text = self._of_empty(title, path, line)
+      else:
+        text = text_of(text, "text", path, line)
+      yield path, line, Passage(_id(value, path, line), title, text)
+
+  def _of_empty(self, title: str, path: pathlib.Path, line: int) -> tuple[str, str]:
+    """Title and text of a passage that comes without text."""
+    needed = "title" if title else "keep"
+    if _EMPTY_TEXTS.index(self._empty_text) < _EMPTY_TEXTS.index(needed):
+      what = "empty text" if title else "empty text and no title"
+      fix = f"Give it a text, remove the line, or take it as it is with --config.data.empty_text={needed}"
+      raise InputError(what, path=path, line=line, fix=fix)
+    return "", title
 
   def _queries(self, split: str) -> Iterator[Placed]:
     path = find_file(self.directory, "queries.jsonl")

@@ -1,0 +1,28 @@
+"""Reading JSON: what is broken is named by file and line."""
+
+from __future__ import annotations
+
+import gzip
+
+import pytest
+
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.core.files import read_json
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b'{"a": 1,\n oops}', "2: broken JSON"),
+    (b'{"a": 1,\n "b": "caf\xe9"}', r"2: not UTF-8: b'\\xe9\"}'"),
+    (gzip.compress(b"\xff\xfe{}"), r"1: not UTF-8"),
+    (b"", "1: broken JSON"),
+  ],
+)
+def test_a_broken_file_is_named(tmp_path, content, message):
+  path = tmp_path / "some.json"
+  path.write_bytes(content)
+  with pytest.raises(InputError, match=rf"some\.json:{message}"):
+    read_json(path)
+  path.write_bytes('{"a": "café"}'.encode())
+  assert read_json(path) == {"a": "café"}

@@ -1,0 +1,110 @@
+"""The public retriever: what it takes for texts and tokens, what it refuses, and the original's checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import tiny
+
+from dptdr_jax import Backbone, Retriever
+from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.records import Passage
+
+UNTIED = pathlib.Path(__file__).parent / "fixtures" / "golden" / "roberta_prefix_untied"
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory):
+  return Retriever.untuned(Backbone.load(tiny.backbone(tmp_path_factory.mktemp("backbone"))), passage_length=32)
+
+
+def test_all_ways_to_give_a_passage_are_one(retriever):
+  titled = [("sorting", "merge quick"), Passage("7", "sorting", "merge quick")]
+  titled += [{"title": "sorting", "text": "merge quick"}]
+  bare = ["merge quick", (None, "merge quick"), {"text": "merge quick"}, {"title": None, "text": "merge quick"}]
+  vectors = retriever.encode_passages(titled + bare)
+  np.testing.assert_array_equal(vectors, vectors[[0] * 3 + [3] * 4])
+  assert np.abs(vectors[0] - vectors[3]).max() > 0.01
+
+
+def test_what_is_no_list_of_texts(retriever):
+  for encode, alone in ((retriever.encode_queries, "merge"), (retriever.encode_passages, ("sorting", "merge"))):
+    with pytest.raises(InputError, match="where a list is wanted"):
+      encode(alone)
+  with pytest.raises(InputError, match=r"query 1 \(NoneType\) is no text"):
+    retriever.encode_queries(["merge", None])
+  with pytest.raises(InputError, match=r"passage 1 \(float\) has no text.*: nan"):
+    retriever.encode_passages(["merge", float("nan")])
+  with pytest.raises(InputError, match="text 1 is empty"):
+    retriever.encode_passages(["merge", {"text": " "}])
+
+
+def test_token_ids_are_held_to_the_vocabulary(retriever):
+  size = retriever.backbone.config.vocab_size
+  ids, mask = np.array([[2, 5, size - 1, 3], [2, 5, 3, 0]]), np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+  vectors = retriever.encode_tokens(ids, mask)
+  padded = np.where(mask, ids, -100)  # what stands behind the mask is not read
+  np.testing.assert_array_equal(retriever.encode_tokens(padded, mask), vectors)
+  for wrong in (size, -1, 2**40, np.nan):
+    with pytest.raises(InputError, match=rf"token ids are 0 … {size - 1}, row 1 has another"):
+      retriever.encode_tokens(np.array([[2, 5, 5, 3], [2, wrong, 3, 0]]), mask)
+  with pytest.raises(InputError, match="unknown kind of text: 'doc'"):
+    retriever.encode_tokens(ids, mask, "doc")
+
+
+def test_lengths_leave_room_for_a_text(retriever):
+  for query_length, passage_length in ((2, 32), (32, 1)):
+    with pytest.raises(InputError, match="leave no room for a text: .*above 2"):
+      Retriever.untuned(retriever.backbone, query_length=query_length, passage_length=passage_length)
+  Retriever.untuned(retriever.backbone, query_length=3, passage_length=3)
+
+
+def test_its_hash_is_also_the_tokenizers(retriever, tmp_path):
+  other = tiny.backbone(tmp_path)
+  assert Retriever.untuned(Backbone.load(other), passage_length=32).hash == retriever.hash
+  content = json.loads((other / "tokenizer.json").read_text())
+  content["normalizer"]["lowercase"] = False
+  (other / "tokenizer.json").write_text(json.dumps(content))
+  changed = Backbone.load(other)
+  assert changed.hash == retriever.backbone.hash
+  without = dataclasses.replace(changed, tokenizer=None)
+  hashes = {Retriever.untuned(backbone, passage_length=32).hash for backbone in (changed, without)}
+  assert len(hashes | {retriever.hash}) == 3
+
+
+@pytest.fixture
+def untied(tmp_path):
+  """The original's untied checkpoint, without a tokenizer."""
+  for side in ("query_model", "passage_model"):
+    shutil.copytree(UNTIED / side, tmp_path / side, ignore=shutil.ignore_patterns("*.bin"))
+  return tmp_path
+
+
+def test_a_tokenizer_at_the_root_is_both_sides(untied, tmp_path):
+  assert Retriever.load(untied).backbone.tokenizer is None
+  size = json.loads((untied / "query_model" / "config.json").read_text())["vocab_size"]
+  content = json.loads(tiny.tokenizer().to_str())
+  content["model"]["vocab"] = {piece: number for piece, number in content["model"]["vocab"].items() if number < size}
+  (untied / "tokenizer.json").write_text(json.dumps(content))
+  loaded = Retriever.load(untied)
+  vectors = loaded.encode_queries(["merge sort"])
+  loaded.save(tmp_path / "saved")
+  np.testing.assert_array_equal(Retriever.load(tmp_path / "saved").encode_queries(["merge sort"]), vectors)
+
+
+def test_both_sides_have_prompts_of_one_kind_that_fit(untied):
+  path = untied / "passage_model" / "model.safetensors"
+  whole = load_file(path)
+  name = "prefix_encoder.embedding.weight"
+  save_file(whole | {name: whole[name][:-1]}, path)
+  with pytest.raises(InputError, match="prompts of two kinds or lengths"):
+    Retriever.load(untied)
+  save_file(whole | {name: whole[name][:, :-2]}, path)
+  with pytest.raises(InputError, match=r"passage_model: prompt tensor table has shape"):
+    Retriever.load(untied)
