@@ -18,19 +18,20 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dptdr_jax import pipeline
-from dptdr_jax.core import files, preemption, progress
-from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.core import commands, files, manifest, preemption, progress
+from dptdr_jax.core.errors import DptdrError, InputError, PassingError
 from dptdr_jax.stages import comparison, evaluate
 
-_PLAIN = {"pretrain.enabled": False, "rounds": 1}
+_ONE_ROUND = {"rounds": 1, "mine.cross_encoder": False, "mine.pseudo_positives": False}  # nothing that they denoise
+_PLAIN = _ONE_ROUND | {"pretrain.enabled": False}
 _TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
 ARMS: dict[str, dict] = {
   "plain": _PLAIN,
-  "rip": {"pretrain.enabled": True, "rounds": 1},
+  "rip": _ONE_ROUND | {"pretrain.enabled": True},
   "unm": {"pretrain.enabled": False, "rounds": 2},
   "dptdr": {"pretrain.enabled": True, "rounds": 2},
   "finetune": _PLAIN | _TUNED,
@@ -42,29 +43,41 @@ ARMS: dict[str, dict] = {
     "pretrain.enabled": False, "rounds": 2, "mine.same_text": False, "mine.near_duplicate": 0.0,
     "mine.bm25.relative_margin": 0.0, "mine.bm25.absolute_margin": 0.0,
     "mine.dense.relative_margin": 0.0, "mine.dense.absolute_margin": 0.0,
+    "mine.outside.relative_margin": 0.0, "mine.outside.absolute_margin": 0.0,
     "mine.cross_encoder": False, "mine.pseudo_positives": False,
   },
 }  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
+def main(_: list[str]) -> int:
   """Runs what is not yet done, then compares; exit status as of `dptdr_jax.main`."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
   preemption.install()
+  given = flags.FLAGS
   try:
-    arms = chosen(flags.FLAGS.arms, flags.FLAGS.arm)
-    seeds = [int(seed) for seed in flags.FLAGS.seeds]
-    ablate(
-      flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), arms, seeds, flags.FLAGS.one_seed, flags.FLAGS.measure
-    )
+    arms, seeds = chosen(given.arms, given.arm), seeds_of(given.seeds)
+    ablate(given.config, pathlib.Path(given.workdir), arms, seeds, given.one_seed, given.measure)
   except preemption.Preempted as stop:
     sys.stderr.write(f"stopped by SIGTERM: {stop}; the same command goes on from there\n")
     return preemption.EXIT_STATUS
   except DptdrError as error:
     sys.stderr.write(f"error: {error}\n")
-    return 2
+    return 1 if isinstance(error, PassingError) else 2
   return 0
+
+
+def seeds_of(texts: list[str]) -> list[int]:
+  """Seeds as they are written.
+
+  Raises:
+    InputError: none, one that is no whole number, or one that is there twice.
+  """
+  try:
+    found = [int(text) for text in texts]
+  except ValueError:
+    found = []
+  if not found or len(set(found)) < len(found):
+    raise InputError("seeds are whole numbers, no two of them the same", value=texts, fix="Name some: --seeds=0,1,2")
+  return found
 
 
 def chosen(names: list[str], own: list[str]) -> dict[str, dict]:
@@ -128,12 +141,24 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
   return changed
 
 
-def _baselines_once(configs: Sequence[ConfigDict]) -> None:
-  """Leaves BM25 to the first run, and the untuned backbone to the first that shows it before and after pretraining."""
-  shown = next((config for config in configs if config.pretrain.enabled), configs[0])
-  for config in configs:
-    config.evaluate.bm25 &= config is configs[0]
-    config.evaluate.backbone &= config is shown
+def _baselines_once(configs: Sequence[ConfigDict], directories: Sequence[pathlib.Path]) -> None:
+  """Leaves BM25 to the first run, and the untuned backbone to the first that shows it before and after pretraining.
+
+  What a run has measured stays with it: an arm that is added, or named before it, makes nothing anew.
+  """
+  have = [_measured_baselines(directory) for directory in directories]
+  every = range(len(configs))
+  able = {"bm25": every, "backbone": [run for run in every if configs[run].pretrain.enabled] or every}
+  for baseline, runs in able.items():
+    shown = next((run for run in runs if baseline in have[run]), runs[0])
+    for run, config in enumerate(configs):
+      config.evaluate[baseline] &= run == shown or baseline in have[run]
+
+
+def _measured_baselines(directory: pathlib.Path) -> set[str]:
+  """Those of 'bm25' and 'backbone' that a run's finished evaluation has."""
+  made = manifest.read(directory / "evaluate" / manifest.NAME)
+  return {name for name in ("bm25", "backbone") if made and made["made_from"]["config"]["evaluate"][name]}
 
 
 def ablate(
@@ -144,15 +169,17 @@ def ablate(
   Raises:
     InputError: whatever can be known to fail before any work is done, in any arm.
   """
+  if unknown := [name for name in one_seed if name not in arms]:
+    raise InputError("one_seed names arms of this ablation", value=unknown, fix=f"Arms: {', '.join(arms)}")
   planned = [
     (name, seed, configured(config, fields, seed))
     for seed in seeds
     for name, fields in arms.items()
     if seed == seeds[0] or name not in one_seed
   ]
-  _baselines_once([changed for _, _, changed in planned])
   done: list[comparison.Done] = []
   directories = [workdir / "runs" / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
+  _baselines_once([changed for _, _, changed in planned], directories)
   if len(set(directories)) < len(directories):
     raise InputError("two arms have names that are the same but for signs", value=list(arms))
   named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
@@ -187,5 +214,4 @@ def define() -> None:
 
 if __name__ == "__main__":
   define()
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  commands.start(main, ["config", "workdir"])

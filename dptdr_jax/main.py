@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import traceback
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from dptdr_jax.core import preemption
-from dptdr_jax.core.errors import DptdrError
+from dptdr_jax.core import commands, preemption
+from dptdr_jax.core.errors import DptdrError, PassingError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. A rerun goes on where the last one ended.")
@@ -26,13 +25,12 @@ _PROCESS = flags.DEFINE_integer("process", None, "Several processes: which one t
 _VERIFY = flags.DEFINE_bool("verify", False, "Hash the input files again instead of trusting their size and time.")
 
 
-def main(argv: list[str]) -> int:
+def main(_: list[str]) -> int:
   """Runs what is not yet done; returns the exit status.
 
-  0: done; 2: an error of input; 75: stopped by SIGTERM, all saved; 1: a crash, or the other processes are lost.
+  0: done; 2: an error of input; 75: stopped by SIGTERM, all saved; 1: a crash, or the other processes are lost, or the
+  remote is away.
   """
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
   from dptdr_jax.runtime import hosts
 
   try:
@@ -48,7 +46,7 @@ def main(argv: list[str]) -> int:
     status = preemption.EXIT_STATUS
   except DptdrError as error:
     sys.stderr.write(f"error: {error}\n")
-    status = 1 if isinstance(error, hosts.LostError) else 2
+    status = 1 if isinstance(error, PassingError) else 2
   except Exception:
     traceback.print_exc()
     status = 1
@@ -60,22 +58,7 @@ def main(argv: list[str]) -> int:
 
 def run() -> None:
   """Entry point: parses the flags and runs `main`."""
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=_parse)
-
-
-def _parse(argv: list[str]) -> list[str]:
-  """Flags as absl parses them; an unknown or ill-typed config field is one line like every other error of input."""
-  try:
-    rest = app.parse_flags_with_usage(argv)
-    if flags.FLAGS["verbosity"].using_default_value:
-      flags.FLAGS.verbosity = -1  # warnings; at INFO, app.run's own choice, orbax and others have much to tell
-    logging.getLogger("dptdr_jax").setLevel(logging.INFO)
-    _CONFIG.value.to_dict()  # a file that could not be loaded says so here
-    return rest
-  except (AttributeError, ImportError, KeyError, TypeError, ValueError, OSError) as error:
-    sys.stderr.write("error: config: {}\n".format(" ".join(str(error).replace("\\n", " ").split())))
-    raise SystemExit(2) from None
+  commands.start(main, ["config", "workdir"])
 
 
 if __name__ == "__main__":

@@ -15,33 +15,34 @@ from __future__ import annotations
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from dptdr_jax.core import preemption, progress
-from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.core import commands, preemption, progress
+from dptdr_jax.core.errors import DptdrError, InputError, PassingError
 from dptdr_jax.stages import handover
 
 
 def main(argv: list[str]) -> int:
-  """Runs one of the two commands; exit status 0, or 2 after an error of input."""
+  """Runs one of the two commands; exit status 0; 2: an error of input; 75: stopped by SIGTERM; 1: as `main`."""
   preemption.install()
   given = flags.FLAGS
   try:
-    if argv[1:] == ["export"]:
+    if argv[1] == "export":
       _need("workdir", "out")
       counts = handover.export(given.workdir, given.round, given.out, given.format, given.count)
-    elif argv[1:] == ["mine"]:
+    else:
       _need("passages", "queries", "qrels", "out")
       passages = handover.Vectors(given.passages, given.passage_ids)
       queries = handover.Vectors(given.queries, given.query_ids)
       margins = {"relative": given.relative_margin or None, "absolute": given.absolute_margin or None}
       options = {"depth": given.depth, "first": given.first, **margins}
       counts = handover.mine(passages, queries, given.qrels, given.out, **options)
-    else:
-      raise app.UsageError("say export or mine")
+  except preemption.Preempted as stop:
+    sys.stderr.write(f"stopped by SIGTERM: {stop}; run the same command again\n")
+    return preemption.EXIT_STATUS
   except DptdrError as error:
     sys.stderr.write(f"error: {error}\n")
-    return 2
+    return 1 if isinstance(error, PassingError) else 2
   progress.say(", ".join(f"{name}: {number:,}" for name, number in counts.items()))
   return 0
 
@@ -72,4 +73,4 @@ def define() -> None:
 
 if __name__ == "__main__":
   define()
-  app.run(main)
+  commands.start(main, words=("export", "mine"))

@@ -3,7 +3,8 @@
 The compiler is the TPU's own, from the libtpu package (`pip install dptdr_jax[plan]`); `--topology=cpu:8` takes the
 CPU's, for any number of simulated devices. Nothing runs. Printed for each step, a chip: memory against what the chip
 has, operations, collectives with their bytes, and a time by roofline; of several topologies (--topology=A,B) a table in
-Markdown, too. Exit status 0: everything fits; 1: something does not (what would is printed); 2: an error of input.
+Markdown, too. Exit status 0: everything fits; 1: something does not (what would is printed); 2: an error, of input or
+any other.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dptdr_jax.core import progress
+from dptdr_jax.core import commands, progress
 from dptdr_jax.core.errors import DptdrError, InputError
 
 GIB = 2**30
@@ -99,14 +101,12 @@ class Step:
   lower: Callable[[ConfigDict], tuple[Any, Any]]  # → (traced, lowered)
   chunk: str
   rows: int  # a chip's share of the batch
-  repeats: float  # how often it runs; 0: nothing says so
+  repeats: float  # how often it runs, over all rounds and systems; 0: nothing says so
   epoch: float  # and in a pass over the corpus or the training queries
 
 
-def main(argv: list[str]) -> int:
+def main(_: list[str]) -> int:
   """Prints the plan; returns the exit status."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
   try:
     sizes = flags.FLAGS.passages, flags.FLAGS.queries
     return plan(
@@ -114,7 +114,9 @@ def main(argv: list[str]) -> int:
     )
   except DptdrError as error:
     sys.stderr.write(f"error: {error}\n")
-    return 2
+  except Exception:  # which Python would end with the status of what does not fit
+    traceback.print_exc()
+  return 2
 
 
 def plan(
@@ -134,6 +136,7 @@ def plan(
   """
   fits, rows = True, []
   found = [find_devices(topology) for topology in topologies]
+  check(config)
   for topology, (family, devices) in zip(topologies, found, strict=True):
     chip = CHIPS.get(family)
     memory = memory_gib * GIB if memory_gib else (chip.memory if chip else math.inf)
@@ -157,6 +160,15 @@ def plan(
   if len(topologies) > 1:
     progress.say("\n".join("| " + " | ".join(row) + " |" for row in (_COLUMNS, ["---"] * len(_COLUMNS), *rows)))
   return 0 if fits else 1
+
+
+def check(config: ConfigDict) -> None:
+  """Raises InputError for what the main job would refuse, but for devices and weights, which need not be here."""
+  from dptdr_jax.stages import common
+
+  here = config.copy_and_resolve_references()
+  here.fsdp, here.backbone.sha256 = 1, ""
+  common.check(here)
 
 
 def find_devices(topology: str) -> tuple[str, list]:
@@ -188,7 +200,13 @@ def find_devices(topology: str) -> tuple[str, list]:
 
 
 def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tuple[int, int] = (0, 0)) -> list[Step]:
-  """The config's steps, each with the shapes of a full batch."""
+  """The config's steps, each with the shapes of a full batch.
+
+  How often they run leaves out what train.refresh_every encodes meanwhile; what mining encodes, evaluation takes over.
+
+  Raises:
+    InputError: no such step, or a batch that the devices cannot share.
+  """
   from dptdr_jax.runtime import mesh as meshes
   from dptdr_jax.stages import common, shapes
 
@@ -211,16 +229,19 @@ def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tu
     "train": Step(
       "train", lambda c: shapes.train(c, encoder, mesh(c.fsdp)), "train.passage_chunk",
       math.ceil(train.queries * train.passages / count),
-      train.steps or train.epochs * queries / train.queries, queries / train.queries,
+      config.rounds * (train.steps or train.epochs * queries / train.queries), queries / train.queries,
     ),
     "encode": Step(
       "encode", lambda c: shapes.encode(c, encoder, mesh(c.fsdp)), "encode.batch_tokens",
-      config.encode.batch_tokens, passages / (encoded * count), passages / (encoded * count),
+      config.encode.batch_tokens, len(common.dense_systems(config)) * passages / (encoded * count),
+      passages / (encoded * count),
     ),
   }  # fmt: skip
   wanted = list(only) or [name for name in known if name != "pretrain" or pretrain.enabled]
   if unknown := [name for name in wanted if name not in known]:
     raise InputError("no such step", value=unknown, fix=f"Known: {', '.join(known)}")
+  if "pretrain" in wanted and (pretrain.spans < 4 or pretrain.spans % 2 or pretrain.spans % count):
+    raise InputError(f"pretrain.spans must be pairs that {count} devices can share evenly", value=pretrain.spans)
   return [known[name] for name in wanted]
 
 
@@ -300,23 +321,44 @@ def _collectives(found: Sequence[tuple]) -> list[str]:
 
 
 def suggest(step: Step, config: ConfigDict, chips: int, memory: float) -> None:
-  """Looks for the largest chunk that fits, by halves, and prints it, or what else there is."""
+  """Looks for what fits, and prints it, or what else there is.
+
+  First the largest chunk, by halves; then more that the backward pass computes again (remat): with the config's own
+  chunk where a smaller one would be enough, else with the smallest.
+  """
   now = _get(config, step.chunk) or step.rows
   sizes = [size for size in _smaller(step.rows) if size < now]
-  for size in sizes:
-    tried = config.copy_and_resolve_references()
-    _set(tried, step.chunk, size)
-    try:
-      figures = measure(step, tried, chips)
-    except DoesNotFit:
-      continue
-    if figures.memory <= memory:
-      progress.say(f"  fits with --config.{step.chunk}={size}: {figures.memory / GIB:.2f} GiB")
-      return
-  others = {"pretrain": "pretrain.remat=layer, a larger pretrain.fsdp, fewer pretrain.spans",
-            "train": "train.remat=attention, a smaller train.query_chunk, shorter texts, a shorter prompt, fsdp",
+  fitting = next((size for size in sizes if _tell_if_fits(step, config, {step.chunk: size}, chips, memory)), None)
+  chunk = {step.chunk: sizes[-1]} if sizes and fitting is None else {}
+  again = [chunk | {f"{step.name}.remat": remat} for remat in _more_remat(step, config)]
+  if any(_tell_if_fits(step, config, fields, chips, memory) for fields in again) or fitting is not None:
+    return
+  others = {"pretrain": "a larger pretrain.fsdp, fewer pretrain.spans",
+            "train": "a smaller train.query_chunk, shorter texts, a shorter prompt, fsdp",
             "encode": "shorter texts, fsdp"}[step.name]  # fmt: skip
-  progress.say(f"  no chunk of {sizes} fits. What else helps: {others}; more chips; a chip with more memory")
+  tried = f"no chunk of {sizes}" + (" and no remat" if again else "")
+  progress.say(f"  {tried} fits. What else helps: {others}; more chips; a chip with more memory")
+
+
+def _tell_if_fits(step: Step, config: ConfigDict, fields: Mapping[str, Any], chips: int, memory: float) -> bool:
+  """Compiles the step with some fields changed; where it fits, prints them."""
+  tried = config.copy_and_resolve_references()
+  tried.update_from_flattened_dict(fields)
+  try:
+    figures = measure(step, tried, chips)
+  except DoesNotFit:
+    return False
+  if fits := figures.memory <= memory:
+    named = " ".join(f"--config.{name}={value}" for name, value in fields.items())
+    progress.say(f"  fits with {named}: {figures.memory / GIB:.2f} GiB")
+  return fits
+
+
+def _more_remat(step: Step, config: ConfigDict) -> list[str]:
+  """What the backward pass of a step could compute again beyond what it does, least first."""
+  from dptdr_jax.stages import common
+
+  return list(common.REMAT[common.REMAT.index(config[step.name].remat) + 1 :]) if step.name != "encode" else []
 
 
 def _smaller(rows: int) -> list[int]:
@@ -333,11 +375,6 @@ def _get(config: ConfigDict, name: str) -> Any:
   return config[section][field]
 
 
-def _set(config: ConfigDict, name: str, value: Any) -> None:
-  section, field = name.split(".")
-  config[section][field] = value
-
-
 def define() -> None:
   """Defines the flags: not on import, where two commands in one process would clash."""
   config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
@@ -350,5 +387,4 @@ def define() -> None:
 
 if __name__ == "__main__":
   define()
-  flags.mark_flags_as_required(["config", "topology"])
-  app.run(main)
+  commands.start(main, ["config", "topology"])

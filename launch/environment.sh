@@ -8,7 +8,8 @@ make_environment() {
     echo "error: $python is older than Python 3.11; set PYTHON to a newer one" >&2
     exit 2
   }
-  [ -x "$directory/bin/python" ] || "$python" -m venv "$directory"
+  # Where Debian's python3-venv is missing all but the last file is made.
+  [ -f "$directory/bin/activate" ] || "$python" -m venv "$directory"
   # shellcheck disable=SC1091
   source "$directory/bin/activate"
   python -m pip install --quiet --disable-pip-version-check --editable ".$extras"

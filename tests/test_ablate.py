@@ -9,6 +9,7 @@ import pytest
 from test_rounds import make_config
 
 from dptdr_jax import ablate, pipeline
+from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval import measures
 
@@ -67,6 +68,27 @@ def test_a_rerun_does_nothing(finished):
   assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_an_arm_that_is_added_leaves_the_baselines_where_they_are_measured(finished):
+  config, arms, workdir = finished
+  before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/*/manifest.json")}
+  ablate.ablate(config, workdir, dict(reversed(arms.items())), [0, 1], ["P 2"], "RR@10")  # BM25 would go to P 2
+  assert {path: path.stat().st_mtime_ns for path in before} == before
+
+  def baselines(*names: str) -> dict[str, tuple[bool, bool]]:
+    configs = [ablate.configured(config, (arms | ablate.ARMS)[name], 0) for name in names]
+    ablate._baselines_once(configs, [workdir / "runs" / f"{name.replace(' ', '-')}-0" for name in names])
+    return {name: (made.evaluate.bm25, made.evaluate.backbone) for name, made in zip(names, configs, strict=True)}
+
+  assert baselines("rip", "plain", "P 2") == {"rip": (False, False), "plain": (True, False), "P 2": (False, True)}
+  assert baselines("rip", "unm") == {"rip": (True, True), "unm": (False, False)}
+  # Only a pretrained arm shows what pretraining makes of the backbone; who shows the untuned one goes on doing so.
+  manifest = workdir / "runs/finetune-0/evaluate/manifest.json"
+  made = {"key": "k", "made_from": {"config": {"evaluate": {"bm25": False, "backbone": True}}}}
+  files.write_json(manifest, made)
+  assert baselines("finetune", "rip") == {"finetune": (True, True), "rip": (False, True)}
+  files.remove(manifest.parents[1])
+
+
 def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
   config, _, workdir = finished
   for fields in ablate.chosen(list(ablate.ARMS), []).values():
@@ -76,6 +98,8 @@ def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
   alike = ablate.chosen([], ["b=-1: rounds=1", "b=+1: rounds=1"])
   with pytest.raises(InputError, match="two arms"):
     ablate.ablate(config, workdir, alike, [0], [], "RR@10")
+  with pytest.raises(InputError, match=r"one_seed names arms.*\['pain'\].*Arms: plain"):
+    ablate.ablate(config, workdir, ablate.chosen(["plain"], []), [0, 1], ["pain"], "RR@10")
   late = ablate.chosen(["plain"], ["bad: train.sampling=best"])
   with pytest.raises(InputError, match="unknown sampling"):
     ablate.ablate(config, workdir / "other", late, [0], [], "RR@10")
@@ -95,6 +119,13 @@ def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
 def test_arms_that_cannot_be_read(names, own, message):
   with pytest.raises(InputError, match=message):
     ablate.chosen(names, own)
+
+
+@pytest.mark.parametrize("texts", [["a"], [], ["0", "1", "0"], ["1.5"]])
+def test_seeds_that_cannot_be_read(texts):
+  with pytest.raises(InputError, match="seeds are whole numbers"):
+    ablate.seeds_of(texts)
+  assert ablate.seeds_of(["0", "12"]) == [0, 12]
 
 
 def test_fields_of_an_arm(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -82,6 +83,17 @@ def test_vectors_from_elsewhere(tmp_path):
     ranked = np.argsort(-scores[row])[:10]
     wanted = [f"d{passage}" for passage in ranked if passage != row and scores[row, passage] <= 0.5 * scores[row, row]]
     assert line["query"] == str(row) and line["negatives"] == wanted
+  status, said = call(*command, "--first=10", f"--out={tmp_path}/other")
+  assert status == 2 and "0 ≤ first < depth ≤ 32767: (10, 10)" in said and not (tmp_path / "other").exists()
+  # SIGTERM in the middle of the search
+  code = (
+    "import os, sys; from absl import app; from dptdr_jax import negatives; from dptdr_jax.stages import handover\n"
+    "search = handover.search_exact\n"
+    f"handover.search_exact = lambda *given: (os.kill(os.getpid(), {int(signal.SIGTERM)}), search(*given))\n"
+    "negatives.define(); app.run(negatives.main)"
+  )
+  ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+  assert ended.returncode == 75 and "stopped by SIGTERM: the search will begin again; run" in ended.stderr
   (tmp_path / "qrels.tsv").write_text("0\td0\t1\n7\td1\t1\n")
   status, said = call(*command)
   assert status == 2 and "qrels.tsv:2: unknown query id: '7'" in said

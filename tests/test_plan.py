@@ -53,10 +53,27 @@ def test_several_topologies_end_in_a_table(config, capsys):
 def test_what_does_not_fit_is_told_with_what_does(config, capsys):
   (step,) = plan.find_steps(config, plan.find_devices("cpu:8")[1], ["train"])
   whole = plan.measure(step, config, 8).memory
-  assert plan.plan(config, ["cpu:8"], ["train"], memory_gib=0.97 * whole / plan.GIB) == 1
-  assert "fits with --config.train.passage_chunk=" in capsys.readouterr().out
-  assert plan.plan(config, ["cpu:8"], ["train"], memory_gib=1e-6) == 1
-  assert "no chunk of" in capsys.readouterr().out
+  again = config.copy_and_resolve_references()
+  again.train.remat = "attention"
+  enough = plan.measure(step, again, 8).memory
+  assert 0.97 * whole <= enough < whole
+  assert plan.plan(config, ["cpu:8"], ["train"], memory_gib=enough / plan.GIB) == 1
+  printed = capsys.readouterr().out
+  assert "fits with --config.train.passage_chunk=" in printed and "fits with --config.train.remat=" in printed
+  again.train.passage_chunk = 2
+  assert plan.plan(again, ["cpu:8"], ["train"], memory_gib=1e-6) == 1
+  printed = capsys.readouterr().out
+  assert "no chunk of [1] and no remat fits" in printed and "fits with" not in printed
+
+
+def test_a_run_trains_in_all_rounds_and_encodes_by_all_systems(config):
+  devices = plan.find_devices("cpu:8")[1]
+  made = config.copy_and_resolve_references()
+  made.rounds, made.evaluate.backbone, made.evaluate.other_poolings = 2, True, ("mean",)
+  train, encode = plan.find_steps(made, devices, ["train", "encode"], (1000, 100))
+  assert train.repeats == 2 * made.train.steps and train.epoch == 100 / 16
+  # The untuned and the pretrained backbone by two poolings each, and the retrievers of two rounds.
+  assert encode.repeats == pytest.approx(6 * encode.epoch)
 
 
 def test_what_is_computed_again_is_work_and_what_is_split_takes_less_memory(config):
@@ -73,6 +90,34 @@ def test_what_is_computed_again_is_work_and_what_is_split_takes_less_memory(conf
   assert again["train"].operations > usual["train"].operations
   saved = {name: usual[name].arguments - split[name].arguments for name in usual}  # three quarters of the backbone
   assert saved["encode"] == saved["train"] > 0.5 * usual["train"].arguments
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"pretrain.spans": 100}, "pretrain.spans must be pairs that 8 devices can share evenly: 100"),
+    ({"fsdp": 3}, "a mesh of data=-1 × fsdp=3 does not fit 8 devices"),
+    ({"train.remat": "some"}, "unknown train.remat"),
+    ({"text.passage_length": 10_000}, "10000|positions"),
+    ({"train.passage_chunk": 3}, "a passage chunk of 3 does not divide"),
+  ],
+)
+def test_what_the_main_job_would_refuse(config, fields, message):
+  made = config.copy_and_resolve_references()
+  made.update_from_flattened_dict(fields)
+  with pytest.raises(InputError, match=message):
+    plan.plan(made, ["cpu:8"])
+
+
+def test_what_needs_devices_and_weights_that_are_not_here_is_not_asked_of_those_that_are(config):
+  made = config.copy_and_resolve_references()
+  made.fsdp, made.backbone.sha256 = 16, "0" * 64
+  plan.check(made)
+
+
+def test_an_error_that_nobody_foresaw_is_not_taken_for_what_does_not_fit(monkeypatch, capsys):
+  monkeypatch.setattr(plan, "flags", None)
+  assert plan.main(["plan"]) == 2 and "Traceback" in capsys.readouterr().err
 
 
 def test_roofline():

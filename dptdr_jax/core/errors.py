@@ -9,6 +9,14 @@ class DptdrError(Exception):
   """An error a user can mend. `main` prints its one line and exits with status 2."""
 
 
+class PassingError(DptdrError):
+  """Nothing is wrong with the input, and the same command goes on: `main` exits with status 1, which is restarted."""
+
+
+class OutageError(PassingError):
+  """Something outside is away; a start goes on when it is back."""
+
+
 class InputError(DptdrError):
   """Bad input: says where it stands and what to do about it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -14,13 +15,15 @@ from collections.abc import Iterator
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path
 
+_log = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
   """Holds DIR/lock for the length of a `with` block.
 
   The lock is the operating system's (flock), not the file's presence: nothing has to be removed after a SIGKILL or a
-  power cut. The file says who held it last.
+  power cut. The file says who held it last. Where the file system has no locks a warning says so, and nothing is held.
 
   Raises:
     InputError: another process holds it; says which, where and since when.
@@ -35,9 +38,8 @@ def exclusive(directory: Path) -> Iterator[None]:
         f"another run is at work in this directory ({_holder(path)})", path=directory,
         fix="Wait for it, stop it, or name another --workdir",
       ) from None  # fmt: skip
-    except OSError:
-      yield  # a file system without locks
-      return
+    except OSError as error:
+      _log.warning("%s cannot be locked (%s): a second run in this directory would not be refused", path, error)
     stream.truncate(0)
     about = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
     stream.write(json.dumps(about) + "\n")

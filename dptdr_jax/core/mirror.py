@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 
 EVERY_S = 10.0  # seconds between two looks at what is new
 _SLOWEST_S = 300.0  # the same, after several failures
+LAST_S = 15.0  # for the last copy after SIGTERM, which may be all that is left of the machine's time
+_TOLD = 5  # files that a message names
 _LOOKS = 100  # at a directory that keeps changing; then a later look will do
 _UNFINISHED = (".partial", ".replaced", ".growing")  # ends of names that are not yet, or no longer, whole
 _UNFINISHED_CHECKPOINT = "orbax-checkpoint-tmp"
@@ -170,6 +172,14 @@ class StageCopy:
       text = (self._root / self.name / manifest.NAME).read_bytes()
       self._remote.write(f"{self.name}/{manifest.NAME}", text)
       self._manifest = text
+
+  def missing(self) -> list[str]:
+    """Files of the stage that are whole here and not on the other side, by path from the run's directory."""
+    try:
+      found = {name: state[1:] for name, state in self._look(ended=False).items()}
+    except OSError:
+      return []
+    return sorted(self._missing(found, ended=False))
 
   def _is_news(self, found: Mapping[str, State], ended: bool) -> bool:
     """Whether the copy is not as `found`; curves alone are no news while the stage runs: a resume would cut them."""
@@ -344,22 +354,23 @@ class Mirror:
 
   @contextlib.contextmanager
   def follow(self, name: str, key: str) -> Iterator[None]:
-    """Copies what is new of a stage while the `with` block runs it, and what is left when it ends by SIGTERM."""
+    """Copies what is new of a stage while the `with` block runs it; when SIGTERM ends it, what is left, for LAST_S."""
     copy = self._copies[name]
     self._insist(name, lambda: copy.begin(key))
     stop = threading.Event()
     thread = threading.Thread(target=_keep_copying, args=(copy, key, stop), name=f"copy {name}", daemon=True)
     thread.start()
+    wait_s = None
     try:
       yield
     except preemption.Preempted:
       stop.set()
-      thread.join()
-      self._insist(name, lambda: copy.update(key, ended=False))
+      _copy_last(copy, key, thread)
+      wait_s = 0.0  # it has had its time
       raise
     finally:
       stop.set()
-      thread.join()
+      thread.join(wait_s)
 
   def keep(self, name: str, key: str) -> None:
     """Makes the copy of a finished stage whole, and adds what came to those before (BM25's index comes to prepare)."""
@@ -385,3 +396,25 @@ def _keep_copying(copy: StageCopy, key: str, stop: threading.Event) -> None:
     except Exception as error:  # training goes on without the network
       pause = min(2 * pause, max(_SLOWEST_S, EVERY_S))
       _log.warning("the copy of %s is behind (%s); again in %g s", copy.name, error, pause)
+
+
+def _copy_last(copy: StageCopy, key: str, before: threading.Thread) -> None:
+  """One more copy after the thread `before` has ended, within LAST_S in all; the log says what does not get there."""
+  late, failures = threading.Event(), []
+
+  def update() -> None:
+    before.join()
+    try:
+      copy.update(key, ended=False, go_on=lambda: not late.is_set())
+    except Exception as error:
+      failures.append(error)
+
+  thread = threading.Thread(target=update, name=f"last copy {copy.name}", daemon=True)
+  thread.start()
+  thread.join(LAST_S)
+  late.set()
+  if failures or thread.is_alive():
+    reason = failures[0] if failures else f"not done in {LAST_S:g} s"
+    here = copy.missing()
+    _log.warning("the copy of %s ends behind (%s); %d files are only here: %s", copy.name, reason, len(here),
+                 ", ".join(here[:_TOLD]) + ("" if len(here) <= _TOLD else ", …"))  # fmt: skip

@@ -7,6 +7,7 @@ the middle of a file. What reads decides by what was written last.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -24,7 +25,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dptdr_jax.core import files, preemption, progress
-from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.core.errors import DptdrError, InputError, OutageError
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,6 +39,10 @@ _CHECKSUMS = ("etag", "ETag", "md5Hash", "crc32c", "checksum")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
 # What comes again however often it is tried.
 _HOPELESS = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
+# What is refused, wrongly named, or full, as object stores (by HTTP) and file systems number it.
+_REFUSED = (400, 401, 403)
+_UNFIT = (errno.EPERM, errno.EINVAL, errno.ENAMETOOLONG, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOOK_S = 1.0  # between two looks for a SIGTERM in a pause
 
 
 def is_remote(path: files.Path) -> bool:
@@ -136,14 +141,23 @@ class RemoteDirectory:
     return f"{self._path}/{name}" if self._path else name
 
 
+def _wait(seconds: float) -> None:
+  """A pause that SIGTERM ends."""
+  end = time.monotonic() + seconds
+  while not preemption.asked() and (left := end - time.monotonic()) > 0:
+    time.sleep(min(left, _LOOK_S))
+
+
 def insist(
   action: Callable[[], T], what: str, *, fix: str = _LATER, patience_s: float = PATIENCE_S,
-  pause: Callable[[float], None] = time.sleep,
+  pause: Callable[[float], None] = _wait,
 ) -> T:  # fmt: skip
   """What `action` gives; tried again after 1, 2, 4 … seconds (a minute at most) until `patience_s` of pauses are spent.
 
   Raises:
-    InputError: it failed every time, or for a reason that trying again does not mend (no permission, no such bucket).
+    InputError: it failed for a reason that trying again does not mend (no permission, no such bucket, a full disk).
+    OutageError: it failed every time.
+    Preempted: SIGTERM came while it failed.
   """
   spent, wait = 0.0, 1.0
   while True:
@@ -156,10 +170,20 @@ def insist(
       if isinstance(error, _HOPELESS):
         raise InputError(told, fix=fix) from error
       if spent + wait > patience_s:
-        raise InputError(f"{told}, tried again for {spent:g} s", fix=fix) from error
+        told = f"{told}, tried again for {spent:g} s"
+        raise (InputError(told, fix=fix) if _is_of_input(error) else OutageError(f"{told}. {fix}")) from error
+      preemption.check(told)
       _log.warning("%s, again in %g s", told, wait)
       pause(wait)
       spent, wait = spent + wait, min(2 * wait, 60.0)
+
+
+def _is_of_input(error: Exception) -> bool:
+  """Whether the other side refuses, or cannot do what it is asked for; else it is not to be had."""
+  if getattr(error, "code", None) in _REFUSED or getattr(error, "errno", None) in _UNFIT:
+    return True
+  # gcsfs says 403 and malformed requests in words alone; packages that sign in have errors of their own.
+  return isinstance(error, ValueError) or str(error).startswith("Forbidden") or "Credentials" in type(error).__name__
 
 
 def parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -195,11 +219,17 @@ def staged(path: files.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def written(path: files.Path, last: str = "") -> Iterator[pathlib.Path]:
+def written(path: files.Path, last: str = "", whole: bool = False) -> Iterator[pathlib.Path]:
   """Yields where to write a file or a directory: a local path as it is; for a URL a place from which it then goes up.
+
+  Of a directory that is written over, `last` goes first: killed at any moment it is the old one, the new one, or none.
 
   Args:
     last: the file of the directory that says that the others are there.
+    whole: it takes the place of an older one (which has `last`) as a whole; what else lies there is removed in the end.
+
+  Raises:
+    InputError, OutageError: as `insist`.
   """
   if not is_remote(path):
     yield pathlib.Path(path)
@@ -208,10 +238,20 @@ def written(path: files.Path, last: str = "") -> Iterator[pathlib.Path]:
   with tempfile.TemporaryDirectory(prefix="dptdr-") as directory:
     local = pathlib.Path(directory, name)
     yield local
-    made = sorted(child for child in (local.rglob("*") if local.is_dir() else [local]) if child.is_file())
-    for child in sorted(made, key=lambda child: child.relative_to(local).as_posix() == last):
-      pairs = [(child, child.relative_to(directory).as_posix())]
-      insist(functools.partial(RemoteDirectory(parent).put, pairs), f"writing {path}")
+    there, mark = RemoteDirectory(parent), f"{name}/{last}"
+    found = (child for child in (local.rglob("*") if local.is_dir() else [local]) if child.is_file())
+    made = {child.relative_to(directory).as_posix(): child for child in sorted(found)}
+
+    def firmly(action: Callable[[], T]) -> T:
+      return insist(action, f"writing {path}")
+
+    before = firmly(lambda: there.find(name))
+    if mark in before:
+      firmly(lambda: there.remove([mark]))
+    for at in sorted(made, key=lambda at: at == mark):
+      firmly(functools.partial(there.put, [(made[at], at)]))
+    if whole and mark in before:
+      firmly(lambda: there.remove([at for at in before if at not in made]))
 
 
 def origin(path: files.Path) -> str:

@@ -13,7 +13,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.sources import lines
 from dptdr_jax.retrieval import exports
-from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.candidates import MAX_DEPTH, Pool
 from dptdr_jax.retrieval.denoise import MarginRule, denoise
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
@@ -90,14 +90,16 @@ def mine(
   relative: float | None = None, absolute: float | None = None,
 ) -> dict[str, int]:  # fmt: skip
   """Writes OUT/pool and OUT/negatives.jsonl: {"query", "negatives", "scores"} by id, best first; returns counts."""
+  depth = min(depth, len(passages))
+  if not 0 <= first < depth <= MAX_DEPTH:
+    raise InputError(f"ranks go from 0 ≤ first < depth ≤ {MAX_DEPTH}", value=(first, depth))
+  rules = [MarginRule(_SOURCE, relative, absolute)] if relative or absolute else []
   positives = _read_qrels(qrels, queries, passages)
   with remote.written(out, last="negatives.jsonl") as out:
-    depth = min(depth, len(passages))
     run = search_exact(queries.take(np.arange(len(queries))), passages.matrix, depth)
     known = mining.positive_scores(queries, passages, positives)
     source = Source(run, depth, first, positive_scores=known)
     pool = pool_from_runs(out / "merged", {_SOURCE: source}, positives)
-    rules = [MarginRule(_SOURCE, relative, absolute)] if relative or absolute else []
     pool = denoise(out / "pool", out / "merged", rules)
     files.remove(out / "merged")
     with files.atomic_path(out / "negatives.jsonl") as partial, open(partial, "w", encoding="utf-8") as stream:

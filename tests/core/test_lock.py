@@ -1,7 +1,9 @@
-"""Two runs in one directory: the second is refused, and a killed one holds nothing."""
+"""Two runs in one directory: the second is refused, and a killed one holds nothing; without locks a warning says so."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import signal
 import subprocess
 import sys
@@ -33,3 +35,14 @@ def test_the_second_is_refused_until_the_first_is_dead(tmp_path):
     pass
   with exclusive(tmp_path):
     pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog, number):
+  def refuses(stream, operation):
+    raise OSError(number, "no locks")
+
+  monkeypatch.setattr(fcntl, "flock", refuses)
+  with exclusive(tmp_path), exclusive(tmp_path):
+    pass
+  assert f"{tmp_path}/lock cannot be locked" in caplog.text and "a second run" in caplog.text

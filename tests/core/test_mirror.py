@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from dptdr_jax.core import files, mirror, preemption, remote
-from dptdr_jax.core.errors import InputError
+from dptdr_jax.core.errors import InputError, OutageError
 from dptdr_jax.core.mirror import Mirror
 
 URL = "memory://run"
@@ -231,7 +231,7 @@ def test_the_thread_goes_on_when_the_network_fails(log, memory, tmp_path, caplog
   assert fetched(tmp_path / "other") == STATES[0]
 
 
-def test_a_remote_that_stays_away_is_an_error_when_the_stage_ends(log, tmp_path):
+def test_a_remote_that_stays_away_is_an_outage_when_the_stage_ends(log, tmp_path):
   copies = Mirror(URL, tmp_path)
   copies.fetch(STAGE, "k1", {})
   write(tmp_path, STATES[-1])
@@ -240,8 +240,40 @@ def test_a_remote_that_stays_away_is_an_error_when_the_stage_ends(log, tmp_path)
     raise OSError("no route")
 
   log.before = fails
-  with pytest.raises(InputError, match=r"copy of train1 on memory://run failed \(no route\).*local files are whole"):
+  with pytest.raises(OutageError, match=r"copy of train1 on memory://run failed \(no route\).*local files are whole"):
     copies.keep(STAGE, "k1")
+
+
+def test_sigterm_while_the_remote_is_away_tries_once_and_says_what_is_only_here(log, tmp_path, caplog):
+  write(tmp_path, STATES[0])
+  copies, tried = Mirror(URL, tmp_path), []
+  copies.fetch(STAGE, "k1", {})
+
+  def fails(operation, path):
+    tried.append(path)
+    raise OSError("no route")
+
+  with pytest.raises(preemption.Preempted, match="told so"), copies.follow(STAGE, "k1"):
+    log.before = fails
+    raise preemption.Preempted("told so")
+  assert len(tried) == 1
+  assert "ends behind (no route); 4 files are only here: train1/begun.json, train1/checkpoints/2/d/data" in caplog.text
+
+
+def test_sigterm_while_the_remote_hangs_is_not_held_up(log, tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(mirror, "LAST_S", 0.2)
+  write(tmp_path, STATES[0])
+  copies, goes_on = Mirror(URL, tmp_path), threading.Event()
+  copies.fetch(STAGE, "k1", {})
+  with pytest.raises(preemption.Preempted, match="told so"), copies.follow(STAGE, "k1"):
+    log.before = lambda operation, path: goes_on.wait(60)
+    raise preemption.Preempted("told so")
+  goes_on.set()
+  assert "ends behind (not done in 0.2 s); 4 files are only here" in caplog.text
+  for thread in threading.enumerate():
+    if thread.name.startswith("last copy"):
+      thread.join()
+  assert fetched(tmp_path / "other") == STATES[0]  # a machine that lives on may still end it
 
 
 def test_a_list_that_was_written_though_it_seemed_to_fail(memory, tmp_path, monkeypatch):
@@ -328,15 +360,16 @@ def test_a_run_that_has_had_no_remote_is_copied_and_a_whole_copy_replaces_what_i
   assert read(tmp_path / "second") == STATES[-1]
 
 
-def test_a_directory_that_is_lost_while_the_stage_runs_does_not_take_its_copy_along(tmp_path):
+def test_a_directory_that_is_lost_while_the_stage_runs_does_not_take_its_copy_along(tmp_path, caplog):
   (tmp_path / "run").mkdir()
   copies = Mirror(URL, tmp_path / "run")
   copies.fetch(STAGE, "k1", {})
   write(tmp_path / "run", STATES[0])
-  with pytest.raises(InputError, match="begun.json is gone"), copies.follow(STAGE, "k1"):
+  with pytest.raises(preemption.Preempted), copies.follow(STAGE, "k1"):
     copies._copies[STAGE].update("k1", ended=False)
     files.remove(tmp_path / "run" / STAGE)
     raise preemption.Preempted("between two steps")
+  assert "begun.json is gone" in caplog.text
   assert fetched(tmp_path / "other") == STATES[0]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import pathlib
 
 import fsspec
 import pytest
 
-from dptdr_jax.core import remote
-from dptdr_jax.core.errors import InputError
+from dptdr_jax.core import preemption, remote
+from dptdr_jax.core.errors import InputError, OutageError
 
 
 @pytest.fixture(autouse=True)
@@ -132,11 +133,58 @@ def test_it_is_given_up_after_a_bounded_time_or_at_once_where_nothing_will_chang
   def act(error=OSError("unreachable")):  # noqa: B008
     raise error
 
-  with pytest.raises(InputError, match=r"copying failed \(unreachable\), tried again for 183 s. Mend it"):
+  with pytest.raises(OutageError, match=r"copying failed \(unreachable\), tried again for 183 s. Mend it"):
     remote.insist(act, "copying", fix="Mend it", patience_s=200, pause=pauses.append)
   assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
   with pytest.raises(InputError, match=r"copying failed \(no such bucket\)"):
     remote.insist(lambda: act(FileNotFoundError("no such bucket")), "copying", pause=pytest.fail)
+
+
+class HttpError(Exception):
+  """As gcsfs has it."""
+
+  def __init__(self, code: int):
+    super().__init__(f"status {code}")
+    self.code = code
+
+
+class NoCredentialsError(Exception):
+  """As botocore has it."""
+
+
+@pytest.mark.parametrize(
+  ("error", "kind"),
+  [
+    (OSError("Forbidden: bucket/x"), InputError),
+    (OSError(errno.ENOSPC, "No space left on device"), InputError),
+    (OSError(errno.EINVAL, "The specified bucket is not valid"), InputError),
+    (ValueError("Bad Request: bucket/x"), InputError),
+    (HttpError(401), InputError),
+    (NoCredentialsError("Unable to locate credentials"), InputError),
+    (HttpError(503), OutageError),
+    (ConnectionResetError("reset"), OutageError),
+    (TimeoutError(), OutageError),
+  ],
+)
+def test_what_is_refused_is_an_error_of_input_and_what_is_away_an_outage(error, kind):
+  def act():
+    raise error
+
+  with pytest.raises((InputError, OutageError)) as raised:
+    remote.insist(act, "copying", patience_s=0)
+  assert raised.type is kind
+
+
+def test_sigterm_ends_the_patience(monkeypatch):
+  def act():
+    raise OSError("unreachable")
+
+  def told(seconds):
+    monkeypatch.setattr(preemption, "asked", lambda: True)
+
+  with pytest.raises(preemption.Preempted, match=r"copying failed \(unreachable\)"):
+    remote.insist(act, "copying", pause=told)
+  remote._wait(60)  # returns at once
 
 
 def test_writing_to_a_url_puts_the_mark_last(memory, tmp_path, monkeypatch):
@@ -157,3 +205,51 @@ def test_writing_to_a_url_puts_the_mark_last(memory, tmp_path, monkeypatch):
   assert memory.cat("/out/lines.jsonl") == b"line"
   with remote.written(tmp_path / "here") as local:
     assert local == tmp_path / "here"
+
+
+OLD = {"about.json": "old", "weights": "old", "backbone/model": "old"}
+NEW = {"about.json": "new", "weights": "new", "words": "new"}
+
+
+def export(content: dict[str, str]) -> None:
+  with remote.written("memory://out/retriever", last="about.json", whole=True) as local:
+    for name, text in content.items():
+      (local / name).parent.mkdir(parents=True, exist_ok=True)
+      (local / name).write_text(text)
+
+
+def test_written_over_and_killed_at_any_operation_an_export_is_the_old_one_the_new_one_or_none(memory, monkeypatch):
+  kind, done = type(memory), []
+
+  def watch(name: str) -> None:
+    function = getattr(kind, name)
+
+    def watched(self, *arguments, **options):
+      if len(done) == limit:
+        raise KeyboardInterrupt
+      done.append(name)
+      return function(self, *arguments, **options)
+
+    monkeypatch.setattr(kind, name, watched)
+
+  def there() -> dict[str, str]:
+    return {path.removeprefix("/out/retriever/"): memory.cat(path).decode() for path in memory.find("/out/retriever")}
+
+  watch("put_file")
+  watch("rm")
+  limit, seen = 0, []
+  while True:
+    memory.store.clear()
+    memory.pipe({f"/out/retriever/{name}": text.encode() for name, text in OLD.items()})
+    done.clear()
+    try:
+      export(NEW)
+      break
+    except KeyboardInterrupt:
+      found = there()
+    seen.append(found.get("about.json"))
+    assert seen[-1] != "old" or found == OLD
+    assert seen[-1] != "new" or found.items() >= NEW.items()
+    limit += 1
+  assert there() == NEW
+  assert seen == ["old", None, None, None, "new"]  # rm, three files, rm

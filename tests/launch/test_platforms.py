@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-JOB = ("--config=c.py", "--workdir=/shared/my run", "--config.text.query_template=query: {text}")
+JOB = ("--config=configs/beir.py", "--workdir=/shared/my run", "--config.text.query_template=query: {text}")
 
 SRUN = """
 while [[ $1 == --* ]]; do shift; done
@@ -106,7 +106,7 @@ def test_tpu_copies_installs_runs_and_starts_again(fakes, tpu):
   assert fakes.jobs() == ["python -m dptdr_jax.main --coordinator=auto " + " ".join(JOB)] * 2
   assert fakes.calls("python", "pip install") and "[tpu]" in fakes.calls("python", "pip install")[0]
   assert (fakes.directory / "home/dptdr_jax/dptdr_jax/main.py").exists()
-  assert (fakes.directory / "home/dptdr_jax/mounted").exists()
+  assert (fakes.directory / "home/mounted").exists()
   assert len(fakes.calls("gcloud", "tpu-vm scp")) == 2 and not fakes.calls("gcloud", "create")
 
 
@@ -114,6 +114,52 @@ def test_tpu_an_error_of_input_is_final(fakes, tpu):
   tpu("exit 2")
   assert fakes.run("tpu_pod.sh", *JOB, **TPU)[0] == 2
   assert len(fakes.jobs()) == 1
+
+
+def test_tpu_is_set_up_before_the_installation_with_the_python_that_is_named(fakes, tpu):
+  tpu("exit 0")
+  fakes.tool("my python", "[ -e ../mounted ]")
+  named = {"PYTHON": str(fakes.bin / "my python"), "SETUP": "touch mounted; cd /  # and more"}
+  status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU, **named)
+  assert status == 0, printed
+  assert fakes.calls("my python", "version_info") and len(fakes.jobs()) == 1
+
+
+@pytest.mark.parametrize("fails", ["version", "pip"])
+def test_tpu_an_installation_that_fails_is_final(fakes, tpu, fails):
+  tpu("exit 0")
+  if fails == "pip":
+    fakes.tool("python", "exit 1", fakes.directory / "home/dptdr_jax/.venv/bin/python")
+  fakes.tool("old", f"exit {int(fails == 'version')}")
+  status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU, PYTHON=str(fakes.bin / "old"))
+  assert status == 2, printed
+  assert len(fakes.calls("gcloud", "tpu-vm scp")) == 1 and not fakes.jobs()
+  assert ("older than Python 3.11" in printed) == (fails == "version")
+
+
+def test_tpu_that_goes_away_during_the_installation_or_a_failed_setup_is_tried_again(fakes, tpu):
+  tpu()
+  dies = '[ -e "$fakes/died" ] || { touch "$fakes/died"; kill -KILL $$; }\n'
+  fakes.tool("python", dies, fakes.directory / "home/dptdr_jax/.venv/bin/python")
+  status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU, SETUP="[ -e tried ] || { touch tried; false; }")
+  assert status == 0, printed
+  assert len(fakes.calls("gcloud", "tpu-vm scp")) == 3 and len(fakes.jobs()) == 1
+
+
+def test_tpu_gets_a_config_from_elsewhere(fakes, tpu, tmp_path):
+  tpu("exit 0", "exit 0")
+  (tmp_path / "my own.py").write_text("def get_config(size): ...")
+  assert fakes.run("tpu_pod.sh", f"--config={tmp_path}/my own.py:large", *JOB[1:], **TPU)[0] == 0
+  assert "--coordinator=auto --config=given/my own.py:large --workdir" in fakes.jobs()[0]
+  assert (fakes.directory / "home/dptdr_jax/given/my own.py").read_text().startswith("def get_config(size)")
+  assert fakes.run("tpu_pod.sh", "--config=/mounted/there.py", *JOB[1:], **TPU)[0] == 0
+  assert "--config=/mounted/there.py" in fakes.jobs()[1]
+
+
+def test_tpu_is_not_ordered_for_a_config_that_is_not_there(fakes, tpu):
+  tpu("exit 0")
+  status, printed = fakes.run("tpu_pod.sh", "--config=configs/bier.py", *JOB[1:], **TPU, **ORDER)
+  assert status == 2 and "error: no such file: configs/bier.py" in printed and not fakes.calls("gcloud")
 
 
 def test_tpu_taken_away_is_ordered_anew(fakes, tpu):
