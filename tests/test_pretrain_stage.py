@@ -19,10 +19,12 @@ from dptdr_jax import pipeline
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models import mlm
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.stages import pretrain as stage
 from dptdr_jax.stages.layout import Layout
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,6 +75,10 @@ def weights(workdir: pathlib.Path) -> bytes:
   return (workdir / "pretrain/backbone/model.safetensors").read_bytes()
 
 
+def manifest(workdir: pathlib.Path) -> dict:
+  return json.loads((workdir / "pretrain/backbone/manifest.json").read_text())
+
+
 def metrics(workdir: pathlib.Path) -> list[dict]:
   """Lines of the stage's metrics.jsonl without what the clock says."""
   lines = (workdir / "pretrain/metrics.jsonl").read_text().splitlines()
@@ -84,12 +90,14 @@ def test_the_run_uses_and_reports_the_pretrained_backbone(finished):
   results = json.loads((workdir / "results.json").read_text())
   assert list(results) == ["bm25", "backbone", "backbone-mean", "pretrain", "pretrain-mean", "train1"]
   assert len({json.dumps(figures) for figures in results.values()}) == len(results)
-  about = json.loads((workdir / "pretrain/backbone/manifest.json").read_text())
+  about = manifest(workdir)
   before, after = Backbone.load(config.backbone.path), Backbone.load(workdir / "pretrain/backbone")
   assert about["hash"] == after.hash and about["parent"]["hash"] == before.hash != after.hash
   assert about["tokenizer"] == after.tokenizer.hash == before.tokenizer.hash
   assert about["steps"] == STEPS and about["corpora"][0]["name"] == "data"
-  assert sum(about["corpora"][0]["passages"].values()) == 64
+  assert sum(about["corpora"][0]["passages"].values()) == 64 and about["corpora"][0]["truncated"] == 0
+  batches = stage.make_batches(config, [TokenStore(workdir / "pretrain/tokens/0")], before)
+  assert about["tokens"] == sum(batches.tokens(step) for step in range(STEPS))
   assert Retriever.load(workdir / "train1/retriever").backbone.hash == after.hash
   page = (workdir / "report.html").read_text()
   assert all(words in page for words in ("Pretraining", "Uniformity", "dev/RR@10", "Tokens per second", "whole"))
@@ -141,20 +149,22 @@ def test_sigterm_saves_and_says_so(finished, monkeypatch, tmp_path):
     pipeline.run(config, workdir, ["pretrain"])
   monkeypatch.undo()
   pipeline.run(config, workdir, ["pretrain"])
-  assert weights(workdir) == weights(undisturbed)
+  assert weights(workdir) == weights(undisturbed) and manifest(workdir) == manifest(undisturbed)
 
 
-def test_several_corpora_a_token_budget_and_contrast_alone(directory, finished, tmp_path):
+def test_several_corpora_a_token_budget_and_contrast_alone(directory, finished, tmp_path, caplog):
   lines = tmp_path / "more.jsonl"
   lines.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in tiny.sentences(20, 12, 7)))
   config = make_config(
     directory, corpora=(str(finished[1]), str(lines)), weights=(1.0, 1.0), steps=0, tokens=400, mlm_weight=0.0,
-    evaluate_every=0, chunk=1, remat="layer", fsdp=2, normalize=True, temperature=0.1,
+    evaluate_every=0, chunk=1, remat="layer", fsdp=2, normalize=True, temperature=0.1, max_stored_tokens=13,
   )  # fmt: skip
   pipeline.run(config, tmp_path / "work", ["prepare", "pretrain"])
-  about = json.loads((tmp_path / "work/pretrain/backbone/manifest.json").read_text())
+  about = manifest(tmp_path / "work")
+  assert [corpus["truncated"] for corpus in about["corpora"]] == [64, 0]  # of 15 and of 12 tokens
+  assert f"{finished[1]}: 64 of 64 passages have 13 tokens or more" in caplog.text and "of 20" not in caplog.text
   assert [corpus["passage"] for corpus in about["corpora"]] == [4 * about["steps"] % 64, 4 * about["steps"] % 20]
-  assert 2 <= about["steps"] <= 4  # about 9 tokens a span
+  assert 2 <= about["steps"] <= 4  # about 8 tokens a span
   made = load_file(tmp_path / "work/pretrain/backbone/model.safetensors")
   assert not [name for name in made if name.startswith("cls.")]
   assert "mlm_loss" not in metrics(tmp_path / "work")[0]
@@ -164,7 +174,7 @@ def test_from_nothing(directory, tmp_path):
   shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 64}
   config = make_config(directory, tokenizer="train", vocabulary=400, shape=shape, steps=2, evaluate_every=2)
   pipeline.run(config, tmp_path / "work")  # the backbone that the config names is not read
-  about = json.loads((tmp_path / "work/pretrain/backbone/manifest.json").read_text())
+  about = manifest(tmp_path / "work")
   assert about["parent"]["path"] == str(tmp_path / "work/prepare/backbone")
   assert "backbone from nothing" in (tmp_path / "work/report.html").read_text()
   base = Backbone.load(tmp_path / "work/prepare/backbone")
@@ -185,12 +195,16 @@ def test_from_nothing(directory, tmp_path):
     ({"span_tokens": 500}, "500 tokens don't fit"),
     ({"corpora": ("nowhere.txt",)}, "nowhere.txt: no such corpus"),
     ({"tokenizer": "other"}, "unknown pretrain.tokenizer"),
+    ({"corpora": ()}, "pretrain.corpora is empty"),
     ({"weights": (1.0, 2.0)}, "1 corpora need as many weights"),
     ({"steps": 0, "epochs": 0.0}, "pretraining has no steps"),
     ({"spans": 18}, "spans must be pairs that 1 processes and 8 devices can share"),
     ({"neighbours": 0}, "pretrain.neighbours must be at least 1"),
+    ({"spans": 64, "chunk": 3}, "a span chunk of 3 does not divide the 8 rows"),
     ({"fsdp": 3}, "does not fit 8 devices"),
+    ({"fsdp": 8, "tokenizer": "train", "shape": {"hidden_size": 36}}, "does not divide over 8 devices"),
     ({"mask_rate": 1.5}, "mask_rate must lie between"),
+    ({"mask_rate": 0.0, "tokenizer": "train"}, "mask_rate must lie between"),
     ({"shortest": 8}, "don't go with a shortest of 8"),
     ({"schedule": "steep"}, "unknown decay"),
   ],

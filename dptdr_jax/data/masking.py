@@ -1,7 +1,8 @@
 """Whole-word masking for masked language modelling, vectorised over the spans of a batch.
 
 A word is masked as a whole (Devlin et al.'s later BERT), each word with the same probability whatever its length; of
-the masked tokens 80 % become the mask token, 10 % a random token, 10 % stay (Devlin et al. 2019).
+the masked tokens 80 % become the mask token, 10 % a random token, 10 % stay (Devlin et al. 2019). A word of more
+tokens than can be masked (`most_masked`) stays: byte-level BPE takes a clause of a script without spaces for one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ _MULTIPLE = 8
 
 
 def most_masked(rate: float, width: int) -> int:
-  """K, how many tokens of a span padded to `width` can be masked; a word that would go beyond stays."""
+  """K, how many tokens of a span padded to `width` can be masked; a word that would go beyond ends the choice."""
   return min(width, -(-(int(np.ceil(rate * width)) + _SPARE) // _MULTIPLE) * _MULTIPLE)
+
+
+def check_rate(rate: float) -> None:
+  """Raises InputError unless the rate is a share of the tokens, neither none nor all."""
+  if not 0 < rate < 1:
+    raise InputError("pretrain.mask_rate must lie between 0 and 1", value=rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +56,7 @@ class Masking:
         "the vocabulary has no mask token", path=tokenizer.directory,
         fix="Set pretrain.mlm_weight to 0, or take a tokenizer that was made for masked language modelling",
       )  # fmt: skip
-    if not 0 < rate < 1:
-      raise InputError("pretrain.mask_rate must lie between 0 and 1", value=rate)
+    check_rate(rate)
     special = np.zeros(tokenizer.vocab_size, bool)
     named = [number for number, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special]
     special[[*named, *tokenizer.prefix, *tokenizer.suffix, tokenizer.pad_id, tokenizer.mask_id]] = True
@@ -115,7 +121,7 @@ def _choose(
   covered = np.minimum(end, start + arc) - np.maximum(end - size, start)
   around = np.minimum(end, start + arc - total) - (end - size)
   covered = np.maximum(covered, 0) + np.maximum(around, 0)
-  taken = (size > 0) & (chance * size < covered)
+  taken = (size > 0) & (size <= most) & (chance * size < covered)  # one that never fits takes no room from the others
   taken &= np.cumsum(size * taken, 1) <= most
   chosen = np.zeros((rows, width + 1), bool)
   np.put_along_axis(chosen, places, taken, 1)

@@ -6,8 +6,9 @@ spans of at most S tokens of text and at least s:
   n ≥ both   Each span aims at S tokens, or with probability `short_share` at a random length from s on. Both lie
              anywhere in the passage.
   n < both   ('cut') The passage is cut in two at a random place within a quarter of its length around the ratio of
-             the two lengths aimed at, so that nothing is lost and a short span stays short. On MS MARCO (about 70
-             tokens a passage against spans of 126) this is the usual case.
+             the two lengths aimed at, so that a short span stays short. Of n ≤ S nothing is lost; on MS MARCO (about
+             70 tokens a passage against spans of 126) this is the usual case. Else a half may be longer than S: it
+             gives S tokens, both spans lie anywhere in the passage, and up to a quarter of the text is in neither.
   n < 2 · s  ('twins') Halves would say nothing about each other ('The' | 'Beatles'): both spans are the whole
              passage, told apart by masks and dropout alone, as in SimCSE (Gao et al. 2021).
   n = 0      ('empty') A text of which the tokenizer makes nothing: never drawn.
@@ -17,7 +18,9 @@ word moves inwards (unless the span would be one part of a word), so a span may 
 where two spans meet, their common border moves, and no word is lost.
 
 With `overlap` each span is drawn by itself anywhere in the passage, as in Contriever (Izacard et al. 2022), and so both
-may have what the passage says only once; one that is shorter than what a span aims at is the span.
+may have what the passage says only once; a passage no longer than what a span aims at is the span. It wants passages
+longer than spans: others ('twins' then) give the same text twice, but for spans that aim at a short length. On MS MARCO
+choose spans well below its 70 tokens.
 
 With `neighbours` k > 1 passages are drawn k in a row as the corpus has them, so that where its order means something
 (paragraphs of an article, sections of a document) a batch holds passages that are told apart by more than their topic.
@@ -85,8 +88,10 @@ class SpanBatches:
   """`batches[step]` → this host's slice of the global batch of a step.
 
   Every corpus is a stream of its own: one permutation per epoch drawn from (seed, corpus, epoch), one epoch behind the
-  other. Of the n passages of a step, corpus k gives its weight's share: with cumulative weights W, the streams have
-  advanced by ⌊step·n·W_k⌋ − ⌊step·n·W_(k−1)⌋, so that the step alone says where each stands.
+  other. Of the n passages of a step each corpus gives its weight's share, one whose share is below a passage one every
+  so many steps. Before a step all K corpora have given N_K = step·n passages and the first k of them
+  N_k = ⌊N_(k+1)·W_k / W_(k+1)⌋, with cumulative weights W: the step alone says where each stream stands, and none goes
+  back (with N_k = ⌊N_K·W_k⌋ one might, where its share is below a passage).
 
   A batch of S = 2n global spans on host p of h (s = S / h; K masked tokens at most):
     tokens int32 [s, T] (masked where there is masking), lengths int32 [s]: spans 2i and 2i + 1 are of one passage,
@@ -126,7 +131,7 @@ class SpanBatches:
     share = batch_size // num_hosts
     self._mine = slice(host * share, (host + 1) * share)
     self._kept = [_with_text(store) for store in stores]
-    self._shares = _shares(weights, [len(kept) for kept in self._kept], self._passages)
+    self._ratios = _ratios(weights, [len(kept) for kept in self._kept])
     self._order = functools.lru_cache(maxsize=2 * len(stores))(self._permutation)
 
   @property
@@ -137,11 +142,11 @@ class SpanBatches:
   def counts(self) -> list[dict[str, int]]:
     """For each corpus the number of passages by what they give: 'whole' (two full spans), 'cut', 'twins', 'empty'.
 
-    Where spans may overlap 'cut' are passages shorter than a full span, 'twins' those that are no longer than the
-    shortest.
+    Where spans may overlap none is cut: 'whole' are passages longer than a full span, 'twins' those that are not, both
+    spans of which are the passage unless they aim at a short length.
     """
-    found, shortest = [], self._lengths.shortest
-    edges = [1, shortest + 1, self._full] if self._lengths.overlap else [1, 2 * shortest, 2 * self._full]
+    found, full = [], self._full
+    edges = [1, full + 1, full + 1] if self._lengths.overlap else [1, 2 * self._lengths.shortest, 2 * full]
     for store in self._stores:
       kinds = np.searchsorted(edges, store.lengths, side="right")
       numbers = np.bincount(kinds, minlength=4).tolist()
@@ -205,7 +210,10 @@ class SpanBatches:
 
   def _advanced(self, step: int) -> np.ndarray:
     """How many passages each corpus has given before a step."""
-    return np.diff([int(step * self._passages * share) for share in self._shares])
+    given = [step * self._passages]  # by all corpora, by all but the last, …, by none
+    for ratio in self._ratios[::-1]:
+      given.append(int(given[-1] * ratio))
+    return np.diff(given[::-1])
 
   def _permutation(self, corpus: int, epoch: int) -> np.ndarray:
     source = generator(self._seed, f"{STAGE}/{corpus}", "order", epoch, 0)
@@ -319,16 +327,10 @@ def check_weights(weights: Sequence[float], corpora: int) -> None:
     raise InputError(f"pretrain.weights: {corpora} corpora need as many weights above 0", value=list(weights))
 
 
-def _shares(weights: Sequence[float], sizes: Sequence[int], passages: int) -> np.ndarray:
-  """Cumulative shares of the corpora, from 0 to exactly 1."""
+def _ratios(weights: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
+  """W_(k−1) / W_k for each corpus k, with cumulative weights W from 0 to exactly 1."""
   check_weights(weights, len(sizes))
   weights = list(weights) or list(sizes)
   cumulative = np.concatenate([[0.0], np.cumsum(weights) / np.sum(weights)])
   cumulative[-1] = 1.0
-  least = int(np.argmin(weights))
-  if len(sizes) > 1 and passages * weights[least] / np.sum(weights) < 1:
-    raise InputError(
-      f"corpus {least} would give less than one of the {passages} passages of a step",
-      value=weights[least], fix="Raise its weight, or pretrain.spans",
-    )  # fmt: skip
-  return cumulative
+  return cumulative[:-1] / cumulative[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data.masking import Masking
+from dptdr_jax.data.masking import Masking, check_rate
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.spans import SpanBatches, SpanLengths, check_weights
 from dptdr_jax.data.store import TokenStore, write_token_store
@@ -28,14 +29,19 @@ from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.checkpoints import Checkpoints
+from dptdr_jax.runtime.shardings import by_rules
 from dptdr_jax.stages import common, corpora, scratch, steps
 from dptdr_jax.stages.layout import Layout
 from dptdr_jax.stages.loop import Loop
 from dptdr_jax.stages.trial import DevTrial
+from dptdr_jax.training.chunks import chunk_count
 from dptdr_jax.training.state import init_state
 
+_log = logging.getLogger(__name__)
+
+# The fields of config.pretrain that the token stores of its corpora depend on.
+OF_TOKENS = ("corpora", "max_stored_tokens", "tokenizer", "vocabulary", "shape")
 _BUDGET_SAMPLE = 8  # batches whose tokens say how many steps a token budget is
-_MANY = 10**6  # steps, where their number is not known yet and only the settings are to be checked
 _ROBERTA_SPECIAL = 2  # tokens around a text, as the tokenizer that is trained puts them
 
 
@@ -47,10 +53,10 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   named = str(layout.scratch) if scratch.is_wanted(config) else config.backbone.path
   # On the host: the state is a copy that is sharded, and a whole one beside it might not fit the devices.
   backbone = Backbone.from_tensors(named, directory, tensors, "float32", config.fsdp, on_host=True)
+  head = _head(backbone, tensors, needed=bool(config.pretrain.mlm_weight))
   trial = DevTrial.build(config, layout, PreparedData(layout.prepared), config.pretrain.evaluate_every)
   stores = _stores(config, layout, backbone)
   batches = make_batches(config, stores, backbone)
-  head = _head(backbone, tensors, needed=bool(config.pretrain.mlm_weight))
   loop = PretrainLoop(config, backbone, head, steps_of(config, batches), batches, trial)
   checkpoints = Checkpoints(layout.pretrain / "checkpoints", keep=config.pretrain.keep_checkpoints)
   try:
@@ -67,17 +73,24 @@ def check(config: ConfigDict) -> None:
   steps.pretrain_model(config, encoder)
   if not any((pretrain.steps, pretrain.tokens, pretrain.epochs)):
     raise InputError("pretraining has no steps", fix="Set one of pretrain.steps, .tokens, .epochs above 0")
-  steps.optimizer(pretrain, pretrain.steps or _MANY)
+  steps.check_optimizer(pretrain)
+  if not pretrain.corpora:
+    raise InputError("pretrain.corpora is empty", fix=f"Name '{corpora.OWN}' (this run's own), files, or other runs")
   corpora.outside_files(config)
   check_weights(pretrain.weights, len(pretrain.corpora))
-  devices = meshes.make_mesh(fsdp=pretrain.fsdp).size
+  mesh = meshes.make_mesh(fsdp=pretrain.fsdp)
+  by_rules(convert.abstract_params(encoder, np.float32), mesh)
+  devices = mesh.size
   if pretrain.spans < 4 or pretrain.spans % (2 * hosts.process_count()) or pretrain.spans % devices:
     raise InputError(
       f"pretrain.spans must be pairs that {hosts.process_count()} processes and {devices} devices can share evenly",
       value=pretrain.spans,
     )  # fmt: skip
+  chunk_count(pretrain.spans, devices, pretrain.chunk, "span")
   if pretrain.neighbours < 1:
     raise InputError("pretrain.neighbours must be at least 1", value=pretrain.neighbours)
+  if pretrain.mlm_weight:
+    check_rate(pretrain.mask_rate)
   special = _ROBERTA_SPECIAL
   if not scratch.is_wanted(config):
     tokenizer = Tokenizer(backbones.locate(config.backbone.path))
@@ -114,8 +127,17 @@ def _stores(config: ConfigDict, layout: Layout, backbone: Backbone) -> list[Toke
     path = layout.pretrain / "tokens" / str(number)
     options = {"max_tokens": config.pretrain.max_stored_tokens, "words": True}
     with hosts.first_goes_first(f"tokens of {corpus.name}"):
-      stores.append(write_token_store(corpus.texts, corpus.count(), backbone.tokenizer, path, **options))
+      store = write_token_store(corpus.texts, corpus.count(), backbone.tokenizer, path, **options)
+    if (cut := _truncated(store)) and hosts.is_main():
+      _log.warning("%s: %d of %d passages have %d tokens or more; spans come from the first so many alone "
+                   "(pretrain.max_stored_tokens)", corpus.name, cut, len(store), store.max_tokens)  # fmt: skip
+    stores.append(store)
   return stores
+
+
+def _truncated(store: TokenStore) -> int:
+  """How many passages have as many tokens as are stored at most: they were cut there, or are exactly as long."""
+  return int(np.count_nonzero(store.lengths == store.max_tokens))
 
 
 def _export(
@@ -137,8 +159,9 @@ def _export(
       "seed": config.seed,
       "steps": loop.steps,
       "spans": config.pretrain.spans,
+      "tokens": loop.tokens,
       "corpora": [
-        {"name": name, "sha256": _hash(store), "passages": kind, **position}
+        {"name": name, "sha256": _hash(store), "passages": kind, "truncated": _truncated(store), **position}
         for name, store, kind, position in zip(
           config.pretrain.corpora, stores, kinds, batches.position(loop.steps), strict=True
         )
@@ -164,7 +187,11 @@ def _hash(store: TokenStore) -> str:
 
 
 class PretrainLoop(Loop):
-  """The whole backbone by spans, full parameters, sharded."""
+  """The whole backbone by spans, full parameters, sharded.
+
+  Attributes:
+    tokens: trained on in the steps done so far, special ones included, padding not.
+  """
 
   temperature = "pretrain.temperature"
 
@@ -197,7 +224,8 @@ class PretrainLoop(Loop):
     state = jax.jit(first_state, out_shardings=shardings)(params)
     super().__init__("pretrain", pretrain, num_steps, state, trial is not None)
     self.tries_first = self.tries  # what pretraining gives shows beside what was there
-    self._seen, self._clock = 0.0, time.monotonic()  # tokens since the clock was started
+    self.tokens = 0
+    self._seen, self._clock = 0, time.monotonic()  # tokens since the clock was started
 
   def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     self.state, metrics = self._step(self.state, meshes.put_batch(batch, self._mesh, whole=("groups",)))
@@ -208,19 +236,24 @@ class PretrainLoop(Loop):
 
   def attempt(self, step: int, candidate: Retriever) -> Mapping[str, float]:
     figures = self._trial.evaluate(candidate)
-    self._seen, self._clock = 0.0, time.monotonic()
+    self._seen, self._clock = 0, time.monotonic()
     return figures
 
   def metadata(self, step: int) -> dict:
-    return {"corpora": self._batches.position(step)}
+    return {"corpora": self._batches.position(step), "tokens": self.tokens}
+
+  def restored(self, metadata: Mapping[str, Any]) -> None:
+    self.tokens = metadata["tokens"]
 
   def figures(self, metrics: Mapping[str, float], written: bool) -> dict[str, float]:
     found = dict(metrics)
-    self._seen += found.pop("tokens")
+    tokens = int(found.pop("tokens"))
+    self.tokens += tokens
+    self._seen += tokens
     if written:
       now = time.monotonic()
       found["tokens_per_second"] = self._seen / max(now - self._clock, 1e-9)
-      self._seen, self._clock = 0.0, now
+      self._seen, self._clock = 0, now
     return found
 
   def retriever(self) -> Retriever:

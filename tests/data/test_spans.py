@@ -1,6 +1,7 @@
 """Spans and masks: what they are cut from, whole words, shares, and that a step alone decides them."""
 
 import json
+import pydoc_data.topics
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from dptdr_jax.data.sources.plain import PlainText
 from dptdr_jax.data.spans import SpanBatches, SpanLengths, cut, shuffled
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.data.vocabulary import train_byte_level_bpe
 
 TEXT = "unbelievably the tokenizers' re-reading isn't über-quick, of 3.14159 internationalisation (cat) sat!"
 
@@ -73,9 +75,15 @@ def test_a_store_with_words_goes_on_where_it_was_killed(roberta, tmp_path, monke
     assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
-def test_masking_10_000_words(tokenizer, tmp_path):
-  special = "</s>" if tokenizer.separator == "</s>" else "[SEP]"
-  written = [f"{text} {special} {text}" for text in texts(1100, (5, 10))]  # a separator within the text, as with titles
+@pytest.mark.parametrize("kind", ["minilm", "byte-level"])
+def test_masking_10_000_words(kind, request, tmp_path):
+  said = " ".join(pydoc_data.topics.topics.values()).split()[:12_000]  # Python's own reference
+  parts = [" ".join(said[begin : begin + 20]) for begin in range(0, len(said), 20)]
+  if kind == "byte-level":
+    assert train_byte_level_bpe(iter(parts), 3000, tmp_path) > 2000
+  tokenizer = Tokenizer(request.getfixturevalue(kind) if kind == "minilm" else tmp_path)
+  separator = f" {tokenizer.separator} "  # within the text, as with titles
+  written = [separator.join(pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
   store = store_of(tokenizer, written, tmp_path / "store")
   masking = Masking.of(tokenizer, 0.15)
   tokens, lengths = store.batch(np.arange(len(store)), 400)
@@ -97,7 +105,7 @@ def test_masking_10_000_words(tokenizer, tmp_path):
   words = np.cumsum(starts.ravel()) * ordinary.ravel()  # no text ends within a word of the next
   sizes, taken = np.bincount(words)[1:], np.bincount(words, chosen.ravel())[1:]
   sizes, taken = sizes[sizes > 0], taken[sizes > 0]
-  assert len(sizes) > 10_000 and sizes.max() > 1
+  assert len(sizes) > 10_000 and np.sum(sizes > 1) > 500
   assert ((taken == 0) | (taken == sizes)).all()  # whole words
   assert chosen.sum() / ordinary.sum() == pytest.approx(0.15, abs=0.004)
   for size in np.unique(sizes):  # whatever their length
@@ -123,6 +131,17 @@ def test_no_span_has_more_masks_than_there_is_room(roberta):
     Masking.of(Tokenizer(roberta), 1.5)
 
 
+def test_words_without_end_do_not_keep_others_from_being_masked():
+  masking = Masking(0.15, 4, np.arange(40) < 5)
+  tokens = np.full((1000, 512), 7, np.int32)
+  starts = np.ones(tokens.shape, bool)
+  starts[:, 112:] = np.arange(400) % 100 == 0  # four words of 100 tokens, where 96 can be masked
+  _, positions, labels = masking.apply(tokens, starts, np.ones(tokens.shape, bool), np.random.default_rng(0))
+  real = labels >= 0
+  assert labels.shape[1] == 96 and positions[real].max() < 112
+  assert real.sum() / (1000 * 112) == pytest.approx(0.15, abs=0.012)
+
+
 def test_cuts_do_not_overlap_and_follow_the_rule():
   lengths = SpanLengths(34, 4, 0.2)
   totals = np.repeat([1, 7, 8, 20, 63, 64, 300], 400)
@@ -142,6 +161,13 @@ def test_cuts_do_not_overlap_and_follow_the_rule():
   assert (first[long, 0] < first[long, 1]).mean() == pytest.approx(0.5, abs=0.08)
 
 
+def test_of_a_cut_passage_up_to_a_quarter_is_in_neither_span():
+  totals = np.repeat([8, 20, 32, 33, 50, 63], 400)
+  _, count = cut(totals, SpanLengths(34, 4, 0.0), 32, np.random.default_rng(0))
+  lost = (totals - count.sum(1)) / totals
+  assert (lost[totals <= 32] == 0).all() and lost.max() == pytest.approx(0.25, abs=0.02) and lost.min() == 0
+
+
 def test_spans_that_may_overlap_are_drawn_each_by_itself():
   lengths = SpanLengths(34, 4, 0.5, overlap=True)
   totals = np.repeat([1, 4, 20, 32, 300], 1000)
@@ -155,6 +181,20 @@ def test_spans_that_may_overlap_are_drawn_each_by_itself():
   shared = np.minimum(end[:, 0], end[:, 1]) - np.maximum(begin[:, 0], begin[:, 1])
   assert (shared > 0).mean() > 0.75 and (shared < 0).any()
   assert np.corrcoef(first[totals == 300].T)[0, 1] == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_counts_say_what_passages_give(roberta, tmp_path, overlap):
+  lengths = SpanLengths(18, 4, 0.0, overlap)  # 16 tokens of text
+  written = [" ".join(["the"] * count) for count in (0, 1, 7, 8, 16, 17, 31, 32, 50)]
+  store = store_of(Tokenizer(roberta), written, tmp_path / "store")
+  assert store.lengths.tolist() == [0, 1, 7, 8, 16, 17, 31, 32, 50]
+  found = batches_of([store], lengths=lengths).counts()
+  wanted = {"twins": 4, "cut": 0, "whole": 4} if overlap else {"twins": 2, "cut": 4, "whole": 2}
+  assert found == [{"empty": 1, **wanted}]
+  first, count = cut(store.lengths[1:], lengths, 16, np.random.default_rng(0))
+  same = (first[:, 0] == first[:, 1]) & (count[:, 0] == count[:, 1])
+  assert same[: wanted["twins"]].all() and (overlap or not same[wanted["twins"] :].any())
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -256,10 +296,36 @@ def test_every_corpus_is_a_stream_of_its_own_and_weights_hold(roberta, tmp_path)
   assert batches.steps_per_epoch == 3.3
   assert [sum(counts.values()) for counts in batches.counts()] == [11, 24]
   assert all(counts["empty"] == 1 for counts in batches.counts())
-  with pytest.raises(InputError, match="less than one of the 10 passages"):
-    batches_of(stores, weights=(1000.0, 1.0), batch_size=20)
-  with pytest.raises(InputError, match="as many weights"):
-    batches_of(stores, weights=(1.0,))
+  for weights in ((1.0,), (1.0, 0.0)):
+    with pytest.raises(InputError, match="as many weights"):
+      batches_of(stores, weights=weights)
+
+
+@pytest.mark.parametrize("sizes", [(5, 5000), (2000, 5, 3000), (7, 5, 5000, 3)])
+def test_a_corpus_too_small_for_a_passage_a_step_gives_one_every_so_many(roberta, tmp_path, sizes):
+  tokenizer = Tokenizer(roberta)
+  stores = [store_of(tokenizer, [f"the {row}" for row in range(n)], tmp_path / str(n)) for n in sizes]
+  masking = Masking.of(tokenizer, 0.15)
+  batches = batches_of(stores, masking, batch_size=16)
+  steps = 2 * sum(sizes) // 8
+  drawn = [batches.draw(step) for step in range(steps)]
+  assert {len(part.rows) for part in drawn} == {8}
+  corpora, rows, epochs = (np.concatenate([part[i] for part in drawn]) for i in range(3))
+  assert np.bincount(corpora) == pytest.approx(8 * steps * np.array(sizes) / sum(sizes), abs=len(sizes) - 1)
+  for corpus, size in enumerate(sizes):
+    here = rows[corpora == corpus]
+    assert epochs[corpora == corpus].tolist() == [i // size for i in range(len(here))]  # no passage left out or again
+    assert sorted(here[:size]) == list(range(size))
+    assert batches.position(steps)[corpus] == dict(zip(("epoch", "passage"), divmod(len(here), size), strict=True))
+  small = [step for step, part in enumerate(drawn) if sizes.index(5) in part.corpora]
+  for step in (small[1] - 1, small[1]):  # without and with one
+    batch, part = batches[step], batches.draw(step)
+    assert batch["tokens"].shape == (16, 16) and len(set(batch["groups"])) == 8
+    texts_of = [stores[corpus][row].tolist() for corpus, row in zip(part.corpora, part.rows, strict=True)]
+    plain = batches_of(stores, batch_size=16)[step]
+    assert [row[1 : length - 1].tolist() for row, length in zip(plain["tokens"], plain["lengths"], strict=True)] == [
+      text for text in texts_of for _ in range(2)
+    ]
 
 
 def test_lengths_and_batches_that_cannot_be(roberta, tmp_path):
