@@ -20,9 +20,11 @@ from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.reranker import CrossEncoder
-from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.bm25 import Bm25
+from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retriever import Retriever
-from dptdr_jax.stages import common, mine, steps
+from dptdr_jax.runtime import hosts
+from dptdr_jax.stages import common, generations, mine, negatives_shown, report, search, steps
 from dptdr_jax.stages.generations import Generations
 from dptdr_jax.stages.layout import Layout
 
@@ -122,11 +124,11 @@ def test_a_rerun_does_nothing_and_another_margin_only_what_follows(finished, tmp
   reasons = [np.load(path / "mine1/pool/reasons.npy") for path in (workdir, tmp_path / "alone", finished[1])]
   np.testing.assert_array_equal(reasons[0], reasons[1])
   assert (reasons[0] != reasons[2]).any()
-  changed.mine.dense.depth = 10
-  assert pipeline.share(changed, tmp_path / "deeper", [workdir]) == ["prepare", "train1"]
+  changed.mine.dense.depth, encoded = 10, "train1/corpus and train2/corpus of encode"
+  assert pipeline.share(changed, tmp_path / "deeper", [workdir]) == ["prepare", "train1", encoded]
   changed.mine.dense.update({"depth": 20, "relative_margin": 0.5})
   shared = pipeline.share(changed, tmp_path / "other", [workdir])
-  assert shared == ["prepare", "train1", "vectors and runs of mine1"]
+  assert shared == ["prepare", "train1", "vectors and runs of mine1", encoded]
   pipeline.run(changed, tmp_path / "other", ["mine1"])
   assert (tmp_path / "other/mine1/vectors/corpus/vectors-00000.npy").samefile(found[0])
 
@@ -164,6 +166,87 @@ def test_runs_from_elsewhere_are_sources(finished, directory, tmp_path):
     pipeline.run(config, tmp_path / "work", ["mine"])
 
 
+@pytest.fixture(scope="module")
+def prepared(directory):
+  """(config, workdir) of one round on BM25's negatives, nothing but the data made."""
+  config = make_config(directory, rounds=1, train__negatives="bm25")
+  pipeline.run(config, directory / "prepared", ["prepare"])
+  return config, directory / "prepared"
+
+
+def begin(prepared, workdir: pathlib.Path) -> Layout:
+  shutil.copytree(prepared[1] / "prepare", workdir / "prepare")
+  return Layout.of(workdir)
+
+
+def test_margins_on_runs_from_elsewhere(prepared, tmp_path):
+  config, layout = prepared[0].copy_and_resolve_references(), begin(prepared, tmp_path / "work")
+  split = PreparedData(layout.prepared).splits["train"]
+  query, positive = split.ids[0], int(split.positives(0)[0])
+  others = [row for row in range(9) if row not in split.positives(0)][:3]
+  found = zip([others[0], positive, *others[1:]], (9, 8, 7.9, 7), strict=True)
+  lines = [f"{query} Q0 p{row} 1 {score} other\n" for row, score in found]
+  (tmp_path / "other.trec").write_text("".join([*lines, "unjudged Q0 p0 1 9 other\n"]))
+  config.mine.runs = (str(tmp_path / "other.trec"),)
+  config.mine.outside.relative_margin, config.mine.same_text = 0.95, False
+  mine.run(config, layout.root)
+  pool = Pool.open(layout.pool(0))
+  assert pool.names == ("bm25", "other.trec")
+  removed = pool.rows[0][pool.reasons[0] == Reason.RELATIVE_MARGIN]
+  assert sorted(removed.tolist()) == others[:2] and not (pool.reasons[1:] == Reason.RELATIVE_MARGIN).any()
+
+
+def test_what_is_wrong_with_a_run_shows_before_any_search(prepared, tmp_path, monkeypatch):
+  config, layout = prepared[0].copy_and_resolve_references(), begin(prepared, tmp_path / "work")
+  query = PreparedData(layout.prepared).splits["train"].ids[0]
+  (tmp_path / "other.trec").write_text(f"{query} Q0 nowhere 1 9 other\n")
+  config.mine.runs = (str(tmp_path / "other.trec"),)
+  monkeypatch.setattr(search, "shared", lambda *arguments: pytest.fail("searched"))
+  with pytest.raises(InputError, match="other.trec:1: unknown passage id: 'nowhere'"):
+    mine.run(config, layout.root)
+
+
+def test_a_killed_search_goes_on_at_the_first_missing_part(prepared, tmp_path, monkeypatch):
+  config, whole, parts = prepared[0], begin(prepared, tmp_path / "whole"), begin(prepared, tmp_path / "parts")
+  mine.run(config, whole.root)
+  monkeypatch.setattr(search, "_PART", 10)
+  found = parts.mine(0) / "runs"
+  with monkeypatch.context() as stopped, pytest.raises(preemption.Preempted, match="part 2 of 4"):
+    stopped.setattr(preemption, "asked", lambda: (found / "bm25.1-of-4").exists())
+    mine.run(config, parts.root)
+  asked, ask = [], Bm25.search
+  monkeypatch.setattr(Bm25, "search", lambda self, texts, depth: asked.append(len(texts)) or ask(self, texts, depth))
+  mine.run(config, parts.root)
+  assert asked == [8, 8] and [path.name for path in found.iterdir()] == ["bm25"]
+  for name in ("rows.npy", "scores.npy"):
+    assert (found / "bm25" / name).read_bytes() == (whole.mine(0) / "runs/bm25" / name).read_bytes()
+
+
+def test_negatives_have_the_scores_that_simans_wants_or_none(finished):
+  config, workdir = finished[0].copy_and_resolve_references(), finished[1]
+  pool = Pool.open(workdir / "mine1/pool")
+  for source in ("bm25", "dense", "other.trec"):
+    config.train.simans_source = source
+    negatives = common.pool_negatives(config, pool)
+    assert negatives.rows(3).tolist() == pool.candidates(3).tolist()
+    assert hasattr(negatives, "scores") == (source in pool.names)
+  config.train.simans_source = "bm25"
+  scores, positive = common.pool_negatives(config, pool).scores(3)
+  expected = pool.candidate_scores(3, "bm25")
+  np.testing.assert_array_equal(scores, expected[0])
+  np.testing.assert_equal(positive, expected[1])
+
+
+def test_queries_without_a_quotient_of_scores_are_counted(finished):
+  about = json.loads((finished[1] / "mine1/mining.json").read_text())
+  pool = Pool.open(finished[1] / "mine1/pool")
+  for source, name in enumerate(pool.names):
+    hidden = ~(pool.positive_scores[:, source] > 0) & (pool.ranks[:, :, source] >= 0).any(1)
+    assert about["beside_histograms"][name] == hidden.sum()
+  page = negatives_shown.section("Negatives", about | {"beside_histograms": {"bm25": 0, "dense": 7}})
+  assert "dense&#x27;s histogram leaves out" in page and "bm25&#x27;s histogram" not in page
+
+
 def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_path):
   config, workdir = finished
   shutil.copytree(workdir, tmp_path / "work")
@@ -191,12 +274,26 @@ def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_p
     ({"index__backend": "gpu"}, "unknown index.backend"),
     ({"index__backend": "devices", "index__factory": "HNSW32"}, "HNSW32"),
     ({"train__sampling": "best"}, "unknown sampling"),
+    ({"mine__width": -1}, "mine.width is not negative"),
+    ({"mine__dense__depth": 2**15}, "mine.dense.depth is beyond the 32,767 ranks"),
+    ({"mine__outside__relative_margin": -1.0}, "a share above 0"),
+    ({"rounds": 1, "cross__enabled": True, "mine__cross_encoder": True}, "after round 1 or while it trains"),
+    ({"train__sampling": "simans", "train__simans_source": "dens"}, "unknown train.simans_source: 'dens'"),
   ],
 )
 def test_what_cannot_work_is_said_before_any_work(directory, tmp_path, fields, message):
   with pytest.raises(InputError, match=message):
     pipeline.run(make_config(directory, **fields), tmp_path / "work")
   assert not (tmp_path / "work").exists() or not list((tmp_path / "work").glob("*/manifest.json"))
+
+
+def test_a_pool_takes_so_many_sources(directory, tmp_path):
+  paths = [tmp_path / f"{number}.trec" for number in range(15)]
+  for path in paths:
+    path.touch()
+  mine.check(make_config(directory, mine__runs=tuple(map(str, paths[1:]))))
+  with pytest.raises(InputError, match="16 sources at most: 17"):
+    mine.check(make_config(directory, mine__runs=tuple(map(str, paths))))
 
 
 def test_the_cross_encoder_denoises_and_reranks(directory, tmp_path):
@@ -212,7 +309,9 @@ def test_the_cross_encoder_denoises_and_reranks(directory, tmp_path):
   (crossed,) = (step["removed"] for step in about["denoising"] if step["rule"] == "cross-encoder")
   assert crossed["CROSS_ENCODER"]["all"] > 0 and crossed["PSEUDO_POSITIVE"]["all"] > 0
   page = (tmp_path / "work/report.html").read_text()
-  assert "taken out by cross-encoder: pseudo positive (" in page and "not judged by cross-encoder" in page
+  assert "taken out by cross-encoder: pseudo positive (" in page and "by cross-encoder: not scored (" in page
+  assert "Negatives of the cross-encoder" in page and "Negatives of round 1" not in page
+  assert crossed["NOT_SCORED"]["all"] > 0
 
   layout = Layout.of(tmp_path / "work")
   first, again = (
@@ -245,9 +344,12 @@ def test_the_cross_encoder_denoises_and_reranks(directory, tmp_path):
     pipeline.run(wanted, tmp_path / "other")
 
 
-def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path):
+def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path, monkeypatch):
+  asked, ask = [], Bm25.search
+  monkeypatch.setattr(Bm25, "search", lambda self, texts, depth: asked.append(len(texts)) or ask(self, texts, depth))
   config = make_config(directory, rounds=1, train__refresh_every=2, train__steps=7, train__passages=3)
   pipeline.run(config, tmp_path / "work", ["prepare", "train"])
+  assert asked == [32], "BM25 finds the same for every generation"
   made = sorted(path.name for path in (tmp_path / "work/train1/generations").iterdir())
   assert made == ["0", "1", "2"], "that of step 6 would hold from step 8 on, and there is none"
   kept = {path.name for path in (tmp_path / "work/train1/generations/0").iterdir()}
@@ -261,10 +363,10 @@ def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path):
   # A step draws from the generation that holds there, and from no other.
   layout = Layout.of(tmp_path / "work")
   data = PreparedData(layout.prepared)
-  generations = Generations(config, layout, data, 1, common.load_backbone(config, layout))
+  mined = Generations(config, layout, data, 1, common.load_backbone(config, layout))
   for step in (2, 4, 6):
-    generations.resume(step)
-  batches, others = common.train_batches(config, layout, data, 1, generations), 0
+    mined.resume(step)
+  batches, others = common.train_batches(config, layout, data, 1, mined), 0
   for step in range(2, 7):
     rows = batches.rows(step)
     drawn = []
@@ -274,7 +376,37 @@ def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path):
     np.testing.assert_array_equal(rows.passages, drawn[step // 2 - 1])
     others += sum(not np.array_equal(rows.passages, one) for one in drawn)
   assert others >= 5
-  generations.close()
+  mined.close()
+
+  page = "\n".join(report.negatives(config, layout, 1))
+  assert [f"Negatives of round 1 from step {step}" in page for step in (2, 4, 6)] == [True, False, True]
+  assert "Negatives mined while round 1 trained" in page and "<tr><td>4</td>" in page
+
+  # Its search is kept in parts, too.
+  monkeypatch.setattr(search, "_PART", 20)
+  place = (tmp_path / "again"), Retriever.load(layout.generation(1, 0) / "retriever"), layout.train(1)
+  with monkeypatch.context() as stopped, pytest.raises(preemption.Preempted, match="part 1 of 2"):
+    stopped.setattr(preemption, "asked", lambda: (tmp_path / "again/runs/dense.0-of-2").exists())
+    mine.mine(config, layout, data, *place)
+  assert (tmp_path / "again/runs/dense.0-of-2").exists()
+  np.testing.assert_array_equal(mine.mine(config, layout, data, *place).rows, pools[0].rows)
+  assert [path.name for path in (tmp_path / "again/runs").iterdir()] == ["dense"]
+
+
+def test_another_process_waits_for_negatives_so_long_and_no_longer(finished, monkeypatch, caplog):
+  config, layout = finished[0].copy_and_resolve_references(), Layout.of(finished[1])
+  config.train.refresh_every = 2
+  monkeypatch.setattr(hosts, "is_main", lambda: False)
+  monkeypatch.setattr(hosts, "_patience_s", 0.1)
+  monkeypatch.setattr(hosts, "_NOTICE_S", 0.0)
+  monkeypatch.setattr(generations, "_LOOK_S", 0.02)
+  caplog.set_level("INFO", "dptdr_jax")
+  waiting = Generations(config, layout, PreparedData(layout.prepared), 1, None)
+  with pytest.raises(hosts.LostError, match="waited 0.1 s for process 0, for negatives of generation 0 of round 1"):
+    waiting.at(2)
+  assert [record.getMessage().partition(" waits for ")[2] for record in caplog.records] == [
+    "process 0, for negatives of generation 0 of round 1"
+  ]
 
 
 def test_a_stop_while_training_waits_for_negatives_is_saved(directory, tmp_path, monkeypatch):

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import Literal, Protocol
 
 import numpy as np
 
 from dptdr_jax.core.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 _PURPOSES = {"order": 0, "positive": 1, "negatives": 2, "fill": 3, "spans": 4, "sample": 5}
 STRATEGIES = ("window", "random", "top", "simans")
@@ -43,6 +46,7 @@ class Sampling:
       "top": the first G − 1, the same in every epoch.
       "simans": drawn anew each epoch without replacement, p ∝ exp(−a·(s − s⁺ − b)²) of score s and positive's score s⁺
         (SimANS, arXiv 2210.11773). A candidate without a score comes after all that have one; without s⁺ all are alike.
+        Negatives that have no scores at all are drawn as by "random".
     first, last: only this range of the list, for every strategy; Tevatron's "30 random of the top 200" is random with
       last = 200. None: to the end.
     a, b: SimANS' sharpness, in 1 / score², and shift, in scores: p is a normal curve around s⁺ + b of deviation
@@ -105,7 +109,8 @@ class TrainGroups:
   ):
     self._sampling = sampling or Sampling()
     if self._sampling.strategy == "simans" and negatives is not None and not hasattr(negatives, "scores"):
-      raise InputError("these negatives have no scores, which SimANS draws by", fix="Use those of a mined pool")
+      _log.info("%s: these negatives have no scores that SimANS could draw by, and are drawn at random", stage)
+      self._sampling = dataclasses.replace(self._sampling, strategy="random")
     self._positives, self._negatives = positives, negatives
     self.num_passages, self.group_size = num_passages, group_size
     self._seed, self._stage, self._first = seed, stage, positive == "first"

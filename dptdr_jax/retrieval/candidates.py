@@ -49,6 +49,7 @@ class Reason(enum.IntEnum):
   ABSOLUTE_MARGIN = 5
   CROSS_ENCODER = 6
   PSEUDO_POSITIVE = 7
+  NOT_SCORED = 8
 
 
 @dataclasses.dataclass(frozen=True)

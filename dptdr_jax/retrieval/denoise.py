@@ -53,9 +53,9 @@ class MarginRule:
 
   Attributes:
     source: whose scores.
-    relative: a share r; s > r · s⁺ goes (TopK-PercPos, there 0.95; sentence-transformers calls 1 − r relative_margin).
-      Only where s⁺ > 0. Of a negative s⁺ those two multiply all the same, which puts the threshold above the positive
-      itself; a share of it means nothing, so that here nothing goes. For scores of both signs take `absolute`.
+    relative: a share r; s > s⁺ − (1 − r) · |s⁺| goes: above r · s⁺ where s⁺ > 0 (TopK-PercPos, there 0.95; sentence-
+      transformers calls 1 − r relative_margin), as far below a negative s⁺ as below a positive one, and r = 1 is the
+      positive's own score whatever its sign.
     absolute: m, in the score's unit; s > s⁺ − m goes.
   """
 
@@ -84,9 +84,10 @@ class MarginRule:
     positive = pool.positive_scores[block, number, None]
     hits = {}
     if self.relative is not None:
-      hits[Reason.RELATIVE_MARGIN] = (positive > 0) & (scores > self.relative * positive)
+      factor = np.where(positive > 0, np.float32(self.relative), np.float32(2 - self.relative))
+      hits[Reason.RELATIVE_MARGIN] = scores > factor * positive  # as `relative` says it; never where NaN, as below
     if self.absolute is not None:
-      hits[Reason.ABSOLUTE_MARGIN] = scores > positive - self.absolute  # never where the positive's is NaN
+      hits[Reason.ABSOLUTE_MARGIN] = scores > positive - self.absolute
     return Verdict(hits, int((kept & (np.isneginf(scores) | np.isnan(positive))).sum()))
 
 
@@ -95,7 +96,7 @@ class CrossEncoderRule:
   """RocketQA's denoising (arXiv 2010.08191, 3.2): only what a cross-encoder is sure of stays a negative.
 
   Attributes:
-    scores: float32 [Q, K], probabilities that a candidate is relevant, NaN where it was not scored (it stays).
+    scores: float32 [Q, K], probabilities that a candidate is relevant, NaN where it was not scored (it goes).
     negative_below: stays where the probability is below it; RocketQA's is 0.1.
     positive_above: a pseudo-positive where it is above; RocketQA's is 0.9.
   """
@@ -122,8 +123,12 @@ class CrossEncoderRule:
     if wrong.any():
       fix = "Put the logits through a sigmoid"
       raise InputError("a cross-encoder's score is no probability", value=float(scores[wrong][0]), fix=fix)
-    hits = {Reason.PSEUDO_POSITIVE: scores > self.positive_above, Reason.CROSS_ENCODER: scores >= self.negative_below}
-    return Verdict(hits, int((kept & np.isnan(scores)).sum()))
+    hits = {
+      Reason.PSEUDO_POSITIVE: scores > self.positive_above,
+      Reason.CROSS_ENCODER: scores >= self.negative_below,
+      Reason.NOT_SCORED: np.isnan(scores),
+    }
+    return Verdict(hits, 0)
 
 
 def denoise(directory: Path, pool: Path, rules: Sequence[Rule]) -> Pool:

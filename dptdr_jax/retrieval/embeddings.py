@@ -27,7 +27,7 @@ class EmbeddingWriter:
 
   def __init__(
     self, directory: Path, *, count: int, width: int, source: Mapping[str, Any], shard_rows: int = 100_000,
-    dtype: str = "float32",
+    dtype: str = "float32", begins: bool = True,
   ):  # fmt: skip
     """Begins, or goes on with what an interrupted writer of the same arguments left.
 
@@ -38,6 +38,7 @@ class EmbeddingWriter:
       source: what the vectors depend on (retriever hash, lengths, …), as JSON has it; kept in the manifest.
       shard_rows: rows a shard.
       dtype: float32 or float16, which halves the disk and costs about 3 digits.
+      begins: False: another process begins, and this one touches nothing before it writes.
     """
     if dtype not in _DTYPES:
       raise InputError(f"embeddings are stored as {' or '.join(_DTYPES)}", value=dtype)
@@ -47,7 +48,7 @@ class EmbeddingWriter:
       "shard_rows": shard_rows, "source": dict(source),
     }  # fmt: skip
     begun, finished = self.directory / "begun.json", self.directory / "manifest.json"
-    if finished.is_file() and read_json(finished) == self.plan:
+    if not begins or (finished.is_file() and read_json(finished) == self.plan):
       return
     if not (begun.is_file() and read_json(begun) == self.plan):
       remove(self.directory)
@@ -64,8 +65,8 @@ class EmbeddingWriter:
     return range(start, min(start + self.plan["shard_rows"], self.plan["count"]))
 
   def missing(self) -> list[int]:
-    """The shards that are not yet written."""
-    return [shard for shard in range(self.num_shards) if not _shard_path(self.directory, shard).is_file()]
+    """The shards that are not written, or no longer whole."""
+    return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
 
   def write(self, shard: int, vectors: np.ndarray) -> None:
     """Writes one shard, atomically.
@@ -90,6 +91,13 @@ class EmbeddingWriter:
       )  # fmt: skip
     with atomic_path(_shard_path(self.directory, shard)) as partial, open(partial, "wb") as stream:
       np.save(stream, stored)
+
+  def _is_whole(self, shard: int) -> bool:
+    try:
+      vectors = _load(_shard_path(self.directory, shard))
+    except InputError:
+      return False
+    return vectors.shape == (len(self.rows(shard)), self.plan["width"])
 
   def finish(self, ids: Sequence[str]) -> Embeddings:
     """Writes the ids [C] and the manifest, which says that all is whole."""

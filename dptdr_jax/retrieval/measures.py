@@ -138,6 +138,11 @@ def check(names: Sequence[str]) -> None:
     _parse(name)
 
 
+def cutoff(name: str) -> int:
+  """How many passages of a query's a measure looks at; 0 where all."""
+  return _parse(name).params.get("cutoff", 0)
+
+
 def _parse(name: str) -> ir_measures.Measure:
   try:
     measure = ir_measures.parse_measure(name)

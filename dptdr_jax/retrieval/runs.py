@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import os
 import zlib
@@ -19,6 +20,8 @@ import numpy as np
 from dptdr_jax.core import progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path, atomic_directory, atomic_path, open_text
+
+_log = logging.getLogger(__name__)
 
 FILL = -1  # in place of a passage row where a query has fewer than K passages
 _LINES = 1 << 18  # of a run file that are looked up at a time
@@ -121,11 +124,13 @@ def read_trec(path: Path, query_rows: Lookup, passage_rows: Lookup, num_queries:
   Args:
     path: the file, plain or gzip.
     query_rows: ids → rows of queries, int [n], −1 for an unknown one; passage_rows: the same for passages.
-    num_queries: Q; a query that the file lacks has fills only.
+    num_queries: Q; a query that the file lacks has fills only; others that it has are skipped, and the log says how
+      many.
     depth: keeps the best `depth` of each query; default: the longest list in the file.
 
   Raises:
-    InputError: with file and line, on a wrong column count, rank or score, an unknown id, or a passage twice.
+    InputError: with file and line, on a wrong column count, rank or score, an unknown passage, or one that stands twice
+      for a query; or where none of the file's queries is known.
   """
 
   def parse(line: str) -> tuple[str, str, float]:
@@ -191,16 +196,24 @@ def _read(
   depth: int | None,
 ) -> Run:
   found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+  skipped: set[str] = set()
   with open_text(path) as stream:
     lines = _parsed(stream, path, parse)
     while block := list(itertools.islice(lines, _LINES)):
       numbers, queries, passages, scores = zip(*block, strict=True)
       rows = np.stack([query_rows(queries), passage_rows(passages)])
-      if (rows < 0).any():
-        line, kind = next((line, kind) for line in range(len(block)) for kind in (0, 1) if rows[kind, line] < 0)
-        what, value = ("unknown query id", queries[line]) if kind == 0 else ("unknown passage id", passages[line])
-        raise InputError(what, path=path, line=numbers[line], value=value)
-      _take(found, *rows, np.array(scores, np.float32), np.array(numbers), depth, path)
+      if (rows[1] < 0).any():
+        line = int(np.argmax(rows[1] < 0))
+        raise InputError("unknown passage id", path=path, line=numbers[line], value=passages[line])
+      known = rows[0] >= 0
+      skipped.update(queries[line] for line in np.flatnonzero(~known))
+      if known.any():
+        _take(found, *rows[:, known], np.array(scores, np.float32)[known], np.array(numbers)[known], depth, path)
+  if skipped and not found:
+    raise InputError("no query of this run is known here", path=path, value=min(skipped),
+                     fix="Name a run of these queries")  # fmt: skip
+  if skipped:
+    _log.info("%s: %d queries are unknown here and skipped", path, len(skipped))
   run = Run.empty(num_queries, max((len(rows) for rows, _ in found.values()), default=0) if depth is None else depth)
   for query, (rows, scores) in found.items():
     run.rows[query, : len(rows)], run.scores[query, : len(rows)] = rows, scores

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dptdr_jax.core import preemption
-from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.core.errors import InputError, PassingError
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _meetings = itertools.count()
 _patience_s = 86_400.0
 
 
-class LostError(DptdrError):
+class LostError(PassingError):
   """The run's processes lost each other: nothing is wrong with the input, and a rerun of all of them goes on."""
 
 
@@ -134,6 +134,22 @@ def barrier(name: str, timeout_s: float | None = None, whom: str = "the others")
   if process_count() == 1:
     return
   _meet(name, {"stops": preemption.asked()}, _patience_s if timeout_s is None else timeout_s, whom)
+
+
+class Wait:
+  """A wait for `what` outside of `barrier`, told and given up in the same way."""
+
+  def __init__(self, what: str):
+    self._what, self._began, self._told = what, time.monotonic(), False
+
+  def look(self, timeout_s: float | None = None) -> None:
+    """Called now and then; `timeout_s` and LostError as of `barrier`."""
+    waited, timeout_s = time.monotonic() - self._began, _patience_s if timeout_s is None else timeout_s
+    if waited > timeout_s:
+      raise LostError(f"process {process_index()} waited {timeout_s:g} s for {self._what}. Look into the others' logs")
+    if waited > _NOTICE_S and not self._told:
+      _log.info("process %d waits for %s", process_index(), self._what)
+      self._told = True
 
 
 def tell_stop(timeout_s: float = 10.0) -> None:

@@ -10,6 +10,7 @@ retrievers of the generations it was at, saved before the step after, and mines 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 
@@ -48,6 +49,7 @@ class Generations:
     self._groups, self.group_size = {-1: first}, first.group_size
     self._ready = threading.Condition()
     self._failed: BaseException | None = None
+    self._waits: dict[int, hosts.Wait] = {}
     self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     if hosts.is_main():
       threading.Thread(target=self._mine_what_is_asked, name="mining", daemon=True).start()
@@ -57,6 +59,7 @@ class Generations:
 
     Raises:
       DptdrError: mining it failed.
+      LostError: the first process, whom others wait for, has not mined it within config.wait_seconds.
     """
     wanted = step // self.every - 1
     with self._ready:
@@ -67,8 +70,15 @@ class Generations:
         if not hosts.is_main() and (self._layout.generation(self._number, wanted) / "mining.json").exists():
           self._groups[wanted] = self._draws_from(wanted)
           continue
+        self._look(wanted)
         self._ready.wait(_LOOK_S)
       return self._groups[wanted]
+
+  def _look(self, wanted: int) -> None:
+    """Tells, once a generation, of a long wait; that for another process has an end."""
+    whom = "mining" if hosts.is_main() else "process 0"
+    what = f"{whom}, for negatives of generation {wanted} of round {self._number}"
+    self._waits.setdefault(wanted, hosts.Wait(what)).look(math.inf if hosts.is_main() else None)
 
   def resume(self, step: int) -> None:
     """Asks for the generations that training after `step` steps may still want, of those whose retriever is saved."""
@@ -117,6 +127,7 @@ class Generations:
     if not (directory / "mining.json").exists():
       _log.info("mining generation %d while training goes on", which)
       retriever = Retriever.load(directory / "retriever", self._shared)
-      mine.mine(self._config, self._layout, self._data, directory, retriever)
+      others = self._layout.train(self._number)  # BM25 and runs from elsewhere find the same for every generation
+      mine.mine(self._config, self._layout, self._data, directory, retriever, others)
     for name in _NEEDED_BY_MINING:
       files.remove(directory / name)

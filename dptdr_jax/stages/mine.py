@@ -6,7 +6,7 @@ adds what the retriever of round N finds.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import logging
 import pathlib
@@ -19,7 +19,7 @@ from dptdr_jax.core import files, preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retrieval import pool_checks, runs
-from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.candidates import MAX_DEPTH, MAX_SOURCES, Pool
 from dptdr_jax.retrieval.denoise import CrossEncoderRule, MarginRule, Rule, denoise
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
@@ -58,14 +58,11 @@ def check(config: ConfigDict) -> None:
     raise InputError("cross.negatives is bm25, and mine.bm25.depth is 0")
   if unknown := set(mine.sources) - set(SOURCES):
     raise InputError("unknown mine.sources", value=sorted(unknown), fix=f"Use some of {', '.join(SOURCES)}")
-  given = {"bm25": mine.bm25.depth, DENSE: mine.dense.depth, "runs": mine.runs and mine.outside.depth}
-  if (config.rounds > 1 or config.train.refresh_every) and not any(given[name] for name in mine.sources):
+  if _mines_with_retriever(config) and not _names(mine, first=False):
     raise InputError("nothing to mine from: each of mine.sources has a depth of 0 or no files", value=mine.sources)
-  _check_runs(mine)
-  for name, options in (("bm25", mine.bm25), (DENSE, mine.dense), ("outside", mine.outside)):
-    if min(options.depth, options.first, options.quota) < 0 or (options.depth and options.first >= options.depth):
-      raise InputError(f"mine.{name}: ranks go from 0 ≤ first < depth, and a quota is not negative",
-                       value=(options.first, options.depth, options.quota))  # fmt: skip
+  _check_sources(mine)
+  if mine.width < 0:
+    raise InputError("mine.width is not negative", value=mine.width, fix="0: whatever the sources give")
   if mine.near_duplicate and not (mine.same_text and 0 < mine.near_duplicate <= 1):
     raise InputError("mine.near_duplicate is a share, and wants mine.same_text", value=mine.near_duplicate)
   if not 0 <= mine.negative_below <= mine.positive_above <= 1:
@@ -73,16 +70,61 @@ def check(config: ConfigDict) -> None:
                      value=(mine.negative_below, mine.positive_above))  # fmt: skip
   if config.train.refresh_every and not (mine.dense.depth and DENSE in mine.sources):
     raise InputError("train.refresh_every mines with the retriever as it trains", fix="Set mine.dense.depth above 0")
+  _check_cross_encoder(config)
+  _check_simans(config)
+  _margins(config, ("bm25", DENSE, "outside"))
+
+
+def _check_cross_encoder(config: ConfigDict) -> None:
+  mine = config.mine
   if mine.cross_encoder and not config.cross.enabled:
     raise InputError("mine.cross_encoder wants a cross-encoder", fix="Set cross.enabled to True")
   if mine.pseudo_positives and not mine.cross_encoder:
     raise InputError("mine.pseudo_positives are the cross-encoder's", fix="Set mine.cross_encoder to True")
+  if mine.cross_encoder and not _mines_with_retriever(config):
+    raise InputError("mine.cross_encoder denoises what is mined after round 1 or while it trains, and nothing is",
+                     fix="Set rounds to 2, or train.refresh_every above 0")  # fmt: skip
   if mine.pseudo_positives and config.train.positive == "first":
     raise InputError("mine.pseudo_positives are never the first positive", fix="Set train.positive to rotate")
-  _margins(config, ("bm25", DENSE))
 
 
-def _check_runs(mine: ConfigDict) -> None:
+def _check_simans(config: ConfigDict) -> None:
+  train, mine = config.train, config.mine
+  if train.sampling != "simans":
+    return
+  known = ("bm25", DENSE, *(pathlib.Path(path).name for path in mine.runs))
+  if train.simans_source not in known:
+    raise InputError("unknown train.simans_source", value=train.simans_source, fix=f"Use {', '.join(known)}")
+
+
+def _mines_with_retriever(config: ConfigDict) -> bool:
+  """Whether there are pools besides that of mine0."""
+  return config.rounds > 1 or config.train.refresh_every > 0
+
+
+def _names(mine: ConfigDict, first: bool) -> list[str]:
+  """The sources of a pool; the `first` one is mined before there is a retriever, and mine.sources is not of it."""
+  found = ["bm25"] if mine.bm25.depth and (first or "bm25" in mine.sources) else []
+  found += [DENSE] if mine.dense.depth and not first and DENSE in mine.sources else []
+  outside = mine.outside.depth and (first or "runs" in mine.sources)
+  return found + [pathlib.Path(path).name for path in (mine.runs if outside else ())]
+
+
+def _options(mine: ConfigDict, name: str) -> ConfigDict:
+  """What is taken of a source; of run files alike."""
+  return {"bm25": mine.bm25, DENSE: mine.dense}.get(name, mine.outside)
+
+
+def _check_sources(mine: ConfigDict) -> None:
+  for name in ("bm25", DENSE, "outside"):
+    options = _options(mine, name)
+    if min(options.depth, options.first, options.quota) < 0 or (options.depth and options.first >= options.depth):
+      raise InputError(f"mine.{name}: ranks go from 0 ≤ first < depth, and a quota is not negative",
+                       value=(options.first, options.depth, options.quota))  # fmt: skip
+    if options.depth > MAX_DEPTH:
+      raise InputError(f"mine.{name}.depth is beyond the {MAX_DEPTH:,} ranks that a pool holds", value=options.depth)
+  if (number := max(len(_names(mine, first)) for first in (True, False))) > MAX_SOURCES:
+    raise InputError(f"a pool takes {MAX_SOURCES} sources at most", value=number, fix="Name fewer mine.runs")
   names = ["bm25", DENSE]
   for path in mine.runs:
     if not pathlib.Path(path).is_file():
@@ -101,28 +143,38 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 0) -> None:
   """Writes DIR/mineN/pool: negatives for each training query, best first, with what each source says of them."""
   layout = Layout.of(workdir)
   data, directory = PreparedData(layout.prepared), layout.mine(number)
-  wanted = number and config.mine.dense.depth and DENSE in config.mine.sources
-  retriever = common.trained(config, layout, number) if wanted else None
+  if hosts.is_main():  # before anything dear: what is wrong with them shows at once
+    _read_runs(config, layout, data, directory, directory)
+  names = _names(config.mine, first=not number)
+  retriever = common.trained(config, layout, number) if DENSE in names else None
   if retriever is not None:
     encode_both(config, layout, data, directory, retriever)
-  if hosts.process_count() > 1:
-    _search_together(config, layout, data, directory, retriever)
+  _search(config, layout, data, directory, directory)
   if hosts.is_main():  # what follows is one host's
     mine(config, layout, data, directory, retriever)
 
 
 def mine(
-  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever | None
-) -> Pool:
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever | None,
+  shared: pathlib.Path | None = None,
+) -> Pool:  # fmt: skip
   """Mines into `directory`: vectors/, runs/, merged/, pool/ and mining.json; what is there is not made again.
+
+  It waits for no other process.
 
   Args:
     directory: that of mine0, where BM25 stands alone beside runs from elsewhere and nothing but the cheap rules
       denoises; or any other, where config.mine.sources counts and the cross-encoder (if there is one) is trained.
     retriever: the dense source; None: there is none.
+    shared: has runs/ of the other sources, the same for all who share it; None: `directory`.
   """
+  shared = directory if shared is None else shared
+  _read_runs(config, layout, data, directory, shared)
+  if retriever is not None:
+    encode_both(config, layout, data, directory, retriever, together=False)
+  _search(config, layout, data, directory, shared, together=False)
   positives = common.qrels(data.splits[config.data.train_split])
-  sources = _sources(config, layout, data, positives, directory, retriever)
+  sources = _sources(config, layout, data, positives, directory, shared)
   if not (directory / "merged" / "manifest.json").exists():
     pool_from_runs(directory / "merged", sources, positives, width=config.mine.width or None)
   preemption.check(f"mining stands before denoising, in {directory}")
@@ -153,93 +205,103 @@ def _denoise(config: ConfigDict, layout: Layout, directory: pathlib.Path, rules:
 
 def _sources(
   config: ConfigDict, layout: Layout, data: PreparedData, positives: Qrels, directory: pathlib.Path,
-  retriever: Retriever | None,
+  shared: pathlib.Path,
 ) -> dict[str, Source]:  # fmt: skip
-  mine, found = config.mine, {}
-  split = data.splits[config.data.train_split]
-
-  def searched(name: str, make: Callable[[], Run], options: ConfigDict, scores: np.ndarray | None = None) -> None:
-    path = directory / "runs" / name
-    if not path.exists():
-      make().save(path)
-      preemption.check(f"mining stands after the search by {name}, in {directory}")
-    depth = min(options.depth, len(data.ids))
-    found[name] = Source(Run.open(path), depth, options.first, options.quota or None, scores)
-
-  _take_bm25_of_mine0(config, layout, directory)
-  searches = _searches(config, layout, data, directory, retriever)
-  everything = slice(0, len(split))
-  if "bm25" in searches:
-    searched("bm25", functools.partial(searches["bm25"], everything), mine.bm25)
-  if retriever is not None:
-    queries, passages = encode_both(config, layout, data, directory, retriever, together=False)
-    scores = positive_scores(queries, passages, positives)
-    searched(DENSE, functools.partial(searches[DENSE], everything), mine.dense, scores)
-  if mine.runs and mine.outside.depth and (_is_first(layout, directory) or "runs" in mine.sources):
-    depth = min(mine.outside.depth, len(data.ids))
-    for path in mine.runs:
-      read = functools.partial(runs.read_trec, path, split.ids.rows, data.ids.rows, len(split), depth)
-      searched(pathlib.Path(path).name, read, mine.outside)
+  """What was found, and what is taken of it."""
+  found = {}
+  for name in _names(config.mine, _is_first(layout, directory)):
+    options, scores = _options(config.mine, name), None
+    if name == DENSE:
+      scores = positive_scores(*_vectors(config, directory), positives)
+    run = Run.open(_place(name, directory, shared))
+    found[name] = Source(run, min(options.depth, len(data.ids)), options.first, options.quota or None, scores)
   return found
 
 
+def _place(name: str, directory: pathlib.Path, shared: pathlib.Path) -> pathlib.Path:
+  """Where the run of a source is: only the retriever finds something else for every pool."""
+  return (directory if name == DENSE else shared) / "runs" / name
+
+
+def _vectors(config: ConfigDict, directory: pathlib.Path) -> tuple[Embeddings, Embeddings]:
+  """Those of the training queries and of the corpus, as `encode_both` has made them."""
+  return Embeddings(directory / "vectors" / config.data.train_split), Embeddings(directory / "vectors" / "corpus")
+
+
+def _read_runs(
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, shared: pathlib.Path
+) -> None:
+  """Reads the run files that a pool takes from elsewhere."""
+  mine, split = config.mine, data.splits[config.data.train_split]
+  wanted, depth = _names(mine, _is_first(layout, directory)), min(mine.outside.depth, len(data.ids))
+  for path in mine.runs:
+    name = pathlib.Path(path).name
+    place = _place(name, directory, shared)
+    if name in wanted and not place.exists():
+      runs.read_trec(path, split.ids.rows, data.ids.rows, len(split), depth).save(place)
+      preemption.check(f"mining stands after reading {name}, in {directory}")
+
+
+def _search(
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, shared: pathlib.Path,
+  together: bool = True,
+) -> None:  # fmt: skip
+  """Searches by the retrievers that are asked here, in parts of the training queries.
+
+  `together`: all processes take turns at the parts, and the first one builds indexes; else this one does all.
+  """
+  searches = _searches(config, layout, data, directory)
+  places = {name: _place(name, directory, shared) for name in searches}
+  with hosts.first_goes_first("indexes") if together else contextlib.nullcontext():
+    if not together or hosts.is_main():
+      _prepare_search(config, layout, data, directory, places)
+  count = len(data.splits[config.data.train_split])
+  for name, make in searches.items():
+    search.shared(places[name], count, make, search.part_queries(config, dense=name == DENSE), together)
+
+
 def _searches(
-  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever | None
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path
 ) -> dict[str, Callable[[slice], Run]]:
   """The retrievers that are asked here: each searches for some rows of the training queries."""
-  split, deepest, found = data.splits[config.data.train_split], len(data.ids), {}
+  split, deepest = data.splits[config.data.train_split], len(data.ids)
 
   def by_bm25(rows: slice) -> Run:
     texts = [query.text for query in itertools.islice(split.queries.read(), rows.start, rows.stop)]
     return common.bm25(layout, data).search(texts, min(config.mine.bm25.depth, deepest))
 
   def by_retriever(rows: slice) -> Run:
-    queries, passages = (Embeddings(directory / "vectors" / part) for part in (config.data.train_split, "corpus"))
-    return search.dense(config, queries, passages, min(config.mine.dense.depth, deepest), directory / "index", rows)
+    depth = min(config.mine.dense.depth, deepest)
+    return search.dense(config, *_vectors(config, directory), depth, directory / "index", rows)
 
-  if config.mine.bm25.depth and (_is_first(layout, directory) or "bm25" in config.mine.sources):
-    found["bm25"] = by_bm25
-  if retriever is not None:
-    found[DENSE] = by_retriever
-  return found
+  known = {"bm25": by_bm25, DENSE: by_retriever}
+  names = _names(config.mine, _is_first(layout, directory))
+  return {name: known[name] for name in names if name in known}
 
 
-def _take_bm25_of_mine0(config: ConfigDict, layout: Layout, directory: pathlib.Path) -> None:
-  """BM25 finds the same for every round: links what it found for the first, where this run has asked it then."""
-  before, path = layout.mine(0) / "runs" / "bm25", directory / "runs" / "bm25"
-  if common.mines_first(config) and "bm25" in config.mine.sources and before.exists() and not path.exists():
-    files.link_tree(before, path)
-
-
-def _search_together(
-  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever | None
+def _prepare_search(
+  config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, places: dict[str, pathlib.Path]
 ) -> None:
-  """All processes search, each for its share of the training queries; indexes are the first one's to build."""
-  with hosts.first_goes_first("what BM25 found before"):
-    if hosts.is_main():
-      _take_bm25_of_mine0(config, layout, directory)
-  searches = _searches(config, layout, data, directory, retriever)
-  with hosts.first_goes_first("indexes"):
-    if hosts.is_main() and "bm25" in searches:
+  """Builds the indexes of what is still to be searched. BM25 finds the same for every pool: mine0's run is linked."""
+  if "bm25" in places and not places["bm25"].exists():
+    before = layout.mine(0) / "runs" / "bm25"
+    if common.mines_first(config) and before.exists():
+      files.link_tree(before, places["bm25"])
+    else:
       common.bm25(layout, data)
-    if hosts.is_main() and DENSE in searches:
-      search.build(config, Embeddings(directory / "vectors" / "corpus"), directory / "index")
-  for name, make in searches.items():
-    part = search.part_queries(config, dense=name == DENSE)
-    search.shared(directory / "runs" / name, len(data.splits[config.data.train_split]), make, part)
+  if DENSE in places and not places[DENSE].exists():
+    search.build(config, Embeddings(directory / "vectors" / "corpus"), directory / "index")
 
 
 def encode_both(
   config: ConfigDict, layout: Layout, data: PreparedData, directory: pathlib.Path, retriever: Retriever,
   together: bool = True,
-) -> tuple[Embeddings, Embeddings]:  # fmt: skip
-  """Vectors of the training queries and of the corpus; `together`: all processes make them."""
+) -> None:  # fmt: skip
+  """Makes vectors of the training queries and of the corpus; `together`: all processes make them."""
   split = config.data.train_split
   ids = {split: data.splits[split].ids, "corpus": data.ids}
-  places = {part: directory / "vectors" / part for part in ids}
   for part, kind in ((split, "query"), ("corpus", "passage")):
-    encode.encode(config, layout, places[part], part, retriever, kind, ids[part], together)
-  return Embeddings(places[split]), Embeddings(places["corpus"])
+    encode.encode(config, layout, directory / "vectors" / part, part, retriever, kind, ids[part], together)
 
 
 def positive_scores(queries: Embeddings, passages: Embeddings, positives: Qrels) -> np.ndarray:
@@ -265,12 +327,10 @@ def _rules(config: ConfigDict, data: PreparedData, positives: Qrels, sources: li
 
 
 def _margins(config: ConfigDict, sources: Iterable[str]) -> list[MarginRule]:
-  """The margins on each source that has them; mine0 has no dense one."""
-  mine = config.mine
-  named = {"bm25": mine.bm25, DENSE: mine.dense}
+  """The margins on each source that has them."""
   rules = []
-  for name in (name for name in named if name in sources):
-    options = named[name]
+  for name in sources:
+    options = _options(config.mine, name)
     if options.relative_margin or options.absolute_margin:
       rules.append(MarginRule(name, options.relative_margin or None, options.absolute_margin or None))
   return rules

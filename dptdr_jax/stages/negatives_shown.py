@@ -32,6 +32,7 @@ def summary(config: ConfigDict, data: PreparedData, pool: Pool, warnings: list[s
     "emptied": manifest["emptied"],
     "warnings": warnings,
     "histograms": {name: _histogram(pool, number) for number, name in enumerate(pool.names)},
+    "beside_histograms": {name: _beside_histogram(pool, number) for number, name in enumerate(pool.names)},
     "examples": _examples(config, data, pool),
   }
 
@@ -47,6 +48,15 @@ def _histogram(pool: Pool, source: int) -> dict[str, list[int]]:
     for name, chosen in (("kept", pool.kept(block)), ("removed", ~pool.kept(block))):
       counts[name] += np.histogram(ratio[known & chosen & (pool.rows[block] >= 0)], EDGES)[0]
   return {name: values.tolist() for name, values in counts.items()}
+
+
+def _beside_histogram(pool: Pool, source: int) -> int:
+  """How many queries a source knows candidates of, but no positive's score above 0: there is nothing to divide by."""
+  count = 0
+  for block in pool.blocks():
+    known = (np.isfinite(pool.scores[block, :, source]) & (pool.rows[block] >= 0)).any(1)
+    count += int((known & ~(pool.positive_scores[block, source] > 0)).sum())
+  return count
 
 
 def _examples(config: ConfigDict, data: PreparedData, pool: Pool) -> list[dict]:
@@ -90,6 +100,10 @@ def section(title: str, about: Mapping) -> str:
   rows = {**about["counts"], "left after denoising": about["kept"], "queries emptied by it": about["emptied"]}
   rows |= {f"from {name}": number for name, number in about["combinations"].items()}
   rows |= {f"queries that {name} does not answer": number for name, number in about["unanswered"].items() if number}
+  rows |= {
+    f"queries that {name}'s histogram leaves out, their positive's score is unknown or not above 0": number
+    for name, number in about.get("beside_histograms", {}).items() if number  # older runs lack it
+  }  # fmt: skip
   for step in about["denoising"]:
     rule = " of ".join(str(step[key]) for key in ("rule", "source") if key in step)
     for reason, numbers in step["removed"].items():
@@ -100,6 +114,18 @@ def section(title: str, about: Mapping) -> str:
   parts += ["<table>", *cells, "</table>", _histograms(about["histograms"])]
   parts += [_shown(example) for example in about["examples"]]
   return "\n".join(parts)
+
+
+def overview(title: str, found: Mapping[int, Mapping]) -> str:
+  """The counts of several pools of one round, {step from which it holds: what `summary` found}, as a table."""
+  names = ("from step", "candidates", "positives removed", "left after denoising", "queries emptied by it")
+  rows = [
+    (step, about["counts"]["candidates"], about["counts"]["positives removed"], about["kept"], about["emptied"])
+    for step, about in found.items()
+  ]
+  head = "".join(f"<th>{name}</th>" for name in names)
+  lines = ("<tr>" + "".join(f"<td>{number:,}</td>" for number in row) + "</tr>" for row in rows)
+  return "\n".join([f"<h2>{html.escape(title)}</h2>", f"<table><tr>{head}</tr>", *lines, "</table>"])
 
 
 def _histograms(histograms: Mapping) -> str:

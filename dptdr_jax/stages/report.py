@@ -39,16 +39,41 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
     _measures(results, summary),
     *([_curves(layout.pretrain, "Pretraining")] if config.pretrain.enabled else []),
     *(_curves(layout.train(number), f"Training, round {number}") for number in range(1, summary["rounds"] + 1)),
-    *(_negatives(layout, number) for number in range(config.rounds) if layout.mining(number).exists()),
+    *(part for number in range(1, config.rounds + 1) for part in negatives(config, layout, number)),
     _examples(files.read_json(layout.examples)),
   ]
   with files.atomic_path(layout.report) as partial:
-    partial.write_text(_PAGE.format(title=html.escape(layout.root.resolve().name), body="\n".join(body)))
+    page = _PAGE.format(title=html.escape(layout.root.resolve().name), body="\n".join(body))
+    partial.write_text(page, encoding="utf-8")
 
 
-def _negatives(layout: Layout, number: int) -> str:
-  title = f"Negatives of round {number + 1}"
-  return negatives_shown.section(title, files.read_json(layout.mining(number)))
+def negatives(config: ConfigDict, layout: Layout, number: int) -> list[str]:
+  """Sections about the negatives of round `number`: what was mined before it, and while it trained.
+
+  Of more than one generation there is a table, and all about the first and the last.
+  """
+  users = [f"round {number}"] if number > 1 or config.train.negatives == "bm25" else []
+  if number == 1 and config.cross.enabled and config.cross.negatives == "bm25":
+    users.append("the cross-encoder")
+  parts = []
+  if users:
+    title = f"Negatives of {' and '.join(users)}"
+    parts.append(negatives_shown.section(title, files.read_json(layout.mining(number - 1))))
+  found = _generations(config, layout, number)
+  if len(found) > 1:
+    parts.append(negatives_shown.overview(f"Negatives mined while round {number} trained", found))
+  shown = sorted({min(found), max(found)}) if found else []
+  parts += [negatives_shown.section(f"Negatives of round {number} from step {step:,}", found[step]) for step in shown]
+  return parts
+
+
+def _generations(config: ConfigDict, layout: Layout, number: int) -> dict[int, Mapping]:
+  """What was mined while a round trained, by the step from which it held."""
+  every, found, which = config.train.refresh_every, {}, 0
+  while every and (path := layout.generation(number, which) / "mining.json").exists():
+    found[(which + 1) * every] = files.read_json(path)
+    which += 1
+  return found
 
 
 def table(layout: Layout, seconds: Mapping[str, float]) -> str:

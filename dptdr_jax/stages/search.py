@@ -56,7 +56,9 @@ def part_queries(config: ConfigDict, dense: bool) -> int:
   return _DEVICE_PART if dense and config.index.backend == "devices" else _PART
 
 
-def shared(directory: pathlib.Path, count: int, search: Callable[[slice], Run], part: int) -> None:
+def shared(
+  directory: pathlib.Path, count: int, search: Callable[[slice], Run], part: int, together: bool = True
+) -> None:
   """Writes the run of `count` queries to `directory`: processes search for parts of it in turn, the first joins them.
 
   What is there already, whole or by parts, is not searched again; nor by another number of processes, where that leads
@@ -65,23 +67,25 @@ def shared(directory: pathlib.Path, count: int, search: Callable[[slice], Run], 
   Args:
     search: the run of some queries.
     part: queries of a part at most.
+    together: else this process searches alone, and meets no other.
   """
-  processes = hosts.process_count()
+  processes, first = (hosts.process_count(), hosts.process_index()) if together else (1, 0)
+  meet = hosts.barrier if together else lambda name: None
   number = processes * -(-count // (processes * part))
   parts = [directory.with_name(f"{directory.name}.{index}-of-{number}") for index in range(number)]
   done = directory.exists()
-  for index in range(hosts.process_index(), 0 if done else number, processes):
+  for index in range(first, 0 if done else number, processes):
     if not parts[index].exists():
       search(slice(count * index // number, count * (index + 1) // number)).save(parts[index])
       preemption.check(f"part {index + 1} of {number} of the search is in {parts[index]}")
-  hosts.barrier(f"{directory.name}: parts of the search")
-  if hosts.is_main():
+  meet(f"{directory.name}: parts of the search")
+  if first == 0:
     if not done:
       found = [Run.open(one) for one in parts]
       Run(*(np.concatenate([getattr(run, name) for run in found]) for name in ("rows", "scores"))).save(directory)
     for one in directory.parent.glob(f"{directory.name}.*-of-*"):
       files.remove(one)
-  hosts.barrier(f"{directory.name}: searched")
+  meet(f"{directory.name}: searched")
 
 
 def check(config: ConfigDict) -> None:

@@ -134,6 +134,17 @@ def test_simans_takes_what_has_no_score_only_when_it_must():
   assert _groups(None, 3, sampling=Sampling("simans")).group(0, 0).shape == (3,)  # random passages need no scores
 
 
+def test_simans_without_scores_is_random_in_the_same_range(caplog):
+  caplog.set_level("INFO", "dptdr_jax")
+  groups, random = (_groups(Pool(), 3, sampling=Sampling(name, first=1, last=5)) for name in ("simans", "random"))
+  assert [groups.group(0, epoch).tolist() for epoch in range(9)] == [
+    random.group(0, epoch).tolist() for epoch in range(9)
+  ]
+  assert [record.getMessage() for record in caplog.records] == [
+    "train1: these negatives have no scores that SimANS could draw by, and are drawn at random"
+  ]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_is_a_function_of_its_key(strategy):
   def make(**options):
@@ -160,5 +171,3 @@ def test_bad_sampling_is_named():
   for options in ({"a": -1.0}, {"b": np.nan}):
     with pytest.raises(InputError, match="finite a ≥ 0"):
       Sampling("simans", **options)
-  with pytest.raises(InputError, match="no scores, which SimANS draws by"):
-    _groups(Pool(), 3, sampling=Sampling("simans"))

@@ -160,7 +160,7 @@ def test_margins_against_a_loop(tmp_path, monkeypatch):
     for place in np.flatnonzero(pool.rows[query] >= 0):
       score, positive = pool.scores[query, place, 1], known[query]
       expected = 0
-      if positive > 0 and score > np.float32(0.9) * positive:
+      if score > positive - np.float32(0.1) * abs(positive):
         expected = Reason.RELATIVE_MARGIN
       elif not np.isnan(positive) and score > positive - np.float32(0.25):
         expected = Reason.ABSOLUTE_MARGIN
@@ -177,11 +177,13 @@ def test_margins_against_a_loop(tmp_path, monkeypatch):
   assert all(counted[name][0] > 5 for name in counted) and applied["unjudged"] == unjudged > 20
 
 
-def test_a_negative_positive_score_has_no_share(tmp_path):
-  make(tmp_path / "p", [[7, 8]], [[-1, -3]], positive_scores=np.array([-2.0], np.float32))
-  assert len(denoise(tmp_path / "r", tmp_path / "p", [MarginRule("a", relative=0.95)]).candidates(0)) == 2
-  absolute = denoise(tmp_path / "a", tmp_path / "p", [MarginRule("a", absolute=0.0)])
-  assert reasons_of(absolute) == {7: "ABSOLUTE_MARGIN"}
+@pytest.mark.parametrize(("positive", "share", "threshold"), [(-2.0, 0.75, -2.5), (-2.0, 1.0, -2.0), (0.0, 0.75, 0.0)])
+def test_a_share_of_a_score_that_is_not_positive(tmp_path, positive, share, threshold):
+  scores = [1.0, -1.9, -2.1, -2.4, -2.6]
+  make(tmp_path / "p", [range(7, 12)], [scores], positive_scores=np.array([positive], np.float32))
+  pool = denoise(tmp_path / "r", tmp_path / "p", [MarginRule("a", relative=share)])
+  above = [row for row, score in zip(range(7, 12), scores, strict=True) if score > threshold]
+  assert reasons_of(pool) == dict.fromkeys(above, "RELATIVE_MARGIN")
 
 
 def test_positives_in_the_run_give_the_score_that_margins_want(tmp_path):
@@ -196,15 +198,17 @@ def test_cross_encoder_keeps_only_what_it_is_sure_of(tmp_path):
   make(tmp_path / "p", [[1, 2, 3, 4, 5, 6, -1]])
   scores = np.array([[0.05, 0.1, 0.5, 0.9, 0.95, np.nan, 7]], np.float32)  # what stands at fills is not looked at
   pool = denoise(tmp_path / "c", tmp_path / "p", [CrossEncoderRule(scores)])
-  assert pool.candidates(0).tolist() == [1, 6] and pool.pseudo_positives(0).tolist() == [5]
-  assert reasons_of(pool) == dict.fromkeys([2, 3, 4], "CROSS_ENCODER") | {5: "PSEUDO_POSITIVE"}
-  assert pool.manifest["denoising"][0]["unjudged"] == 1
+  assert pool.candidates(0).tolist() == [1] and pool.pseudo_positives(0).tolist() == [5]
+  assert reasons_of(pool) == dict.fromkeys([2, 3, 4], "CROSS_ENCODER") | {5: "PSEUDO_POSITIVE", 6: "NOT_SCORED"}
+  applied = pool.manifest["denoising"][0]
+  assert applied["removed"]["NOT_SCORED"] == {"all": 1, "a": 1} and applied["unjudged"] == 0
   strict = denoise(tmp_path / "s", tmp_path / "p", [CrossEncoderRule(scores, 0.05, 0.5)])
-  assert strict.candidates(0).tolist() == [6] and strict.pseudo_positives(0).tolist() == [4, 5]
+  assert strict.candidates(0).tolist() == [] and strict.pseudo_positives(0).tolist() == [4, 5]
+  assert strict.manifest["emptied"] == 1
   scores[0, 2] = 1.5
   with pytest.raises(InputError, match="no probability: 1.5"):
     denoise(tmp_path / "s", tmp_path / "p", [CrossEncoderRule(scores)])
-  assert strict.candidates(0).tolist() == [6] and Pool.open(tmp_path / "s").reasons.tolist() == strict.reasons.tolist()
+  assert Pool.open(tmp_path / "s").reasons.tolist() == strict.reasons.tolist()
 
 
 def test_the_first_rule_that_hits_wins_and_pools_are_denoised_again(tmp_path):

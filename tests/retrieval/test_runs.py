@@ -98,7 +98,6 @@ def test_a_long_file_is_read_block_by_block(tmp_path, monkeypatch, depth):
     ("q0 Q0 p-one -1 2.0 x", "rank is not a whole number"),
     ("q0 Q0 p-one 1 two x", "score is not a number"),
     ("q0 Q0 p-one 1 nan x", "score is not finite"),
-    ("q9 Q0 p-one 1 2.0 x", "unknown query id: 'q9'"),
     ("q0 Q0 p-nine 1 2.0 x", "unknown passage id: 'p-nine'"),
     ("q1 Q0 p-one 7 9.0 x", "passage stands twice"),
   ],
@@ -109,6 +108,19 @@ def test_bad_trec_lines_are_named(tmp_path, line, says):
   with pytest.raises(InputError, match=says) as error:
     read_trec(path, *KNOWN)
   assert f"{path}:2: " in str(error.value)
+
+
+def test_queries_that_are_not_asked_are_skipped(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(runs, "_LINES", 2)  # one block has no other ones
+  caplog.set_level("INFO", "dptdr_jax")
+  lines = [f"{query} Q0 {passage} 1 2.0 x\n" for query in ("q8", "q1", "q9") for passage in ("p-two", "p-one")]
+  (tmp_path / "a.trec").write_text("".join(lines))
+  assert read_trec(tmp_path / "a.trec", *KNOWN).rows.tolist() == [[-1, -1], [1, 2], [-1, -1]]
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert said == f"{tmp_path}/a.trec: 2 queries are unknown here and skipped"
+  (tmp_path / "b.trec").write_text("".join(lines[:2]))
+  with pytest.raises(InputError, match="no query of this run is known here: 'q8'"):
+    read_trec(tmp_path / "b.trec", *KNOWN)
 
 
 @pytest.mark.parametrize("line", ["q0 p-one 1", "q0\tp-one\t1\t2.0", "q0\tp-one\t1.5"])
