@@ -36,6 +36,8 @@ def _data() -> dict:
     source="beir",  # 'beir', 'msmarco', 'nq', 'original' (the authors' training JSONL) or 'docstrings'
     dir="",  # folder of the source's files (a manual directory: nothing is downloaded where the files are here)
     download=False,  # msmarco, nq: fetch the official files into dir, checksums verified
+    empty_text="title",  # beir, a passage without text: its 'title' is its text, without both it is an error. 'keep':
+    # without both it stays, and no word finds it; 'error': an error whatever its title
     title_augmented=False,  # msmarco: join para.title.txt (the corpus that RocketQA, coCondenser and DPTDR report on)
     packages=("stdlib",),  # docstrings: packages to read; never imported
     dev_modules=(),  # docstrings: modules whose pairs are the dev split
@@ -72,7 +74,7 @@ def _pretrain() -> dict:
     tokenizer="backbone",  # 'backbone' (go on from backbone.path), or 'train': one of the corpus and a random RoBERTa
     vocabulary=30_000,  # tokenizer 'train': ids of the byte-level BPE
     shape=dict(hidden_size=384, num_layers=6, num_heads=6, intermediate_size=1536, max_positions=514),  # 'train'
-    max_stored_tokens=1024,  # tokens of a passage that spans are cut from
+    max_stored_tokens=1024,  # tokens of a passage that spans are cut from; how many passages have more is warned of
     epochs=8.0,  # passes over the corpora (coCondenser: 8, little gain after 4); ignored where steps or tokens > 0
     steps=0,  # optimiser steps
     tokens=0,  # budget of tokens, padding not counted; ignored where steps > 0
@@ -80,7 +82,7 @@ def _pretrain() -> dict:
     span_tokens=128,  # limit of a span, special tokens included (method: 80-128)
     shortest=8,  # fewest tokens of text in a span
     short_share=0.1,  # spans that aim at a random shorter length (coCondenser's 10 %)
-    overlap=False,  # the spans of a passage may overlap, each drawn by itself (Contriever's cropping)
+    overlap=False,  # spans may overlap (Contriever's cropping); wants passages longer than span_tokens (MS MARCO's: 70)
     neighbours=1,  # passages drawn in a row, where the corpus' order means something: harder contrast
     contrast_weight=1.0,  # of the contrast between spans; 0: none
     mlm_weight=1.0,  # of masked language modelling; 0: none, and spans are not masked
@@ -127,10 +129,11 @@ def _train() -> dict:
     passages=2,  # a query: its positive and passages - 1 negatives; 1: in-batch negatives alone
     positive="rotate",  # 'rotate' with the epoch, or 'first' always (NQ)
     negatives="source",  # of round 1: 'source' (the data's own, else random), 'bm25' (mined before it) or 'random'
-    sampling="window",  # of negatives in an epoch: 'window' (the original's), 'random', 'top', 'simans' (by score)
+    sampling="window",  # of negatives in an epoch: 'window' (the original's), 'random', 'top', 'simans' (by score,
+    # and 'random' in a round whose negatives have no scores of simans_source)
     sample_first=0,  # only the negatives of a query from this place on, best first
     sample_last=0,  # … and up to this one; 0: to the end
-    simans_source="dense",  # whose scores SimANS draws by; the first source where a pool has no such one
+    simans_source="dense",  # whose scores SimANS draws by: 'bm25', 'dense' or the file name of one of mine.runs
     simans_a=0.5,  # its sharpness, 1 / score²; 200 where scores are cosines
     simans_b=0.0,  # its shift, in scores
     refresh_every=0,  # steps; > 0: negatives are mined anew from every so manyeth state while training goes on (ANCE)
@@ -162,7 +165,7 @@ def _mine() -> dict:
     dense=_mined_from(depth=200),  # the retriever of the round before, by config.index (Tevatron: 200)
     sources=("bm25", "dense", "runs"),  # of a pool between two rounds; before round 1 there is no dense one
     runs=(),  # TREC run files of other retrievers over the training queries; file names tell them apart
-    outside=_mined_from(depth=200),  # how they are used; no margins
+    outside=_mined_from(depth=200),  # how each of them is used
     width=0,  # candidates that a query has in all; 0: whatever the sources give
     same_text=True,  # take out what equals or contains a positive's text, whatever its id
     cross_encoder=False,  # after all else, keep only what the cross-encoder (see cross) is sure of (RocketQA)
@@ -178,8 +181,9 @@ def _mined_from(depth: int) -> dict:
     depth=depth,  # ranks of it that are candidates; 0: not asked
     first=0,  # ranks skipped on top, where false negatives stand
     quota=0,  # candidates it gives to a query at most; 0: all
-    relative_margin=0.0,  # take out what it scores above this share of its positive (cosines: .95); 0: off. With an
-    # index.factory that is not exact, what it finds has the index's own, rounded score
+    relative_margin=0.0,  # take out what it scores above this share of its positive (cosines: .95; of a score s below 0
+    # that is s - (1 - share) · |s|); 1: above the positive; 0: off. With an index.factory that is not exact, what it
+    # finds has the index's own, rounded score
     absolute_margin=0.0,  # or above its positive's score less this; 0: off
   )
 
@@ -209,7 +213,8 @@ def _cross() -> dict:
     evaluate_queries=128,  # dev queries of a trial
     evaluate_passages=16,  # a dev query: a positive and what BM25 ranks highest beside the positives
     loader_workers=2,  # threads that build batches ahead
-    depth=50,  # candidates of a training query that are scored for denoising, best first (RocketQA: 50)
+    depth=50,  # candidates of a training query that are scored for denoising, best first (RocketQA: 50); with
+    # mine.cross_encoder the others are taken out, and a query that keeps none gets random passages
     rerank=100,  # passages of the last retriever that are ranked again in evaluation; those below stay below
   )
 

@@ -15,12 +15,12 @@ import logging
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, lock, manifest, progress, remote
-from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.core.errors import DptdrError, InputError, PassingError
 from dptdr_jax.core.mirror import Mirror
 from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import (
@@ -50,22 +50,27 @@ class Stage:
     run: its function (config, workdir).
     fields: the config fields it reads.
     inputs: the stages whose files it reads.
-    files: the files from outside that it depends on.
+    files: the files from outside that it depends on, in groups by name, which may nest.
+    splits: those whose queries it reads of what is prepared; the corpus it may always read.
     together: all processes of the run work in it; else the first one alone, and the others wait.
     beside: what it writes outside of its own directory, by path from the run's.
     kept: parts of its directory that do not depend on what `after` names, and are not made again for it.
-    after: fields ('config.a.b') and inputs ('stages.a').
+    after: fields ('config.a.b'), inputs ('stages.a'; 'stages': all) and groups of files ('files.a').
+    repair: how a file that broke after the end is made again: with the 'part' of the directory that it is in, as a
+      'file' of its own (the stage looks for what is not whole), or '' not at all (it was chosen on the way to the end).
   """
 
   name: str
   run: Callable[[ConfigDict, files.Path], None]
   fields: tuple[str, ...]
   inputs: tuple[str, ...] = ()
-  files: Callable[[ConfigDict], Sequence[files.Path]] = lambda config: ()
+  files: Callable[[ConfigDict], Mapping[str, Any]] = lambda config: {}
+  splits: tuple[str, ...] = ()
   together: bool = True
   beside: tuple[str, ...] = ()
   kept: tuple[str, ...] = ()
   after: frozenset[str] = frozenset()
+  repair: Literal["part", "file", ""] = "part"
 
   def has_kept_of(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether there are kept parts, and made from this or from that they are the same."""
@@ -79,6 +84,7 @@ NEUTRAL = (
   "pretrain.chunk", "pretrain.remat", "pretrain.fsdp",
   "train.loader_workers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
   "encode.batch_tokens", "index.device_bytes",
+  "data.dir", "data.download", "backbone.path", "backbone.sha256",  # their files are hashed
   "cross.depth", "cross.rerank",  # of what uses it, not of its training
   "cross.loader_workers", "cross.log_every", "cross.checkpoint_every", "cross.keep_checkpoints",
   "pretrain.loader_workers", "pretrain.log_every", "pretrain.checkpoint_every", "pretrain.keep_checkpoints",
@@ -101,52 +107,73 @@ def stages(config: ConfigDict) -> list[Stage]:
   wanted = ("pretrain.tokenizer", "pretrain.vocabulary", "pretrain.shape", "pretrain.corpora", "seed")
   baselines = ("evaluate.backbone", "evaluate.other_poolings")
   made = wanted if scratch.is_wanted(config) else ()  # then prepare trains the tokenizer
-  prepared = Stage("prepare", prepare.run, ("data", "backbone", *texts, *made), (), prepare.outside_files, False)
+  prepared = Stage(
+    "prepare", prepare.run, ("data", "backbone", *texts, *made), files=prepare.outside_files, together=False,
+    kept=prepare.OF_CORPUS, after=frozenset({"files.splits"}),
+  )  # fmt: skip
   pretrained = []
   if config.pretrain.enabled:
     fields = ("seed", "pretrain", "compute_dtype", "backbone", "text.separator", "vector.pooling")
-    pretrained = [Stage("pretrain", pretrain.run, fields, ("prepare",), files=corpora.outside_files)]
+    beside = (*(f"pretrain.{name}" for name in config.pretrain if name not in pretrain.OF_TOKENS), "vector.pooling")
+    tokens = {"kept": ("tokens",), "after": frozenset(f"config.{name}" for name in ("seed", "compute_dtype", *beside))}
+    pretrained = [Stage("pretrain", pretrain.run, fields, ("prepare",), files=_corpora, **tokens)]
   rounds = list(_rounds(config, ("prepare", *(stage.name for stage in pretrained)), model))
   names = ("prepare", *(stage.name for stage in rounds))
+  judged = tuple(config.evaluate.splits)
   return [
     prepared,
     *pretrained,
     *rounds,
-    Stage("encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), names),
+    Stage(
+      "encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), names, splits=judged,
+      kept=tuple(f"{system}/corpus" for system in common.dense_systems(config)), after=encode.BESIDE_CORPUS,
+      repair="file",
+    ),
     Stage(
       "evaluate",
       evaluate.run,
       ("evaluate", "index", "rounds", "cross.enabled", "cross.rerank"),
       (*names, "encode"),
+      splits=judged,
       together=False,
       beside=("results.json",),
     ),
-    Stage("report", report.run, (), (*names, "evaluate"), together=False, beside=("report.html",)),
-  ]
+    Stage("report", report.run, (), (*names, "evaluate"), splits=judged, together=False, beside=("report.html",)),
+  ]  # fmt: skip
+
+
+def _corpora(config: ConfigDict) -> dict[str, Any]:
+  return {"corpora": corpora.outside_files(config)}
+
+
+def _runs(config: ConfigDict) -> dict[str, Any]:
+  return {"runs": mine.outside_files(config)}
 
 
 def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...]) -> Iterator[Stage]:
   """Training, and before each round (but the first, unless it wants BM25's negatives) mining; the cross-encoder."""
-  inputs = before
+  inputs, learned = before, (config.data.train_split,)
+  tried = (*learned, config.data.dev_split)
   for number in range(1, config.rounds + 1):
     if number > 1 or common.mines_first(config):
       fields = ("mine", "encode", "index", "cross.depth", *model) if number > 1 else MINED_FIRST
       fields += ("data.train_split",)
       mined = functools.partial(mine.run, number=number - 1)
       parts = {"kept": mine.SEARCHED, "after": mine.AFTER_SEARCH}
-      yield Stage(f"mine{number - 1}", mined, fields, inputs, mine.outside_files, **parts)
+      yield Stage(f"mine{number - 1}", mined, fields, inputs, _runs, learned, **parts)
       inputs = (*inputs, f"mine{number - 1}")
     if number == 1 and config.cross.enabled:
       fields = ("seed", "cross", "data.train_split", "data.dev_split", *model)
-      crossed = Stage("cross", cross.run, fields, inputs)
+      crossed = Stage("cross", cross.run, fields, inputs, splits=tried, repair="")
     early = number == 1 and config.cross.enabled and config.mine.cross_encoder and bool(config.train.refresh_every)
     if early:  # it denoises what is mined while round 1 trains
       yield crossed
       inputs = (*inputs, "cross")
     fields = ("seed", "train", "prompt", "mine.pseudo_positives", *model)
     fields += ("mine", "encode", "index", "cross.depth") if config.train.refresh_every else ()
-    outside = {"files": mine.outside_files} if config.train.refresh_every else {}
-    yield Stage(f"train{number}", functools.partial(train.run, number=number), fields, inputs, **outside)
+    outside = {"files": _runs} if config.train.refresh_every else {}
+    trained = functools.partial(train.run, number=number)
+    yield Stage(f"train{number}", trained, fields, inputs, splits=tried, repair="", **outside)
     inputs = (*inputs, f"train{number}")
     if number == 1 and config.cross.enabled and not early:
       yield crossed
@@ -233,12 +260,10 @@ def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Plann
   """
   check(config)
   fingerprints = manifest.Fingerprints(layout.root / "inputs.json", verify)
-  keys: dict[str, str] = {}
-  planned = []
+  planned: list[Planned] = []
   for stage in stages(config):
-    made_from = _describe(stage, config, keys, fingerprints)
-    keys[stage.name] = manifest.key_of(made_from)
-    planned.append(Planned(stage, made_from, keys[stage.name]))
+    made_from = _describe(stage, config, planned, fingerprints)
+    planned.append(Planned(stage, made_from, manifest.key_of(made_from)))
   return planned
 
 
@@ -254,10 +279,9 @@ def share(config: ConfigDict, workdir: files.Path, others: Sequence[files.Path])
     if stage.beside or _is_done(layout, stage, item.key):
       continue
     theirs = [Layout.of(other).stage(stage.name) for other in others]
-    theirs = [source for source in theirs if (source / manifest.NAME).exists()]
-    made = {source: files.read_json(source / manifest.NAME) for source in theirs}
-    same = [source for source in theirs if made[source]["key"] == item.key]
-    alike = [source for source in theirs if stage.has_kept_of(made[source]["made_from"], item.made_from)]
+    made = {source: found for source in theirs if (found := manifest.read(source / manifest.NAME)) is not None}
+    same = [source for source in made if made[source]["key"] == item.key]
+    alike = [source for source in made if stage.has_kept_of(made[source]["made_from"], item.made_from)]
     if same:
       files.link_tree(same[0], directory)
       shared.append(stage.name)
@@ -281,9 +305,8 @@ def seconds(layout: Layout, config: ConfigDict) -> dict[str, float]:
   """Returns the time that each finished stage took, in seconds, over all its attempts."""
   found = {}
   for stage in stages(config):
-    path = layout.stage(stage.name) / manifest.NAME
-    if path.exists():
-      found[stage.name] = files.read_json(path)["seconds"]
+    if (made := manifest.read(layout.stage(stage.name) / manifest.NAME)) is not None:
+      found[stage.name] = made["seconds"]
   return found
 
 
@@ -299,7 +322,9 @@ def _choose(names: list[str], only: Sequence[str]) -> list[str]:
   return [name for name in names if name in chosen]
 
 
-def _describe(stage: Stage, config: ConfigDict, keys: dict[str, str], fingerprints: manifest.Fingerprints) -> dict:
+def _describe(
+  stage: Stage, config: ConfigDict, before: Sequence[Planned], fingerprints: manifest.Fingerprints
+) -> dict[str, Any]:
   plain, unread = config.to_dict(), {*NEUTRAL, *_overruled(config)}
   fields = {}
   for name in stage.fields:
@@ -307,11 +332,38 @@ def _describe(stage: Stage, config: ConfigDict, keys: dict[str, str], fingerprin
     if isinstance(value, dict):
       value = {key: item for key, item in value.items() if f"{name}.{key}" not in unread}
     fields[name] = value
-  # What was fetched is named by its URL: the cache may be elsewhere on another machine.
-  found = {remote.origin(path): sha256 for path, sha256 in fingerprints.of(stage.files(config)).items()}
-  if len(found) > MANY_FILES:
-    found = {f"{len(found)} files": manifest.key_of(found)}
-  return {"config": fields, "stages": {name: keys[name] for name in stage.inputs}, "files": found}
+  found = {"config": fields, "files": _hashes(stage.files(config), prepare.homes(config), fingerprints)}
+  keys = {item.stage.name: item.key for item in before if item.stage.name in stage.inputs}
+  if "prepare" in keys:  # of which it reads the corpus, and some of the splits
+    prepared = before[0].made_from
+    found["corpus"] = manifest.key_of(_part(prepared, ()))
+    keys["prepare"] = manifest.key_of(_part(prepared, stage.splits))
+  return found | {"stages": keys}
+
+
+def _part(prepared: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
+  """What the corpus and some splits are made from."""
+  outside = prepared["files"]
+  kept = {name: outside["splits"][name] for name in splits if name in outside["splits"]}
+  return {**prepared, "files": {**outside, "splits": kept}}
+
+
+def _hashes(
+  outside: Mapping[str, Any] | Sequence[files.Path], homes: Mapping[str, pathlib.Path],
+  fingerprints: manifest.Fingerprints,
+) -> dict[str, Any]:  # fmt: skip
+  if isinstance(outside, Mapping):
+    return {name: _hashes(group, homes, fingerprints) for name, group in outside.items()}
+  found = {_called(path, homes): sha256 for path, sha256 in fingerprints.of(outside).items()}
+  return {f"{len(found)} files": manifest.key_of(found)} if len(found) > MANY_FILES else found
+
+
+def _called(path: files.Path, homes: Mapping[str, pathlib.Path]) -> str:
+  """A file's name: from the directory of the data or the backbone on, its URL if it was fetched, else its path."""
+  for name, home in homes.items():
+    if pathlib.Path(path).is_relative_to(home):
+      return f"{name}/{pathlib.Path(path).relative_to(home).as_posix()}"
+  return remote.origin(path)
 
 
 def _overruled(config: ConfigDict) -> Iterator[str]:
@@ -321,13 +373,15 @@ def _overruled(config: ConfigDict) -> Iterator[str]:
       yield from (f"{section}.epochs", f"{section}.tokens")
   if config.pretrain.tokens:
     yield "pretrain.epochs"
+  if config.data.source != "beir":
+    yield "data.empty_text"
   if not scratch.is_wanted(config):
     yield from ("pretrain.vocabulary", "pretrain.shape")
 
 
 def _is_done(layout: Layout, stage: Stage, key: str) -> bool:
-  path = layout.stage(stage.name) / manifest.NAME
-  return path.exists() and files.read_json(path)["key"] == key
+  found = manifest.read(layout.stage(stage.name) / manifest.NAME)
+  return found is not None and found["key"] == key
 
 
 def _execute(
@@ -382,9 +436,34 @@ def _execute_first(
       with contextlib.suppress(OSError, DptdrError):  # where the disk is full this cannot be written either
         files.write_json(begun, record | {"seconds": spent + time.monotonic() - started})
       files.raise_if_full(error, directory)
+      if isinstance(error, InputError) and error.path is not None:
+        _set_back(error, [before for before in stages(config) if before.name in stage.inputs], layout)
       raise
-  record |= {"seconds": round(spent + time.monotonic() - started, 1), "versions": _versions()}
+  spent = round(spent + time.monotonic() - started, 1)
+  record |= {"seconds": spent, "versions": _versions(), "sizes": manifest.sizes(directory)}
   files.write_json(directory / manifest.NAME, record)
+
+
+def _set_back(error: InputError, finished: Sequence[Stage], layout: Layout) -> None:
+  """Makes a stage unfinished where what the error is about has lost files, or they are not of the size they were.
+
+  Raises:
+    PassingError: the next start makes them again.
+  """
+  path = pathlib.Path(error.path)
+  for stage in finished:
+    directory = layout.stage(stage.name)
+    made = manifest.read(directory / manifest.NAME) if path.is_relative_to(directory) else None
+    if made is None or not stage.repair:
+      continue
+    here, below = manifest.sizes(directory), path.relative_to(directory)
+    broken = [name for name, size in made["sizes"].items()
+              if here.get(name) != size and pathlib.PurePath(name).is_relative_to(below)]  # fmt: skip
+    if broken:
+      files.remove(directory / manifest.NAME)
+      for part in {name.partition("/")[0] for name in broken if stage.repair == "part"}:
+        files.remove(directory / part)
+      raise PassingError(f"{error}. The next start makes it again, in stage {stage.name}") from error
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ import gzip
 import importlib
 import json
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def ready(tmp_path):
   [
     ("corpus.jsonl.gz", 7, '{"_id": "p6", "text": "cut', "broken JSON"),
     ("corpus.jsonl.gz", 7, '["p6"]', "a line must be a JSON object"),
-    ("corpus.jsonl.gz", 7, '{"_id": "p6", "title": "t", "text": " "}', "empty text"),
+    ("corpus.jsonl.gz", 7, '{"_id": "p6", "title": "", "text": " "}', "empty text and no title"),
     ("corpus.jsonl.gz", 7, '{"_id": "p2", "title": "t", "text": "again"}', "duplicate id: 'p2'"),
     ("queries.jsonl", 3, '{"_id": "q2", "text": 5}', "text must be a string: 5"),
     ("queries.jsonl", 3, '{"_id": "q1", "text": "again"}', "duplicate id: 'q1'"),
@@ -217,6 +218,26 @@ def test_a_full_disk_while_a_checkpoint_is_written(tmp_path, capfd):
   assert "Traceback" not in capfd.readouterr().err
 
 
+def test_what_broke_after_its_stage_is_made_again(trained, end):
+  config, directory = trained
+  work = directory / "work"
+  results = (work / "results.json").read_bytes()
+  for broken in ("encode/train1/corpus/vectors-00001.npy", "prepare/tokens/corpus/tokens.bin"):
+    whole = (work / broken).read_bytes()
+    kept = work / "encode/train1/corpus/vectors-00000.npy"
+    made = kept.stat().st_mtime_ns
+    cut(work / broken)
+    for stage in ("encode", "evaluate"):  # as if killed there
+      if not broken.startswith(stage):
+        (work / stage / "manifest.json").unlink()
+    (work / "evaluate/parts/train1.dev.json").unlink(missing_ok=True)
+    status, said = end(config, work)
+    assert status == 1 and "The next start makes it again, in stage " + broken.partition("/")[0] in said
+    assert end(config, work)[0] == 0
+    assert (work / broken).read_bytes() == whole and (work / "results.json").read_bytes() == results
+    assert kept.stat().st_mtime_ns == made
+
+
 def test_truncated_prompts(trained, end):
   config, directory = trained
   path = directory / "work/train1/retriever/prompts.safetensors"
@@ -261,8 +282,46 @@ def test_prompts_of_another_shape(trained, tmp_path):
     Retriever.load(retriever)
 
 
-def test_a_config_that_cannot_be_loaded(tmp_path):
-  (tmp_path / "mine.py").write_text("from configs import nowhere\n")
-  command = [sys.executable, "-m", "dptdr_jax.main", f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/work"]
-  ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-  assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and "nowhere" in ended.stderr
+CONFIG, PLACE = "--config=configs/beir.py", "--workdir=nowhere"
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ([CONFIG, PLACE, "--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
+    ([CONFIG], "Flag --workdir must have a value"),
+    ([PLACE], "Flag --config must have a value"),
+    ([CONFIG, PLACE, "--processes=two"], "flag --processes=two"),
+    ([CONFIG, PLACE, "--config.sed=1"], "no such field: 'sed'"),
+    ([CONFIG, PLACE, "--config.seed=one"], "flag --config.seed=one"),
+    ([CONFIG, PLACE, "extra"], "unexpected argument 'extra'"),
+    (["--config=nothing.py", PLACE, "--config.seed=1"], "No such file or directory: 'nothing.py'"),
+    (["--config=broken.py", PLACE], "SyntaxError: .*broken.py, line 1"),
+    (["--config=wrong.py", PLACE], "config: ValueError: seven is no number"),
+    (["--config=astray.py", PLACE], "nowhere"),
+  ],
+)
+def test_flags_and_configs_that_are_wrong(tmp_path, flags, message):
+  (tmp_path / "broken.py").write_text("def get_config(:\n")
+  (tmp_path / "wrong.py").write_text("def get_config():\n  raise ValueError('seven is no number')\n")
+  (tmp_path / "astray.py").write_text("from configs import nowhere\n")
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  status, said = call("main", *flags, directory=tmp_path)
+  assert status == 2 and len(said.splitlines()) == 1 and re.match(f"error: .*{message}", said), said
+
+
+@pytest.mark.parametrize("command", ["ablate", "plan", "negatives"])
+def test_every_command_refuses_in_the_same_way(command):
+  status, said = call(command, "--no_such_flag=1")
+  assert status == 2 and len(said.splitlines()) == 1 and "no_such_flag" in said
+
+
+def test_help_is_no_error():
+  assert call("main", "--help") == (1, "")  # as absl has it
+
+
+def call(command: str, *flags: str, directory: pathlib.Path = ROOT) -> tuple[int, str]:
+  """A command's exit status, and what it says of errors."""
+  whole = [sys.executable, "-m", f"dptdr_jax.{command}", *flags]
+  ended = subprocess.run(whole, cwd=directory, capture_output=True, text=True, check=False)
+  return ended.returncode, ended.stderr

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from support import tiny
 from dptdr_jax import pipeline
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.stages.trial import DevTrial
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -98,6 +100,49 @@ def test_a_touched_input_is_hashed_again_and_a_changed_one_redoes_all(tmp_path):
   assert done_at(tmp_path / "work") != before
 
 
+def test_another_place_or_split_redoes_no_training(finished, tmp_path):
+  config, workdir = finished
+  moved = config.copy_and_resolve_references()
+  for name, path in (("data", config.data.dir), ("backbone", config.backbone.path), ("work", workdir)):
+    shutil.copytree(path, tmp_path / name)
+  moved.data.dir, moved.backbone.path = str(tmp_path / "data"), str(tmp_path / "backbone")
+  before = done_at(tmp_path / "work")
+  pipeline.run(moved, tmp_path / "work")
+  assert done_at(tmp_path / "work") == before
+  vectors = tmp_path / "work/encode/train1/corpus/vectors-00000.npy"
+  encoded = vectors.stat().st_mtime_ns
+  shutil.copy(tmp_path / "data/qrels/dev.tsv", tmp_path / "data/qrels/test.tsv")
+  moved.evaluate.splits = ("dev", "test")
+  pipeline.run(moved, tmp_path / "work")
+  after = done_at(tmp_path / "work")
+  assert {name for name in after if after[name] != before[name]} == {"prepare", "encode", "evaluate", "report"}
+  assert vectors.stat().st_mtime_ns == encoded, "the corpus' vectors stay"
+  results = json.loads((tmp_path / "work/results.json").read_text())
+  assert results["train1"]["test"] == results["train1"]["dev"]
+
+
+def test_sigterm_during_a_trial_saves_and_the_trial_comes_again(finished, monkeypatch, tmp_path):
+  config, workdir = finished
+  for name in ("prepare", "mine0"):
+    shutil.copytree(workdir / name, tmp_path / name)
+  trials, evaluate = [], DevTrial.evaluate
+
+  def stopped(self, retriever):
+    trials.append(len(trials))
+    return evaluate(self, retriever)
+
+  monkeypatch.setattr(DevTrial, "evaluate", stopped)
+  for trial in (1, 2, 1):  # in the first trial; when that has come again, in the next and last; when that comes again
+    trials.clear()
+    monkeypatch.setattr(preemption, "asked", lambda trial=trial: len(trials) == trial)
+    with pytest.raises(preemption.Preempted, match="train stands at step"):
+      pipeline.run(config, tmp_path, ["train"])
+  monkeypatch.undo()
+  pipeline.run(config, tmp_path, ["train"])
+  for name in ("retriever/prompts.safetensors", "metrics.jsonl"):
+    assert (tmp_path / "train1" / name).read_bytes() == (workdir / "train1" / name).read_bytes(), name
+
+
 def test_stages_by_name(tmp_path):
   tiny.beir(tmp_path / "data")
   config = make_config(tmp_path)
@@ -114,12 +159,21 @@ def test_stages_by_name(tmp_path):
   [
     ({"text__passage_length": 512}, "512 tokens don't fit the backbone's 96 positions"),
     ({"evaluate__measures": ("MRR10",)}, "MRR10"),
+    ({"evaluate__depth": 100}, "looks deeper than evaluate.depth, 100: 'R@1000'"),
+    ({"train__checkpoint_every": 0}, "train.checkpoint_every must be at least 1: 0"),
+    ({"train__warmup": float("nan")}, "train.warmup must be at least 0: nan"),
+    ({"vector__temperature": 0.0}, "vector.temperature must be above 0"),
+    ({"train__schedule": "step"}, "unknown decay of the learning rate"),
+    ({"encode__dtype": "float8"}, "unknown encode.dtype"),
     ({"train__negatives": "hard"}, "unknown train.negatives"),
     ({"train__positive": "random"}, "unknown train.positive"),
     ({"vector__pooling": "max"}, "unknown vector.pooling"),
     ({"data__source": "trec"}, "unknown data.source"),
     ({"data__dir": "nowhere"}, "no such folder"),
     ({"data__dev_split": "train"}, "the dev split is the training split"),
+    ({"data__dev_split": "valid"}, "data.dev_split names a split that is not here: 'valid'.*dev; '' for none"),
+    ({"evaluate__splits": ("dev", "tset")}, "evaluate.splits names a split that is not here: 'tset'"),
+    ({"evaluate__splits": ()}, "evaluate.splits names no split"),
     ({"prompt__kind": "soft"}, "unknown prompt kind"),
     ({"text__query_template": "query: {words}"}, "template"),
     ({"backbone__path": "package:no_such_package"}, "no such package is installed"),

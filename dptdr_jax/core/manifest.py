@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Mapping
@@ -15,6 +16,8 @@ from typing import Any
 
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 NAME = "manifest.json"
 BEGUN = "begun.json"  # what a stage puts first into its directory: the same, of what is not finished yet
@@ -25,7 +28,7 @@ class Fingerprints:
 
   def __init__(self, path: files.Path, verify: bool = False):
     self._path, self._verify = pathlib.Path(path), verify
-    self._known: dict[str, dict] = files.read_json(path) if self._path.exists() else {}
+    self._known: dict[str, dict] = read(path) or {}
     self._seen: dict[str, str] = {}  # within one process a file is looked at once
 
   def of(self, paths: Iterable[files.Path]) -> dict[str, str]:
@@ -53,6 +56,26 @@ class Fingerprints:
     self._seen[name] = files.sha256(name)
     self._known[name] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": self._seen[name]}
     return True
+
+
+def read(path: files.Path) -> dict[str, Any] | None:
+  """What a manifest says; None where there is none, or one that cannot be read: the stage is then as if not done."""
+  if not pathlib.Path(path).exists():
+    return None
+  try:
+    return files.read_json(path)
+  except InputError as error:
+    _log.warning("%s; it counts as absent", error)
+    return None
+
+
+def sizes(directory: pathlib.Path) -> dict[str, int]:
+  """Bytes of every file below a directory, by path from there."""
+  found = {}
+  for path in sorted(directory.rglob("*")):
+    if path.is_file():
+      found[path.relative_to(directory).as_posix()] = path.stat().st_size
+  return found
 
 
 def key_of(description: Mapping[str, Any]) -> str:
@@ -83,7 +106,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def clear(directory: pathlib.Path, kept: Collection[str] = ()) -> None:
-  """Removes a stage's directory; where parts of it are kept, all but these and what says how it was begun.
+  """Removes a stage's directory; where parts of it ('a', 'b/c') are kept, all but these and what says how it was begun.
 
   Killed meanwhile it leaves a stage that is not done, under its old key, so that the next call clears the rest.
   """
@@ -91,6 +114,14 @@ def clear(directory: pathlib.Path, kept: Collection[str] = ()) -> None:
     files.remove(directory)
     return
   files.remove(directory / NAME)
+  _clear_beside(directory, {directory / part for part in (*kept, BEGUN)})
+
+
+def _clear_beside(directory: pathlib.Path, kept: Collection[pathlib.Path]) -> None:
   for path in sorted(directory.iterdir()):
-    if path.name not in (*kept, BEGUN):
+    if path in kept:
+      continue
+    if path.is_dir() and any(path in part.parents for part in kept):
+      _clear_beside(path, kept)
+    else:
       files.remove(path)

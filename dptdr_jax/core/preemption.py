@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 
 EXIT_STATUS = 75  # sysexits' EX_TEMPFAIL: the same command may succeed later
 
 _asked = threading.Event()
-_this_thread = threading.local()
 
 
 class Preempted(Exception):
@@ -37,15 +34,5 @@ def asked() -> bool:
 
 def check(where: str) -> None:
   """Raises Preempted when SIGTERM has come; call it where the run can end and go on from what is on disk."""
-  if not getattr(_this_thread, "waits", False) and asked():
+  if asked():
     raise Preempted(where)
-
-
-@contextlib.contextmanager
-def later() -> Iterator[None]:
-  """Within it `check` lets this thread be, which itself asks behind it."""
-  _this_thread.waits = True
-  try:
-    yield
-  finally:
-    _this_thread.waits = False

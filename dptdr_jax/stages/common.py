@@ -27,37 +27,41 @@ from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retriever import Retriever, VectorSettings
 from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
-from dptdr_jax.stages import scratch, steps
+from dptdr_jax.stages import ranges, scratch, steps
 from dptdr_jax.stages.layout import Layout
 
 POOLINGS = ("first", "mean")
 NEGATIVES = ("source", "bm25", "random")
+CHOICES = {
+  "vector.pooling": POOLINGS, "train.negatives": NEGATIVES, "train.positive": ("rotate", "first"),
+  "train.remat": REMAT, "pretrain.remat": REMAT, "encode.dtype": ("float32", "float16"),
+}  # fmt: skip
 
 
 def check(config: ConfigDict) -> None:
-  """Raises InputError for what can be known to fail before any work is done: lengths, names, measures."""
+  """Raises InputError for what can be known to fail before any work is done: ranges, lengths, names, measures."""
+  ranges.check(config)
+  for field, known in CHOICES.items():
+    value = functools.reduce(getattr, field.split("."), config)
+    if value not in known:
+      raise InputError(f"unknown {field}", value=value, fix=f"Use {', '.join(known)}")
   spec, settings = steps.prompt_spec(config), vector_settings(config)
   if config.backbone.sha256 and not scratch.is_wanted(config):
     backbones.check_sha256(backbones.locate(config.backbone.path), config.backbone.sha256)
   encoder = encoder_config(config)
   check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
-  if settings.pooling not in POOLINGS:
-    raise InputError("unknown vector.pooling", value=settings.pooling, fix="Use first or mean")
   for pooling in config.evaluate.other_poolings:
     if pooling not in POOLINGS or pooling == settings.pooling:
       raise InputError("evaluate.other_poolings holds first or mean, not vector.pooling's own", value=pooling)
-  if config.train.negatives not in NEGATIVES:
-    raise InputError("unknown train.negatives", value=config.train.negatives, fix=f"Use {', '.join(NEGATIVES)}")
-  if config.train.positive not in ("rotate", "first"):
-    raise InputError("unknown train.positive", value=config.train.positive, fix="Use rotate or first")
   if not (config.train.steps or config.train.epochs):
     raise InputError("training has no steps", fix="Set train.steps or train.epochs above 0")
-  for section in ("train", "pretrain"):
-    if config[section].remat not in REMAT:
-      raise InputError(f"unknown {section}.remat", value=config[section].remat, fix=f"Use {', '.join(REMAT)}")
+  steps.check_optimizer(config.train)
   sampling(config)
   meshes.make_mesh(fsdp=config.fsdp)
   measures.check((*config.evaluate.measures, config.train.select_by))
+  for measure in config.evaluate.measures:
+    if measures.cutoff(measure) > config.evaluate.depth:
+      raise InputError(f"evaluate.measures looks deeper than evaluate.depth, {config.evaluate.depth}", value=measure)
   if config.train.evaluate_every and config.data.dev_split and config.data.dev_split == config.data.train_split:
     raise InputError("the dev split is the training split", value=config.data.dev_split, fix="Name another, or ''")
 
@@ -201,20 +205,16 @@ def mines_first(config: ConfigDict) -> bool:
 
 
 def pool_negatives(config: ConfigDict, pool: Pool) -> PoolNegatives:
-  """A pool as training draws from it."""
+  """A pool as training draws from it, with scores where it has those of train.simans_source."""
   source = config.train.simans_source
-  return PoolNegatives(pool, source if source in pool.names else pool.names[0])
+  return ScoredPoolNegatives(pool, source) if source in pool.names else PoolNegatives(pool)
 
 
 class PoolNegatives:
-  """A pool of mined candidates as the negatives that training groups draw from.
+  """A pool of mined candidates as the negatives that training groups draw from."""
 
-  Args:
-    source: whose scores SimANS draws by.
-  """
-
-  def __init__(self, pool: Pool, source: str):
-    self._pool, self._source = pool, source
+  def __init__(self, pool: Pool):
+    self._pool = pool
 
   def rows(self, query_row: int) -> np.ndarray:
     """Passage rows of a query, best first."""
@@ -223,6 +223,14 @@ class PoolNegatives:
   def pseudo_positives(self, query_row: int) -> np.ndarray:
     """Passage rows that denoising took for positives."""
     return np.asarray(self._pool.pseudo_positives(query_row))
+
+
+class ScoredPoolNegatives(PoolNegatives):
+  """The same with the scores of one source, which SimANS draws by."""
+
+  def __init__(self, pool: Pool, source: str):
+    super().__init__(pool)
+    self._source = source
 
   def scores(self, query_row: int) -> tuple[np.ndarray, float]:
     """The source's scores of `rows(query_row)`, and of the query's best positive."""

@@ -63,6 +63,7 @@ def check(config: ConfigDict, encoder: EncoderConfig) -> None:
     what = f"cross.pair_length leaves no room beside queries of {config.text.query_length} tokens"
     raise InputError(what, value=cross.pair_length)
   check_lengths(encoder, prompt_spec(config), cross.pair_length)
+  steps.check_optimizer(cross)
 
 
 def prompt_spec(config: ConfigDict) -> PromptSpec:
@@ -109,8 +110,7 @@ def make_batches(config: ConfigDict, layout: Layout, data: PreparedData, backbon
 def _negatives(config: ConfigDict, layout: Layout, data: PreparedData) -> Negatives | None:
   named = config.cross.negatives
   if named == "bm25":
-    pool = Pool.open(layout.pool(0))
-    return common.PoolNegatives(pool, pool.names[0])
+    return common.PoolNegatives(Pool.open(layout.pool(0)))
   return data.splits[config.data.train_split].negatives if named == "source" else None
 
 

@@ -18,6 +18,11 @@ from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
+# What the corpus' vectors by one system do not depend on, or what a writer of vectors asks for itself.
+BESIDE_CORPUS = frozenset((
+  "stages", "config.rounds", "config.evaluate.splits", "config.evaluate.backbone", "config.evaluate.other_poolings",
+))  # fmt: skip
+
 
 def run(config: ConfigDict, workdir: files.Path) -> None:
   """Writes DIR/encode/SYSTEM/{corpus,SPLIT}: .npy shards, ids and a manifest; goes on at the first missing shard."""
@@ -59,12 +64,11 @@ def encode(
   count, index = (hosts.process_count(), hosts.process_index()) if together else (1, 0)
   meet = hosts.barrier if together else lambda name: None
   store = TokenStore(layout.store(part))
-  if index == 0:  # what lies there of another retriever is cleared once
-    _writer(config, directory, len(store), retriever, kind)
-  meet(f"encode {part}: begun")
-  writer = _writer(config, directory, len(store), retriever, kind)
-  missing = writer.missing()
-  meet(f"encode {part}: shared out")
+  writer = EmbeddingWriter(
+    directory, count=len(store), width=retriever.backbone.config.hidden_size, source=_source(retriever, kind),
+    shard_rows=config.encode.shard_passages, dtype=config.encode.dtype, begins=index == 0,
+  )  # fmt: skip
+  missing = hosts.first_says(writer.missing) if together else writer.missing()
   for shard in missing[index::count]:
     rows = writer.rows(shard)
     _log.info("%s, shard %d of %d", directory, shard + 1, writer.num_shards)
@@ -77,10 +81,3 @@ def encode(
   if index == 0:
     writer.finish(ids.ids(range(len(ids))))
   meet(f"encode {part}: done")
-
-
-def _writer(config: ConfigDict, directory: files.Path, count: int, retriever: Retriever, kind: str) -> EmbeddingWriter:
-  return EmbeddingWriter(
-    directory, count=count, width=retriever.backbone.config.hidden_size, source=_source(retriever, kind),
-    shard_rows=config.encode.shard_passages, dtype=config.encode.dtype,
-  )  # fmt: skip

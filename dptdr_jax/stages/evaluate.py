@@ -91,6 +91,9 @@ def _measure(
   if by_answers:
     cutoffs = [int(name.partition("@")[2]) for name in by_answers]
     lists = [query.answers for query in queries.queries.read()]
+    if not any(lists):
+      fix = "Set evaluate.answers to False, or leave the split out"
+      raise InputError("evaluate.answers, and no query of the split has one", value=split, fix=fix)
     hits = answers.match_run(found, lists, _texts(data), depth=max(cutoffs))
     yield from measures.evaluate_hits(hits, cutoffs).values.items()
   by_judgement = [name_on(config, split, name) for name in wanted if name not in by_answers]
@@ -134,8 +137,12 @@ def _origin(config: ConfigDict, layout: Layout) -> str:
   if not config.pretrain.enabled:
     return named
   about = files.read_json(layout.pretrained / "manifest.json")
-  kinds = "; ".join(f"{corpus['name']}: {corpus['passages']}" for corpus in about["corpora"])
-  return f"{named} after {about['steps']} steps of {about['spans']} spans (passages by what they gave: {kinds})"
+  kinds = "; ".join(
+    f"{corpus['name']}: {corpus['passages']}, {corpus['truncated']} as long as is stored or longer"
+    for corpus in about["corpora"]
+  )
+  trained = f"{about['steps']} steps of {about['spans']} spans, {about['tokens']:,} tokens"
+  return f"{named} after {trained} (passages by what they gave: {kinds})"
 
 
 def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:

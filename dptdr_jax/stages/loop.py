@@ -21,6 +21,8 @@ from dptdr_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
 
+_UNTRIED = "untried"  # in a checkpoint's metadata: SIGTERM came before the state's trial on dev had ended
+
 
 class Batches(Protocol):
   """Batches by step, made ahead."""
@@ -87,13 +89,17 @@ class Loop(abc.ABC):
       DptdrError: a loss or a gradient that is not finite; nothing of it is kept.
     """
     first = 0
+    untried = self.tries and self.tries_first
     if (found := checkpoints.restore(self.state)) is not None:
       first, self.state, metadata = found
+      untried = metadata.pop(_UNTRIED, False)
       self.restored(metadata)
       _log.info("%s goes on after step %d", self.name, first)
     writer = MetricWriter(directory, first)
-    if self.tries_first and not first:
-      self._try(writer, 0)
+    if untried:
+      self._try(writer, first)
+      if first:
+        checkpoints.save(first, self.state, self.metadata(first))
     self.begin(first)
     stop = hosts.Agreement()
     waiting: collections.deque = collections.deque()  # metrics are fetched one step behind, so the devices never wait
@@ -122,7 +128,12 @@ class Loop(abc.ABC):
         if tried or saved or marked:
           self._record_all(writer, shown, waiting)
         if tried:
-          self._try(writer, step)
+          try:
+            self._try(writer, step)
+          except preemption.Preempted:  # in all processes; the trial comes again when training goes on
+            checkpoints.save(step, self.state, self.metadata(step) | {_UNTRIED: True})
+            checkpoints.wait()
+            raise
         if marked:
           self.mark(step)
         if saved:
@@ -135,10 +146,22 @@ class Loop(abc.ABC):
     writer.close()
 
   def _try(self, writer: MetricWriter, step: int) -> None:
+    """Tries the state on dev and writes the measures.
+
+    Raises:
+      Preempted: SIGTERM came to the first process meanwhile; in all processes.
+    """
     candidate = self.candidate()
-    with preemption.later():  # the step that is tried is not saved yet
-      figures = hosts.first_says(lambda: dict(self.attempt(step, candidate)))
-    writer.write(step, {f"dev/{name}": value for name, value in figures.items()})
+
+    def figures() -> dict[str, float] | None:
+      try:
+        return dict(self.attempt(step, candidate))
+      except preemption.Preempted:
+        return None
+
+    if (found := hosts.first_says(figures)) is None:
+      raise preemption.Preempted(f"{self.name} stands at step {step} of {self.steps}", agreed=True)
+    writer.write(step, {f"dev/{name}": value for name, value in found.items()})
 
   def _record_all(self, writer: MetricWriter, shown: progress.Bar, waiting: collections.deque) -> None:
     """Records what waits: nothing that is not finite is ever kept."""

@@ -13,6 +13,7 @@ from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import common
 from dptdr_jax.stages.layout import Layout
+from dptdr_jax.stages.trial import some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class PairTrial:
     generator = np.random.default_rng([config.seed, 0xC05])
     positives = {row: split.positives(row) for row in range(len(split))}
     judged = np.array([row for row, found in positives.items() if len(found)])
-    rows = np.sort(generator.permutation(judged)[: cross.evaluate_queries])
+    rows = some(judged, cross.evaluate_queries, generator, name)
     most = max(len(positives[row]) for row in rows)
     with hosts.first_goes_first("BM25 index"):
       index = common.bm25(layout, data)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -26,6 +27,8 @@ from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
+OF_CORPUS = ("text/corpus", "tokens/corpus", "bm25", "backbone")  # what another split leaves as it is
+
 
 def run(config: ConfigDict, workdir: files.Path) -> None:
   """Writes DIR/prepare: text, ids, judgements, and a token store for the corpus and the queries of each split."""
@@ -34,7 +37,12 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   data = prepare_source(open_source(config), layout.prepared, training_split=config.data.train_split)
   if scratch.is_wanted(config):
     scratch.make(config, layout)
-  tokenizer = Tokenizer(common.base_directory(config, layout))
+  backbone = common.base_directory(config, layout)
+  tokenizer = Tokenizer(backbone)
+  said = backbones.published_vectors(backbone)
+  other = [f"--config.vector.{name}={value}" for name, value in said.items() if value != config.vector[name]]
+  if other:
+    _log.warning("this backbone was published with other vectors: %s", " ".join(other))
   options = {"max_tokens": config.data.max_stored_tokens}
 
   def passages(start: int) -> Iterator[str]:
@@ -51,14 +59,16 @@ def open_source(config: ConfigDict) -> Source:
   """The source that the config names.
 
   Raises:
-    InputError: an unknown name, a folder that isn't there, a download that failed.
+    InputError: an unknown name, a folder that isn't there, a download that failed or that nobody offers.
   """
   data = config.data
+  if data.download and data.source not in downloads.DATASETS:
+    raise InputError("data.download has no files of this source", value=data.source, fix="Set it to False")
   if data.source == "docstrings":
     return DocstringSource(tuple(data.packages), tuple(data.test_modules), tuple(data.dev_modules))
   directory = _folder(data)
   if data.source == "beir":
-    return Beir(directory)
+    return Beir(directory, empty_text=data.empty_text)
   if data.source == "msmarco":
     return MsMarco(directory, titles=data.title_augmented)
   if data.source == "nq":
@@ -86,14 +96,42 @@ def _folder(data: ConfigDict) -> pathlib.Path:
   return directory
 
 
-def outside_files(config: ConfigDict) -> list[pathlib.Path]:
-  """Every file from outside that a run depends on: the data's, and the backbone's."""
+def outside_files(config: ConfigDict) -> dict[str, Any]:
+  """Every file from outside that a run depends on: the corpus', the backbone's, and those of each split.
+
+  Raises:
+    InputError: the data lacks a split that the config names.
+  """
   source = open_source(config)
-  found = [path for split in (None, *source.splits()) for path in source.files(split)]
+  splits = source.splits()
+  _check_splits(config, splits)
+  found = {"corpus": source.files(), "splits": {name: source.files(name) for name in splits}}
   if scratch.is_wanted(config):
-    return [*dict.fromkeys(found), *corpora.outside_files(config)]
+    return found | {"pretrain.corpora": corpora.outside_files(config)}
   backbone = backbones.locate(config.backbone.path)
-  return [*dict.fromkeys(found), *sorted(path for path in backbone.iterdir() if path.is_file())]
+  return found | {"backbone": sorted(path for path in backbone.iterdir() if path.is_file())}
+
+
+def homes(config: ConfigDict) -> dict[str, pathlib.Path]:
+  """The directories of data and backbone: their files are named from there, as they may stand elsewhere next time."""
+  found = {"data": remote.staged(config.data.dir)} if config.data.dir else {}
+  return found if scratch.is_wanted(config) else {**found, "backbone": backbones.locate(config.backbone.path)}
+
+
+def _check_splits(config: ConfigDict, known: Sequence[str]) -> None:
+  data, evaluate = config.data, config.evaluate
+  tries = [config.train.evaluate_every]
+  tries += [config[name].evaluate_every for name in ("pretrain", "cross") if config[name].enabled]
+  wanted = {"data.train_split": (data.train_split,), "evaluate.splits": evaluate.splits}
+  if any(tries) and data.dev_split:
+    wanted["data.dev_split"] = (data.dev_split,)
+  for field, names in wanted.items():
+    for name in names:
+      if name not in known:
+        fix = f"There are {', '.join(known)}" + "; '' for none" * (field == "data.dev_split")
+        raise InputError(f"{field} names a split that is not here", path=data.dir or None, value=name, fix=fix)
+  if not evaluate.splits:
+    raise InputError("evaluate.splits names no split", fix=f"There are {', '.join(known)}")
 
 
 def _queries(split: PreparedSplit, config: ConfigDict) -> Callable[[int], Iterator[str]]:

@@ -22,6 +22,8 @@ from dptdr_jax.training.seeded import SeededStep
 from dptdr_jax.training.state import TrainState
 from dptdr_jax.training.towers import TowerModel
 
+_MANY = 10**6  # steps, where their number is not known yet and only the settings are to be checked
+
 
 def prompt_spec(config: ConfigDict) -> PromptSpec:
   """The prompt that the config describes; a position shift of −1 is the prompt's length."""
@@ -59,6 +61,11 @@ def optimizer(section: ConfigDict, steps: int) -> Optimizer:
   """The optimiser of config.train or config.pretrain."""
   rates = section.learning_rate, steps, section.warmup, section.schedule
   return _optimizer(*rates, section.clip, section.weight_decay)
+
+
+def check_optimizer(section: ConfigDict) -> None:
+  """Raises InputError for settings of an optimiser that do not go together."""
+  optimizer(section, section.steps or _MANY)
 
 
 @functools.lru_cache(maxsize=4)  # equal ones are one: a step is known by it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pathlib
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from dptdr_jax.stages.loop import Loop
 from dptdr_jax.stages.trial import DevTrial
 from dptdr_jax.training.state import init_state
 
+_log = logging.getLogger(__name__)
+
 
 def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
   """Trains round `number` and writes DIR/trainN/retriever, metrics.jsonl and checkpoints."""
@@ -38,6 +41,9 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
     groups = generations = Generations(config, layout, data, number, backbone)
   batches = common.train_batches(config, layout, data, number, groups)
   num_steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
+  if config.train.refresh_every >= num_steps:
+    _log.warning("train.refresh_every is %d, and there are %d steps: no generation takes effect",
+                 config.train.refresh_every, num_steps)  # fmt: skip
   trial = DevTrial.build(config, layout, data, config.train.evaluate_every)
   before = None
   if number > 1 and not config.train.restart:
@@ -51,8 +57,10 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
     checkpoints.close()
     if generations is not None:
       generations.close()
-  if trial is None and hosts.is_main():
-    loop.retriever().save(directory / "retriever")
+  if trial is None:
+    last = loop.retriever()  # of all processes, where weights are divided
+    if hosts.is_main():
+      last.save(directory / "retriever")
 
 
 class TrainLoop(Loop):

@@ -43,12 +43,9 @@ class DevTrial:
     train, name = config.train, config.data.dev_split
     if not every or not name:
       return None
-    if name not in data.splits:
-      raise InputError("no such split", value=name, fix=f"Set data.dev_split to one of {', '.join(data.splits)}, or ''")
     generator = np.random.default_rng([config.seed, 0xDE7])
     qrels = common.qrels(data.splits[name])
-    judged = qrels.judged()
-    rows = np.sort(generator.permutation(judged)[: train.evaluate_queries])
+    rows = some(qrels.judged(), train.evaluate_queries, generator, name)
     needed = np.unique(np.concatenate([qrels.of(row)[0] for row in rows]))
     fill = generator.permutation(len(data.ids))[: train.evaluate_passages]
     fill = np.setdiff1d(fill, needed)[: max(0, train.evaluate_passages - len(needed))]
@@ -65,5 +62,18 @@ class DevTrial:
     """Measures of a retriever on the small corpus."""
     queries = retriever.encode_store(self.queries, "query", self.query_rows)
     passages = retriever.encode_store(self.corpus, "passage", self.passage_rows, description="encode dev")
-    run = search_exact(queries, passages, min(100, len(passages)))
+    depth = max(measures.cutoff(name) or len(passages) for name in self.names)
+    run = search_exact(queries, passages, min(depth, len(passages)))
     return measures.evaluate(run, self.qrels, self.names).means()
+
+
+def some(judged: np.ndarray, most: int, generator: np.random.Generator, split: str) -> np.ndarray:
+  """At most so many of a split's judged queries at random, ascending.
+
+  Raises:
+    InputError: there are none.
+  """
+  if not len(judged):
+    fix = "Set data.dev_split to a split with judgements, or ''"
+    raise InputError("no query of the dev split has a passage judged relevant", value=split, fix=fix)
+  return np.sort(generator.permutation(judged)[:most])
