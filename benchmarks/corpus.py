@@ -28,6 +28,7 @@ from dptdr_jax.core import files, progress
 from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
+from dptdr_jax.stages.layout import Layout
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("prepare", "mine0", "train1", "encode", "evaluate", "report")
@@ -168,7 +169,8 @@ def main() -> None:
       start = time.perf_counter()
       subprocess.run(command(data, backbone, workdir, stage), cwd=ROOT, check=True, capture_output=True)
       rerun = time.perf_counter() - start
-      measured[stage] |= {"seconds": seconds, "rerun": rerun, "disk": size_gib(workdir / stage)}
+      made = [workdir / stage, *([Layout.of(workdir).bm25] if stage == "mine0" else [])]
+      measured[stage] |= {"seconds": seconds, "rerun": rerun, "disk": sum(map(size_gib, made))}
       files.write_json(record, measured)
     one = measured[stage]
     print(
