@@ -242,6 +242,33 @@ class Planned(NamedTuple):
   key: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Outside:
+  """The files from outside, by name and contents.
+
+  Attributes:
+    fingerprints: their hashes.
+    homes: directories whose files are named from there, by their own names.
+  """
+
+  fingerprints: manifest.Fingerprints
+  homes: Mapping[str, pathlib.Path]
+
+  def hashes(self, found: Mapping[str, Any] | Sequence[files.Path]) -> dict[str, Any]:
+    """{name: SHA-256} of files, in the groups they come in; of many one hash over all."""
+    if isinstance(found, Mapping):
+      return {name: self.hashes(group) for name, group in found.items()}
+    named = {self._name(path): sha256 for path, sha256 in self.fingerprints.of(found).items()}
+    return {f"{len(named)} files": manifest.key_of(named)} if len(named) > MANY_FILES else named
+
+  def _name(self, path: files.Path) -> str:
+    """From the directory of the data or the backbone on; else the URL it was fetched from, or its path."""
+    for name, home in self.homes.items():
+      if pathlib.Path(path).is_relative_to(home):
+        return f"{name}/{pathlib.Path(path).relative_to(home).as_posix()}"
+    return remote.origin(path)
+
+
 def check(config: ConfigDict) -> None:
   """Raises InputError for what a config alone shows to fail."""
   for part in (common, mine, search):
@@ -259,10 +286,10 @@ def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Plann
     InputError: whatever can be known to fail before any work is done.
   """
   check(config)
-  fingerprints = manifest.Fingerprints(layout.root / "inputs.json", verify)
+  outside = Outside(manifest.Fingerprints(layout.root / "inputs.json", verify), prepare.homes(config))
   planned: list[Planned] = []
   for stage in stages(config):
-    made_from = _describe(stage, config, planned, fingerprints)
+    made_from = _describe(stage, config, planned, outside)
     planned.append(Planned(stage, made_from, manifest.key_of(made_from)))
   return planned
 
@@ -322,9 +349,7 @@ def _choose(names: list[str], only: Sequence[str]) -> list[str]:
   return [name for name in names if name in chosen]
 
 
-def _describe(
-  stage: Stage, config: ConfigDict, before: Sequence[Planned], fingerprints: manifest.Fingerprints
-) -> dict[str, Any]:
+def _describe(stage: Stage, config: ConfigDict, before: Sequence[Planned], outside: Outside) -> dict[str, Any]:
   plain, unread = config.to_dict(), {*NEUTRAL, *_overruled(config)}
   fields = {}
   for name in stage.fields:
@@ -332,7 +357,7 @@ def _describe(
     if isinstance(value, dict):
       value = {key: item for key, item in value.items() if f"{name}.{key}" not in unread}
     fields[name] = value
-  found = {"config": fields, "files": _hashes(stage.files(config), prepare.homes(config), fingerprints)}
+  found = {"config": fields, "files": outside.hashes(stage.files(config))}
   keys = {item.stage.name: item.key for item in before if item.stage.name in stage.inputs}
   if "prepare" in keys:  # of which it reads the corpus, and some of the splits
     prepared = before[0].made_from
@@ -346,24 +371,6 @@ def _part(prepared: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
   outside = prepared["files"]
   kept = {name: outside["splits"][name] for name in splits if name in outside["splits"]}
   return {**prepared, "files": {**outside, "splits": kept}}
-
-
-def _hashes(
-  outside: Mapping[str, Any] | Sequence[files.Path], homes: Mapping[str, pathlib.Path],
-  fingerprints: manifest.Fingerprints,
-) -> dict[str, Any]:  # fmt: skip
-  if isinstance(outside, Mapping):
-    return {name: _hashes(group, homes, fingerprints) for name, group in outside.items()}
-  found = {_called(path, homes): sha256 for path, sha256 in fingerprints.of(outside).items()}
-  return {f"{len(found)} files": manifest.key_of(found)} if len(found) > MANY_FILES else found
-
-
-def _called(path: files.Path, homes: Mapping[str, pathlib.Path]) -> str:
-  """A file's name: from the directory of the data or the backbone on, its URL if it was fetched, else its path."""
-  for name, home in homes.items():
-    if pathlib.Path(path).is_relative_to(home):
-      return f"{name}/{pathlib.Path(path).relative_to(home).as_posix()}"
-  return remote.origin(path)
 
 
 def _overruled(config: ConfigDict) -> Iterator[str]:

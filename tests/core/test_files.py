@@ -15,9 +15,10 @@ from dptdr_jax.core.files import read_json
   [
     (b'{"a": 1,\n oops}', "2: broken JSON"),
     (b'{"a": 1,\n "b": "caf\xe9"}', r"2: not UTF-8: b'\\xe9\"}'"),
-    (gzip.compress(b"\xff\xfe{}"), r"1: not UTF-8"),
+    (gzip.compress(b"\xff\xfe{}", mtime=0), r"1: not UTF-8"),
     (b"", "1: broken JSON"),
   ],
+  ids=["broken", "latin-1", "packed", "empty"],
 )
 def test_a_broken_file_is_named(tmp_path, content, message):
   path = tmp_path / "some.json"
