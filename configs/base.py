@@ -74,7 +74,7 @@ def _pretrain() -> dict:
     tokenizer="backbone",  # 'backbone' (go on from backbone.path), or 'train': one of the corpus and a random RoBERTa
     vocabulary=30_000,  # tokenizer 'train': ids of the byte-level BPE
     shape=dict(hidden_size=384, num_layers=6, num_heads=6, intermediate_size=1536, max_positions=514),  # 'train'
-    max_stored_tokens=1024,  # tokens of a passage that spans are cut from; how many passages have more is warned of
+    max_stored_tokens=1024,  # tokens of a passage that spans are cut from; a warning tells how many have as many
     epochs=8.0,  # passes over the corpora (coCondenser: 8, little gain after 4); ignored where steps or tokens > 0
     steps=0,  # optimiser steps
     tokens=0,  # budget of tokens, padding not counted; ignored where steps > 0

@@ -31,6 +31,7 @@ def get_config():
   c.pretrain.evaluate_every = 50
   c.prompt.init = "words"
   c.prompt.position_shift = 0
+  c.train.negatives = "bm25"
   c.train.queries = 32
   c.train.learning_rate = 2e-2
   c.train.schedule = "cosine"

@@ -28,6 +28,7 @@ def get_config():
   c.prompt.length = 16
   c.train.steps = 200
   c.train.passages = 1
+  c.train.negatives = "source"
   c.train.checkpoint_every = 50
   c.train.evaluate_every = 100
   c.train.evaluate_passages = 2000

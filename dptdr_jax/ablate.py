@@ -26,12 +26,11 @@ from dptdr_jax.core import commands, files, manifest, preemption, progress
 from dptdr_jax.core.errors import DptdrError, InputError, PassingError
 from dptdr_jax.stages import comparison, evaluate
 
-_ONE_ROUND = {"rounds": 1, "mine.cross_encoder": False, "mine.pseudo_positives": False}  # nothing that they denoise
-_PLAIN = _ONE_ROUND | {"pretrain.enabled": False}
+_PLAIN = {"pretrain.enabled": False, "rounds": 1}
 _TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
 ARMS: dict[str, dict] = {
   "plain": _PLAIN,
-  "rip": _ONE_ROUND | {"pretrain.enabled": True},
+  "rip": {"pretrain.enabled": True, "rounds": 1},
   "unm": {"pretrain.enabled": False, "rounds": 2},
   "dptdr": {"pretrain.enabled": True, "rounds": 2},
   "finetune": _PLAIN | _TUNED,
@@ -137,6 +136,8 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
     changed.update_from_flattened_dict(fields)
   except (KeyError, TypeError) as error:
     raise InputError(f"an arm's field cannot be set ({error})", value=fields) from None
+  if changed.rounds == 1 and not changed.train.refresh_every:  # nothing is mined that these could denoise
+    changed.mine.cross_encoder = changed.mine.pseudo_positives = False
   changed.seed = seed
   return changed
 

@@ -247,15 +247,16 @@ def published_vectors(directory: pathlib.Path) -> dict[str, Any]:
   """How sentence-transformers makes vectors of a backbone, where its directory says so: fields of config.vector.
 
   Returns:
-    'normalize', and 'pooling' where it is one of ours; {} for a directory without modules.json.
+    'normalize', and 'pooling' where it is there and one of ours; {} for a directory without modules.json.
   """
   if not (directory / "modules.json").is_file():
     return {}
   listed = files.read_json(directory / "modules.json")
   modules = {module["type"].rpartition(".")[2]: module["path"] for module in listed}
   said: dict[str, Any] = {"normalize": "Normalize" in modules}
-  if "Pooling" in modules:
-    about = files.read_json(directory / modules["Pooling"] / "config.json")
+  pooling = directory / modules.get("Pooling", "") / "config.json"
+  if "Pooling" in modules and pooling.is_file():
+    about = files.read_json(pooling)
     modes = about.get("pooling_mode") or [name for name in about if name.startswith("pooling_mode_") and about[name]]
     mode = modes if isinstance(modes, str) else "+".join(modes)
     said |= {"pooling": _POOLINGS[mode]} if mode in _POOLINGS else {}

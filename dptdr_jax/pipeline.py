@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import logging
 import pathlib
 import time
@@ -399,7 +400,11 @@ def _execute(
   else:
     hosts.barrier(f"{stage.name} is begun")
     if stage.together:
-      stage.run(config, layout.root)
+      try:
+        stage.run(config, layout.root)
+      except InputError as error:
+        _set_back(error, stage, config, layout)
+        raise
   hosts.barrier(f"after {stage.name}", whom="the others" if stage.together else "process 0")
 
 
@@ -443,34 +448,38 @@ def _execute_first(
       with contextlib.suppress(OSError, DptdrError):  # where the disk is full this cannot be written either
         files.write_json(begun, record | {"seconds": spent + time.monotonic() - started})
       files.raise_if_full(error, directory)
-      if isinstance(error, InputError) and error.path is not None:
-        _set_back(error, [before for before in stages(config) if before.name in stage.inputs], layout)
+      if isinstance(error, InputError):
+        _set_back(error, stage, config, layout)
       raise
   spent = round(spent + time.monotonic() - started, 1)
   record |= {"seconds": spent, "versions": _versions(), "sizes": manifest.sizes(directory)}
   files.write_json(directory / manifest.NAME, record)
 
 
-def _set_back(error: InputError, finished: Sequence[Stage], layout: Layout) -> None:
-  """Makes a stage unfinished where what the error is about has lost files, or they are not of the size they were.
+def _set_back(error: InputError, reader: Stage, config: ConfigDict, layout: Layout) -> None:
+  """Makes a stage unfinished where what a later one cannot read is gone, or not of the size it was.
 
   Raises:
-    PassingError: the next start makes them again.
+    PassingError: the next start makes them again; another process may have set the stage back.
   """
-  path = pathlib.Path(error.path)
-  for stage in finished:
-    directory = layout.stage(stage.name)
-    made = manifest.read(directory / manifest.NAME) if path.is_relative_to(directory) else None
-    if made is None or not stage.repair:
+  if error.path is None:
+    return
+  path = pathlib.Path(error.path).resolve()
+  for stage in itertools.takewhile(lambda stage: stage.name != reader.name, stages(config)):
+    directory = layout.stage(stage.name).resolve()
+    if not stage.repair or not path.is_relative_to(directory):
       continue
-    here, below = manifest.sizes(directory), path.relative_to(directory)
-    broken = [name for name, size in made["sizes"].items()
-              if here.get(name) != size and pathlib.PurePath(name).is_relative_to(below)]  # fmt: skip
-    if broken:
+    made = manifest.read(directory / manifest.NAME)
+    if made is not None:
+      here, below = manifest.sizes(directory), path.relative_to(directory)
+      broken = [name for name, size in made["sizes"].items()
+                if here.get(name) != size and pathlib.PurePath(name).is_relative_to(below)]  # fmt: skip
+      if not broken:
+        return
       files.remove(directory / manifest.NAME)
       for part in {name.partition("/")[0] for name in broken if stage.repair == "part"}:
         files.remove(directory / part)
-      raise PassingError(f"{error}. The next start makes it again, in stage {stage.name}") from error
+    raise PassingError(f"{error}. The next start makes it again, in stage {stage.name}") from error
 
 
 def _versions() -> dict[str, str]:

@@ -172,9 +172,11 @@ class Retriever:
     if kind not in ("query", "passage"):
       raise InputError("unknown kind of text", value=kind, fix="Use query or passage")
     ids, mask = np.asarray(ids), np.asarray(mask).astype(bool)
+    if ids.ndim != 2 or ids.shape != mask.shape:
+      raise InputError("ids and mask are of one shape [n, T]", value=(ids.shape, mask.shape))
     lengths = mask.sum(1)
-    if ids.shape != mask.shape or (mask != (np.arange(ids.shape[1]) < lengths[:, None])).any() or not lengths.all():
-      raise InputError("the mask must be of the ids' shape, with ones before zeros and a one in every row")
+    if (mask != (np.arange(ids.shape[1]) < lengths[:, None])).any() or not lengths.all():
+      raise InputError("the mask must have ones before zeros and a one in every row")
     size = self.backbone_of(kind).config.vocab_size
     wrong = mask & ~((ids >= 0) & (ids < size))
     if wrong.any():

@@ -152,7 +152,7 @@ def test_a_mended_line_is_all_that_a_rerun_needs(ready, end):
 def test_truncated_backbone(ready, end):
   config, directory = ready
   cut(directory / "backbone/model.safetensors")
-  status, said = end(config, directory / "work", "prepare", "train")
+  status, said = end(config, directory / "work", "prepare", "mine", "train")
   assert status == 2 and said.startswith(f"error: {directory}/backbone/model.safetensors: ")
 
 

@@ -148,10 +148,10 @@ def test_stages_by_name(tmp_path):
   config = make_config(tmp_path)
   with pytest.raises(DptdrError, match="no stage is named 'trian'"):
     pipeline.run(config, tmp_path / "work", ["trian"])
-  with pytest.raises(DptdrError, match="prepare is not done, and train1 needs it"):
-    pipeline.run(config, tmp_path / "work", ["train"])
-  pipeline.run(config, tmp_path / "work", ["prepare", "train"])
-  assert set(done_at(tmp_path / "work")) == {"prepare", "train1"}
+  with pytest.raises(DptdrError, match="prepare is not done, and mine0, train1 needs it; add it to --stages"):
+    pipeline.run(config, tmp_path / "work", ["mine", "train"])
+  pipeline.run(config, tmp_path / "work", ["prepare", "mine", "train"])
+  assert set(done_at(tmp_path / "work")) == {"prepare", "mine0", "train1"}
 
 
 @pytest.mark.parametrize(

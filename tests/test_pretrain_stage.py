@@ -42,9 +42,11 @@ def make_config(directory: pathlib.Path, family: str = "bert", **pretrain):
   config.data.dir = str(directory / "data")
   config.prompt.length = 4
   config.text.passage_length = 32
+  config.vector.update({"pooling": "first", "normalize": False, "temperature": 1.0})
   config.train.update({"steps": 2, "queries": 8, "evaluate_every": 2, "log_every": 1})
   config.evaluate.update({"examples": 2, "measures": ("RR@10", "R@100"), "other_poolings": ("mean",)})
   config.pretrain.update({"enabled": True, "steps": STEPS, "spans": 16, "span_tokens": 16, "shortest": 2})
+  config.pretrain.update({"mlm_weight": 1.0, "normalize": False, "temperature": 1.0, "neighbours": 1})
   config.pretrain.update({"log_every": 1, "checkpoint_every": 2, "evaluate_every": 3, "learning_rate": 1e-3})
   config.pretrain.update(pretrain)
   return config

@@ -27,6 +27,7 @@ from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import common, generations, mine, negatives_shown, report, search, steps
 from dptdr_jax.stages.generations import Generations
 from dptdr_jax.stages.layout import Layout
+from dptdr_jax.stages.trial import DevTrial
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -41,6 +42,7 @@ def make_config(directory: pathlib.Path, **fields):
   config.backbone.path, config.data.dir = str(directory / "backbone"), str(directory / "data")
   config.prompt.length, config.text.passage_length, config.rounds = 4, 32, 2
   config.train.update({"steps": 4, "queries": 8, "evaluate_every": 2, "log_every": 1, "learning_rate": 0.01})
+  config.train.negatives = "source"
   config.mine.dense.update({"depth": 20, "relative_margin": 0.99})
   config.mine.bm25.depth = 10
   config.evaluate.update({"examples": 3, "measures": ("RR@10", "R@100"), "backbone": False})
@@ -407,6 +409,19 @@ def test_another_process_waits_for_negatives_so_long_and_no_longer(finished, mon
   assert [record.getMessage().partition(" waits for ")[2] for record in caplog.records] == [
     "process 0, for negatives of generation 0 of round 1"
   ]
+
+
+def test_sigterm_in_a_trial_loses_no_generation(directory, tmp_path, monkeypatch):
+  config = make_config(directory, rounds=1, train__refresh_every=2, train__steps=5)
+  pipeline.run(config, tmp_path / "whole", ["prepare", "train"])
+  shutil.copytree(tmp_path / "whole/prepare", tmp_path / "work/prepare")
+  trials, evaluate = [], DevTrial.evaluate
+  with monkeypatch.context() as stopped, pytest.raises(preemption.Preempted, match="train stands at step 2"):
+    stopped.setattr(DevTrial, "evaluate", lambda *arguments: trials.append(1) or evaluate(*arguments))
+    stopped.setattr(preemption, "asked", lambda: bool(trials))  # in the trial at the step where generation 1 begins
+    pipeline.run(config, tmp_path / "work", ["train"])
+  pipeline.run(config, tmp_path / "work", ["train"])
+  assert prompts(tmp_path / "work", 1) == prompts(tmp_path / "whole", 1)
 
 
 def test_a_stop_while_training_waits_for_negatives_is_saved(directory, tmp_path, monkeypatch):

@@ -159,9 +159,13 @@ class StageCopy:
     Raises:
       InputError: another run writes to the same place.
     """
-    if self._is_news({name: state[1:] for name, state in self._look(ended).items()}, ended):
+    # What the copy has whole stays: a file that is another now, or gone, broke here, and comes back from there.
+    listed = {name: entry.state for name, entry in self._listing.entries.items()}
+    whole = listed if ended and self.is_whole(key) else {}
+    if self._is_news({name: state[1:] for name, state in self._look(ended).items()} | whole, ended):
       self._settle()
       with self._frozen(ended) as (aside, found):
+        found |= whole
         while self._is_news(found, ended):
           missing = self._missing(found, ended)
           if not self._send(aside, missing, found, go_on):
@@ -343,7 +347,7 @@ class Mirror:
     here = {}
     for part in (manifest.BEGUN, manifest.NAME):
       path = self._root / name / part
-      here[part] = files.read_json(path)["key"] if path.exists() else None
+      here[part] = (manifest.read(path) or {}).get("key")
     if here[manifest.NAME] != key and (copy.is_whole(key) or (copy.is_begun(key) and here[manifest.BEGUN] != key)):
       copy.fetch()
       _log.info("%s: fetched from %s", name, self._remote.url)

@@ -86,7 +86,7 @@ def fetch_dataset(
   """Brings all files of "msmarco", "msmarco-titles" or "nq" into `directory`, archives unpacked, and returns it.
 
   Raises:
-    InputError: as `fetch`; an archive that cannot be unpacked, which is removed, unless it is the manual directory's.
+    InputError: as `fetch`; an archive that cannot be unpacked.
   """
   directory = pathlib.Path(directory)
   for name in DATASETS[dataset]:
@@ -163,9 +163,8 @@ def _unpack(archive: pathlib.Path, entry: Download, directory: pathlib.Path) -> 
           _copy(content, partial, f"unpack {name}", info.size)
         missing.remove(name)
   except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-    if archive.parent == directory:  # what was fetched; it would be taken for whole again
-      files.remove(archive)
-    raise InputError(f"a broken archive ({error})", path=archive, fix=f"Fetch it again from {entry.url}") from error
+    fix = f"Remove it, and it is fetched again from {entry.url}"
+    raise InputError(f"a broken archive ({error})", path=archive, fix=fix) from error
   if missing:
     raise InputError(f"{', '.join(sorted(missing))} is not in the archive", path=archive)
 

@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 
+from dptdr_jax.core.errors import InputError
+
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
   """Turns lengths [n] into offsets int64 [n + 1], so that row i is flat[offsets[i]:offsets[i + 1]]."""
@@ -28,8 +30,15 @@ def gather(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndar
 
 
 def mapped(path: str | pathlib.Path) -> np.ndarray:
-  """Opens a .npy file memory-mapped, as a plain array: np.memmap makes every small slice several times as slow."""
-  return np.asarray(np.load(path, mmap_mode="r"))
+  """Opens a .npy file memory-mapped, as a plain array: np.memmap makes every small slice several times as slow.
+
+  Raises:
+    InputError: it is not there, or not whole.
+  """
+  try:
+    return np.asarray(np.load(path, mmap_mode="r"))
+  except (OSError, ValueError, EOFError) as error:
+    raise InputError(f"not a whole array ({error})", path=path) from error
 
 
 class RowLists:

@@ -275,6 +275,6 @@ def _finish(growing: pathlib.Path, path: pathlib.Path, about: dict[str, Any]) ->
 
 
 def _tokens(path: pathlib.Path, dtype: np.dtype, size: int) -> np.ndarray:
-  if path.stat().st_size != size * dtype.itemsize:
-    raise InputError(f"{size} tokens expected, the file is shorter or longer", path=path, fix="Remove the store")
+  if not path.is_file() or path.stat().st_size != size * dtype.itemsize:
+    raise InputError(f"{size} tokens expected, the file is shorter, longer or gone", path=path, fix="Remove the store")
   return np.asarray(np.memmap(path, dtype, "r", shape=(size,))) if size else np.empty(0, dtype)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dptdr_jax.core import files, remote
+from dptdr_jax.core import files, manifest, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path, atomic_path, read_json, remove, write_json
 
@@ -48,9 +48,9 @@ class EmbeddingWriter:
       "shard_rows": shard_rows, "source": dict(source),
     }  # fmt: skip
     begun, finished = self.directory / "begun.json", self.directory / "manifest.json"
-    if not begins or (finished.is_file() and read_json(finished) == self.plan):
+    if not begins or manifest.read(finished) == self.plan:
       return
-    if not (begun.is_file() and read_json(begun) == self.plan):
+    if manifest.read(begun) != self.plan:
       remove(self.directory)
       write_json(begun, self.plan)
 

@@ -40,7 +40,7 @@ def training_examples(
     pool: Q queries.
     queries: their Q texts, by row.
     positives: positives(query row) → passage rows, none where the query is not to train on.
-    texts: see Texts.
+    texts: see Texts; a negative that has none is left out, as no trainer reads it.
     most: negatives of a query; default: all that denoising kept.
   """
   rows = zip(range(len(pool)), queries, strict=True)
@@ -49,7 +49,8 @@ def training_examples(
       wanted = [(np.asarray(positives(query), np.int64), pool.candidates(query)[:most]) for query, _ in block]
       read = iter(texts(np.concatenate([part for pair in wanted for part in pair]).astype(np.int64)))
       for (_, text), parts in zip(block, wanted, strict=True):
-        yield Example(text, *(list(itertools.islice(read, len(part))) for part in parts))
+        found, others = (list(itertools.islice(read, len(part))) for part in parts)
+        yield Example(text, found, [passage for passage in others if any(passage)])
       shown.advance(len(block))
 
 

@@ -21,18 +21,21 @@ class MetricWriter:
   it did not finish, so that the file ends as if nothing had happened; the events are written anew from the file.
   """
 
-  def __init__(self, directory: str | os.PathLike, resume_step: int = 0):
+  def __init__(self, directory: str | os.PathLike, resume_step: int = 0, again: str = ""):
     """Opens both for appending.
 
     Args:
       directory: made if it is not there.
       resume_step: the last step whose records stay; 0 starts afresh.
+      again: start of the names whose record of that step goes, too, as it will be written again; '': none.
     """
     self._stream = self._events = None
     if not hosts.is_main():
       return
     self._path = pathlib.Path(directory, "metrics.jsonl")
     kept = [record for record in read_metrics(self._path) if resume_step and record["step"] <= resume_step]
+    if again:
+      kept = [one for one in kept if one["step"] < resume_step or not any(name.startswith(again) for name in one)]
     with files.atomic_path(self._path) as partial:
       partial.write_text("".join(map(_line, kept)), encoding="utf-8")
     self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)

@@ -6,7 +6,7 @@ import logging
 
 from ml_collections import ConfigDict
 
-from dptdr_jax.core import files, preemption
+from dptdr_jax.core import files, manifest, preemption
 from dptdr_jax.data.ids import IdTable
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
@@ -40,11 +40,11 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
 def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retriever) -> None:
   """Links the corpus' vectors where mining has made the same ones."""
   mined = layout.mined_vectors(int(system.removeprefix("train")), "corpus") if system.startswith("train") else None
-  target = layout.embeddings(system, "corpus")
-  if mined is None or not (mined / "manifest.json").exists() or target.exists():
+  if mined is None or not (mined / "manifest.json").exists():
     return
-  made = Embeddings(mined)
-  if made.source == _source(retriever, "passage") and made.dtype == config.encode.dtype:
+  target, made, source = layout.embeddings(system, "corpus"), Embeddings(mined), _source(retriever, "passage")
+  there = manifest.read(target / "manifest.json") or manifest.read(target / "begun.json") or {}
+  if made.source == source and made.dtype == config.encode.dtype and there.get("source") != source:
     files.link_tree(mined, target)
 
 

@@ -38,8 +38,8 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   for system in systems:
     for split in config.evaluate.splits:
       part = layout.part(system, split)
-      if not part.exists():
-        shown = system == f"train{config.rounds}" and split == config.evaluate.splits[0]
+      shown = system == f"train{config.rounds}" and split == config.evaluate.splits[0]
+      if not part.exists() or (shown and not layout.examples.exists()):
         _evaluate(config, layout, data, system, split, shown)
         preemption.check(f"evaluation stands after {system} on {split}")
       means = files.read_json(part)

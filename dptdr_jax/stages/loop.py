@@ -92,14 +92,12 @@ class Loop(abc.ABC):
     untried = self.tries and self.tries_first
     if (found := checkpoints.restore(self.state)) is not None:
       first, self.state, metadata = found
-      untried = metadata.pop(_UNTRIED, False)
+      untried = metadata.pop(_UNTRIED, False) and self.tries
       self.restored(metadata)
       _log.info("%s goes on after step %d", self.name, first)
-    writer = MetricWriter(directory, first)
+    writer = MetricWriter(directory, first, again="dev/" if untried else "")
     if untried:
       self._try(writer, first)
-      if first:
-        checkpoints.save(first, self.state, self.metadata(first))
     self.begin(first)
     stop = hosts.Agreement()
     waiting: collections.deque = collections.deque()  # metrics are fetched one step behind, so the devices never wait
@@ -127,6 +125,8 @@ class Loop(abc.ABC):
         marked = not last and self.is_marked(step)
         if tried or saved or marked:
           self._record_all(writer, shown, waiting)
+        if marked:
+          self.mark(step)
         if tried:
           try:
             self._try(writer, step)
@@ -134,8 +134,6 @@ class Loop(abc.ABC):
             checkpoints.save(step, self.state, self.metadata(step) | {_UNTRIED: True})
             checkpoints.wait()
             raise
-        if marked:
-          self.mark(step)
         if saved:
           checkpoints.save(step, self.state, self.metadata(step))
           kept = step

@@ -348,6 +348,19 @@ def test_files_beside_and_files_that_come_later(tmp_path, memory):
   assert (tmp_path / "other/results.json").read_text() == "{}"
 
 
+def test_what_breaks_here_after_the_end_does_not_reach_the_copy_and_comes_back(tmp_path):
+  follow(tmp_path, [])
+  broken = {name: text for name, text in STATES[-1].items() if name != "checkpoints/6/d/data"}
+  write(tmp_path, broken | {"retriever/p": "best"})
+  copies = Mirror(URL, tmp_path)
+  copies.fetch(STAGE, "k1", {})
+  copies.keep(STAGE, "k1")
+  assert fetched(tmp_path / "other") == STATES[-1]
+  (tmp_path / STAGE / "manifest.json").write_text("{")  # as one that cannot be read, or is set back
+  Mirror(URL, tmp_path).fetch(STAGE, "k1", {})
+  assert read(tmp_path) == STATES[-1]
+
+
 def test_a_run_that_has_had_no_remote_is_copied_and_a_whole_copy_replaces_what_is_not_whole(tmp_path):
   for machine in ("first", "second"):
     (tmp_path / machine).mkdir()

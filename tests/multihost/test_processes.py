@@ -27,8 +27,9 @@ def flags(tmp_path_factory):
     "--config.train.evaluate_every=5", "--config.train.log_every=1", "--config.train.learning_rate=0.05",
     "--config.prompt.length=4", "--config.text.passage_length=32", "--config.encode.shard_passages=16",
     "--config.evaluate.examples=2", "--config.rounds=2", "--config.wait_seconds=120", "--config.train.refresh_every=2",
-    "--config.pretrain.enabled=True", "--config.pretrain.tokens=250", "--config.pretrain.spans=16",
-    "--config.pretrain.span_tokens=16", "--config.pretrain.shortest=2", "--config.pretrain.log_every=1",
+    "--config.pretrain.enabled=True", "--config.pretrain.steps=0", "--config.pretrain.tokens=250",
+    "--config.pretrain.spans=16", "--config.pretrain.mlm_weight=1", "--config.pretrain.span_tokens=16",
+    "--config.pretrain.shortest=2", "--config.pretrain.log_every=1",
   ]  # fmt: skip
 
 

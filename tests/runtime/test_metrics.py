@@ -9,8 +9,8 @@ import pytest
 from dptdr_jax.runtime.metrics import MetricWriter, read_metrics
 
 
-def run(directory, steps, resume_step=0):
-  writer = MetricWriter(directory, resume_step)
+def run(directory, steps, resume_step=0, again=""):
+  writer = MetricWriter(directory, resume_step, again)
   for step in steps:
     writer.write(step, {"loss": 1 / step, "accuracy": 0.5})
   return writer
@@ -33,6 +33,16 @@ def test_what_was_tried_before_the_first_step_stays(tmp_path):
   writer.write(1, {"loss": 1.0})
   run(tmp_path, [], resume_step=1).close()
   assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
+def test_what_will_be_written_again_goes(tmp_path):
+  writer = run(tmp_path, [1, 2])
+  for step in (1, 2):
+    writer.write(step, {"dev/RR@10": 0.5})
+  run(tmp_path, [], resume_step=2, again="dev/").close()
+  assert [list(record) for record in read_metrics(tmp_path / "metrics.jsonl")] == [
+    ["step", "loss", "accuracy"], ["step", "loss", "accuracy"], ["step", "dev/RR@10"]
+  ]  # fmt: skip
 
 
 def test_events_follow_the_file(tmp_path):

@@ -150,5 +150,6 @@ def run_flags(directory: pathlib.Path) -> list[str]:
     "--config.train.steps=12", "--config.train.queries=8", "--config.train.checkpoint_every=3",
     "--config.train.evaluate_every=4", "--config.train.log_every=1", "--config.train.negatives=bm25",
     "--config.train.learning_rate=0.05", "--config.prompt.length=4", "--config.text.passage_length=32",
-    "--config.encode.shard_passages=16", "--config.evaluate.examples=2",
+    "--config.encode.shard_passages=16", "--config.evaluate.examples=2", "--config.pretrain.mlm_weight=1",
+    "--config.pretrain.neighbours=1",
   ]  # fmt: skip
