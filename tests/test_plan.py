@@ -11,7 +11,7 @@ from dptdr_jax.core.errors import InputError
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-  made = make_config(tmp_path_factory.mktemp("plan"), train__queries=16, train__passages=4)
+  made = make_config(tmp_path_factory.mktemp("plan"), train__queries=16, train__passages=4, vector__pooling="first")
   made.pretrain.update({"enabled": True, "spans": 32, "span_tokens": 16, "shortest": 2})
   return made
 
