@@ -59,7 +59,7 @@ def test_every_machine_loses_its_disk_and_the_run_ends_the_same(command, tmp_pat
   assert "train1: done before" in said[3] and said[3].count(", shard") == 10 - 4
   for machine in ("machine3", "machine4"):
     assert {name: (tmp_path / machine / name).read_bytes() for name in MADE} == expected
-  assert said[4].count("done before") == 5 and ", shard" not in said[4] and "trained retriever" in said[4]
+  assert said[4].count("done before") == 6 and ", shard" not in said[4] and "trained retriever" in said[4]
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("DPTDR_CACHE", str(tmp_path / "cache"))
     look_at(remote, tmp_path / "undisturbed")
