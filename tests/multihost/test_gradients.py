@@ -1,0 +1,51 @@
+"""Several processes have one process's loss and gradient, dropout on."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support import quick
+
+TESTS = pathlib.Path(__file__).parents[1]
+
+
+def made_by(processes: int, devices: int, out: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
+  """What support.gradients writes, by step."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = str(probe.getsockname()[1])
+  environment = os.environ | {"PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.xla_flags(devices)}
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+  out.mkdir()
+  command = [sys.executable, "-m", "support.gradients", str(out), port, str(processes)]
+  running = [
+    subprocess.Popen([*command, str(index)], env=environment, stderr=subprocess.PIPE, text=True)
+    for index in range(processes)
+  ]
+  try:
+    said = [process.communicate(timeout=280)[1] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  assert not any(process.returncode for process in running), said[0][-3000:]
+  return {name: dict(np.load(out / f"{name}.npz")) for name in ("train", "pretrain")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  return made_by(1, 1, tmp_path_factory.mktemp("gradients") / "alone")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_of_two_devices_have_the_gradient_of_one(processes, alone, tmp_path):
+  found = made_by(processes, 2, tmp_path / "found")
+  for step, wanted in alone.items():
+    assert found[step]["loss"] == pytest.approx(wanted["loss"], rel=1e-6), step
+    off = np.linalg.norm(found[step]["gradient"] - wanted["gradient"]) / np.linalg.norm(wanted["gradient"])
+    assert off < 1e-6, step
