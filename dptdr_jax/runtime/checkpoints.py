@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import logging
@@ -20,6 +21,8 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.runtime import hosts
 
 _log = logging.getLogger(__name__)
+
+_STARTS = 2  # of several processes that meet a damaged checkpoint before it is set aside: no two die at the same place
 
 State = TypeVar("State")
 
@@ -77,27 +80,58 @@ class Checkpoints:
 
     Raises:
       InputError: a state of another layout, or damage, and no older checkpoint that is whole.
-      LostError: one process of several could not read it, which may be another's death; nothing is moved.
+      LostError: one process of several could not read it, which may be another's death. Nothing is moved before so many
+        starts as _STARTS have met it.
     """
     self.wait()
+    if hosts.process_count() > 1 and (suspect := hosts.first_says(self._suspect)) is not None:
+      told = f"no start could read the checkpoint of step {suspect}"
+      _log.warning("%s; it is now %s", told, self._set_aside(suspect))
     while (newest := self.latest()) is not None:
       try:
-        return newest, *self._read(newest, like)
+        found = newest, *self._read(newest, like)
+        if hosts.is_main():
+          files.remove(self._seen(newest))
+        return found
       except _DamagedError as damage:
         path, told = self.directory / str(newest), f"the checkpoint of step {newest} is damaged ({damage})"
         if hosts.process_count() > 1:  # or another process died while all read: nothing is moved on such a ground
-          raise hosts.LostError(f"{path}: {told}. Start again; if it stays so, remove this directory") from damage
+          self._seen(newest).parent.mkdir(exist_ok=True)
+          with open(self._seen(newest), "a", encoding="utf-8") as stream:
+            stream.write(f"{hosts.process_index()}\n")
+          alone = len(self.steps()) < 2
+          then = "or remove this directory" if alone else f"start {_STARTS + 1} goes on from the one before"
+          raise hosts.LostError(f"{path}: {told}. Start again: {then}") from damage
         if not any(self._is_whole(step, like) for step in reversed(self.steps()) if step < newest):
           fix = f"Remove {self.directory} to start anew"
           raise InputError(f"{told}, and none before it is whole", path=path, fix=fix) from damage
         _log.warning("%s; it is now %s", told, self._set_aside(newest))
     return None
 
+  def _seen(self, step: int) -> pathlib.Path:
+    """Where each process that could not read a checkpoint leaves its number, a line a start."""
+    return self._aside(step).with_suffix(".seen")
+
+  def _suspect(self) -> int | None:
+    """The newest checkpoint, where enough starts could not read it and there is one before."""
+    newest = self.latest()
+    if newest is None or len(self.steps()) < 2 or not self._seen(newest).exists():
+      return None
+    lines = collections.Counter(self._seen(newest).read_text().split())
+    return newest if max(lines.values(), default=0) >= _STARTS else None
+
+  def _aside(self, step: int) -> pathlib.Path:
+    return self.directory.with_name(f"{self.directory.name}.damaged") / str(step)
+
   def _set_aside(self, step: int) -> pathlib.Path:
-    aside = self.directory.with_name(f"{self.directory.name}.damaged") / str(step)
-    aside.parent.mkdir(exist_ok=True)
-    files.remove(aside)
-    files.rename(self.directory / str(step), aside)
+    """Moves a checkpoint away, in all processes; the first one does it."""
+    aside = self._aside(step)
+    if hosts.is_main():
+      aside.parent.mkdir(exist_ok=True)
+      files.remove(aside)
+      files.rename(self.directory / str(step), aside)
+      files.remove(self._seen(step))
+    hosts.barrier(f"checkpoint {step} is set aside")
     self._orbax.close()  # it remembers the steps that it saw
     self._orbax = self._open()
     return aside

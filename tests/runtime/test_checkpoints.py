@@ -127,14 +127,26 @@ def test_damage_is_told_and_set_aside(tmp_path, harm, which, caplog):
   assert raised.value.path == directory / "4" and (directory / "4").exists()
 
 
-def test_several_processes_move_nothing(tmp_path, monkeypatch):
+def test_several_processes_move_what_two_starts_could_not_read(tmp_path, monkeypatch, caplog):
   saved(tmp_path / "checkpoints", [2, 4])
   cut(largest_file(tmp_path / "checkpoints/4"))
-  checkpoints = Checkpoints(tmp_path / "checkpoints")
   monkeypatch.setattr(hosts, "process_count", lambda: 2)
-  with pytest.raises(hosts.LostError, match="step 4 is damaged.*remove this directory"):
-    checkpoints.restore(make_state(0))
-  assert os.listdir(tmp_path) == ["checkpoints"] and checkpoints.steps() == [2, 4]
+  monkeypatch.setattr(hosts, "first_says", lambda make: make())
+  monkeypatch.setattr(hosts, "barrier", lambda name: None)
+  for _ in range(2):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(hosts.LostError, match="step 4 is damaged.*Start again: start 3 goes on from the one before"):
+      checkpoints.restore(make_state(0))
+    assert checkpoints.steps() == [2, 4]
+  assert Checkpoints(tmp_path / "checkpoints").restore(make_state(0))[0] == 2
+  assert "no start could read the checkpoint of step 4" in caplog.text
+  assert os.listdir(tmp_path / "checkpoints.damaged") == ["4"]
+  cut(largest_file(tmp_path / "checkpoints/2"))
+  for _ in range(3):  # the only one stays
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(hosts.LostError, match="step 2 is damaged.*or remove this directory"):
+      checkpoints.restore(make_state(0))
+    assert checkpoints.steps() == [2]
 
 
 def test_other_shapes_are_not_called_damage(tmp_path):
