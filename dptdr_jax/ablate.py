@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from dptdr_jax import pipeline
 from dptdr_jax.core import commands, files, manifest, preemption, progress
 from dptdr_jax.core.errors import DptdrError, InputError, PassingError
-from dptdr_jax.stages import comparison, evaluate
+from dptdr_jax.stages import comparison, evaluate, order
 
 _PLAIN = {"pretrain.enabled": False, "rounds": 1}
 _TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
@@ -185,7 +185,7 @@ def ablate(
     raise InputError("two arms have names that are the same but for signs", value=list(arms))
   named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
   for _, _, changed in planned:
-    pipeline.check(changed)
+    order.check(changed)
   for (name, seed, changed), directory in zip(planned, directories, strict=True):
     progress.say(f"{name}, seed {seed} ({len(done) + 1} of {len(planned)})")
     linked = pipeline.share(changed, directory, [other for other in directories if other != directory])

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_rounds import make_config
 
-from dptdr_jax import ablate, pipeline
+from dptdr_jax import ablate
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval import measures
+from dptdr_jax.stages import order
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_an_arm_that_is_added_leaves_the_baselines_where_they_are_measured(finis
 def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
   config, _, workdir = finished
   for fields in ablate.chosen(list(ablate.ARMS), []).values():
-    pipeline.check(ablate.configured(config, fields, 0))
+    order.check(ablate.configured(config, fields, 0))
   with pytest.raises(InputError, match="Success@5"):
     ablate.ablate(config, workdir, ablate.chosen(["plain"], []), [0], [], "Success@5")
   alike = ablate.chosen([], ["b=-1: rounds=1", "b=+1: rounds=1"])

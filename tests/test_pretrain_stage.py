@@ -24,6 +24,7 @@ from dptdr_jax.models import mlm
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.stages import order
 from dptdr_jax.stages import pretrain as stage
 from dptdr_jax.stages.layout import Layout
 
@@ -224,7 +225,7 @@ def test_what_cannot_change_the_weights_does_not_undo_them(finished):
   def keys(**fields):
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
-    return {item.stage.name: item.key for item in pipeline.plan(changed, layout)}
+    return {item.stage.name: item.key for item in order.plan(changed, layout)}
 
   usual = keys()
   beside = {"checkpoint_every": 5, "evaluate_every": 1, "chunk": 2, "epochs": 3.0, "tokens": 10**6, "vocabulary": 999}

@@ -24,7 +24,7 @@ from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import hosts
-from dptdr_jax.stages import common, generations, mine, negatives_shown, report, search, steps
+from dptdr_jax.stages import common, generations, mine, negatives_shown, order, report, search, steps
 from dptdr_jax.stages.generations import Generations
 from dptdr_jax.stages.layout import Layout
 from dptdr_jax.stages.trial import DevTrial
@@ -138,7 +138,7 @@ def test_a_rerun_does_nothing_and_another_margin_only_what_follows(finished, tmp
 def test_a_round_on_bm25_alone_does_not_depend_on_the_retriever_to_come(directory):
   def keys(**fields) -> dict[str, str]:
     config = make_config(directory, train__negatives="bm25", **fields)
-    return {item.stage.name: item.key for item in pipeline.plan(config, Layout.of(directory / "planned"))}
+    return {item.stage.name: item.key for item in order.plan(config, Layout.of(directory / "planned"))}
 
   usual, later = keys(), keys(mine__dense__relative_margin=0.5, mine__sources=("dense",), mine__cross_encoder=False)
   assert [name for name in usual if usual[name] == later[name]] == ["prepare", "mine0", "train1"]

@@ -1,5 +1,6 @@
-"""Loss and gradient of a training and of a pretraining step, by one process or several:
-`python -m support.gradients OUT PORT PROCESSES INDEX`. Models, states and batches are those of tests/training."""
+"""Loss and gradient of a training or of a pretraining step, by one process or several:
+`python -m support.gradients OUT PORT PROCESSES INDEX STEPS...`. Models, states and batches are those of
+tests/training."""
 
 from __future__ import annotations
 
@@ -43,16 +44,20 @@ def _share(batch: dict[str, np.ndarray], whole: tuple[str, ...]) -> dict[str, np
   return {name: value if name in whole else value[rows[name]] for name, value in batch.items()}
 
 
-def main(out: pathlib.Path, port: str, processes: int, index: int) -> None:
-  """Writes OUT/{train,pretrain}.npz: loss [], gradient [n], from the first process."""
+STEPS = {"train": of_training, "pretrain": of_pretraining}
+
+
+def main(out: pathlib.Path, port: str, processes: int, index: int, names: list[str]) -> None:
+  """Writes OUT/NAME.npz for some of STEPS: loss [], gradient [n], from the first process."""
   if processes > 1:
     hosts.initialize(f"localhost:{port}", processes, index)
   mesh = make_mesh()
-  for name, (loss, _, gradient) in (("train", of_training(mesh)), ("pretrain", of_pretraining(mesh))):
+  for name in names:
+    loss, _, gradient = STEPS[name](mesh)
     leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(hosts.fetch(gradient))]
     if hosts.is_main():
       np.savez(out / f"{name}.npz", loss=np.asarray(loss), gradient=np.concatenate(leaves))
 
 
 if __name__ == "__main__":
-  main(pathlib.Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+  main(pathlib.Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:5]), sys.argv[5:])

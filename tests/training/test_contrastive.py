@@ -177,23 +177,14 @@ def train(name, devices, *chunks):
   return jax.device_get(state), metrics
 
 
-def without_key_biases(tree):
-  """A key's bias changes no softmax: its gradient is 0 but for rounding, which Adam blows up to whole steps."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [
-    leaf for path, leaf in leaves if not jax.tree_util.keystr(path, simple=True, separator="/").endswith("key/bias")
-  ]
-
-
-@pytest.mark.parametrize("name", ["tied", "fine-tuning"])
-def test_five_steps_on_eight_devices_in_chunks(name):
-  one, metrics = train(name, 1)
-  eight, _ = train(name, 8, 1, 2)
-  assert distance(*(without_key_biases(state.trainable) for state in (eight, one))) < 1e-4
+def test_five_steps_on_eight_devices_in_chunks():
+  one, metrics = train("tied", 1)
+  eight, _ = train("tied", 8, 1, 2)
+  assert distance(eight.trainable, one.trainable) < 1e-4
   assert one.step == eight.step == 5
   assert set(metrics[0]) == {"loss", "accuracy", "positive_score", "gradient_norm", "learning_rate"}
   np.testing.assert_allclose([m["learning_rate"] for m in metrics[:3]], [3.5e-3, 7e-3, 7e-3], rtol=1e-6)
-  loss, _, gradient = gradient_of(name)
+  loss, _, gradient = gradient_of("tied")
   np.testing.assert_allclose(metrics[0]["loss"], loss, rtol=1e-5)
   norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradient)))
   np.testing.assert_allclose(metrics[0]["gradient_norm"], norm, rtol=1e-5)
