@@ -32,6 +32,7 @@ from dptdr_jax.retrieval.texts import TextRule
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.stages import common, cross, mine
 from dptdr_jax.stages.layout import Layout
+from dptdr_jax.stages.sources import positive_scores
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,7 +85,7 @@ def main() -> None:
   sources = {
     "bm25": Source(Bm25(layout.bm25).search([query.text for query in split.queries.read()], args.depth), args.depth),
     "dense": Source(search_exact(vectors, passages, args.depth), args.depth,
-                    positive_scores=mine.positive_scores(asked, passages, positives)),
+                    positive_scores=positive_scores(asked, passages, positives)),
   }  # fmt: skip
   with tempfile.TemporaryDirectory() as place:
     pool = pool_from_runs(pathlib.Path(place, "merged"), sources, positives)
@@ -119,7 +120,7 @@ def _crossed(args: argparse.Namespace, layout: Layout, pool, place: str) -> dict
 
 
 class _Rows:
-  """Vectors in memory as `mine.positive_scores` reads them."""
+  """Vectors in memory as `positive_scores` reads them."""
 
   def __init__(self, vectors: np.ndarray):
     self._vectors = vectors

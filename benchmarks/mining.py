@@ -29,7 +29,7 @@ from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retrieval.search import search_exact
-from dptdr_jax.stages.mine import positive_scores
+from dptdr_jax.stages.sources import positive_scores
 
 SHARD = 100_000
 MSMARCO = 8_841_823, 502_939  # passages, training queries

@@ -162,8 +162,10 @@ def _train() -> dict:
 def _mine() -> dict:
   return dict(
     bm25=_mined_from(depth=100),
-    dense=_mined_from(depth=200),  # the retriever of the round before, by config.index (Tevatron: 200)
+    dense=_mined_from(depth=200),  # each dense retriever, by config.index: that of the round before, and `retrievers`
+    # (Tevatron: 200)
     sources=("bm25", "dense", "runs"),  # of a pool between two rounds; before round 1 there is no dense one
+    retrievers=(),  # dense ones beside that of the round before: 'backbone' (untuned), 'pretrain', earlier 'trainN'
     runs=(),  # TREC run files of other retrievers over the training queries; file names tell them apart
     outside=_mined_from(depth=200),  # how each of them is used
     width=0,  # candidates that a query has in all; 0: whatever the sources give

@@ -9,13 +9,13 @@ import json
 import pathlib
 import shutil
 import sys
-import threading
 
 import numpy as np
 import pytest
 from support import tiny
 
 from dptdr_jax import pipeline
+from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData
@@ -23,11 +23,8 @@ from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retriever import Retriever
-from dptdr_jax.runtime import hosts
-from dptdr_jax.stages import common, generations, mine, negatives_shown, order, report, search, steps
-from dptdr_jax.stages.generations import Generations
+from dptdr_jax.stages import common, mine, negatives_shown, order, search, steps
 from dptdr_jax.stages.layout import Layout
-from dptdr_jax.stages.trial import DevTrial
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -155,6 +152,29 @@ def test_a_round_may_go_on_with_the_prompts_of_the_one_before(finished, director
   np.testing.assert_allclose(two.prompts["query"]["table"], one.prompts["query"]["table"], atol=1e-6)
 
 
+def test_further_retrievers_and_an_index_in_three_rounds(directory, tmp_path):
+  config = make_config(directory, rounds=3, mine__retrievers=("backbone", "train1"))
+  config.index.update({"factory": "IVF4,Flat", "search_parameters": "nprobe=4"})  # all lists: exact
+  pipeline.run(config, tmp_path, ["prepare", "train", "mine"])
+  pools = [Pool.open(tmp_path / f"mine{number}/pool") for number in (1, 2)]
+  assert [pool.names for pool in pools] == [("bm25", "dense", "backbone"), ("bm25", "dense", "backbone", "train1")]
+  for one, other in (("mine1", "mine2/retrievers/train1"), ("mine1/retrievers/backbone", "mine2/retrievers/backbone")):
+    assert (tmp_path / one / "vectors/corpus/vectors-00000.npy").samefile(
+      tmp_path / other / "vectors/corpus/vectors-00000.npy"
+    )
+    assert (tmp_path / one / "index").exists()
+  np.testing.assert_array_equal(pools[1].positive_scores[:, 3], pools[0].positive_scores[:, 1])
+
+  untuned = Retriever.untuned(Backbone.load(config.backbone.path), **config.vector, **config.text)
+  data = PreparedData(tmp_path / "prepare/text")
+  scores = untuned.encode_queries([query.text for query in data.splits["train"].queries.read()])
+  scores = scores @ untuned.encode_passages([(p.title, p.text) for p in data.passages.read()]).T
+  queries, places = np.nonzero(pools[1].ranks[:, :, 2] >= 0)
+  expected = scores[queries, pools[1].rows[queries, places]]
+  np.testing.assert_allclose(pools[1].scores[queries, places, 2], expected, atol=1e-4)
+  assert (np.bincount(queries) >= 20 - 3).all()
+
+
 def test_runs_from_elsewhere_are_sources(finished, directory, tmp_path):
   query = (directory / "data/qrels/train.tsv").read_text().splitlines()[1].split("\t")[0]
   (tmp_path / "other.trec").write_text(f"{query} Q0 p3 1 9.5 other\n{query} Q0 p4 2 9.0 other\n")
@@ -266,6 +286,7 @@ def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_p
     ({"mine__runs": (__file__, f"{ROOT}/tests/../tests/test_rounds.py")}, "two sources of one name"),
     ({"mine__sources": ("dense", "sparse")}, "unknown mine.sources"),
     ({"mine__sources": ("runs",)}, "nothing to mine from"),
+    ({"mine__retrievers": ("pretrain", "train1")}, "no pool of this run finds there: .*train1.*There are backbone"),
     ({"mine__dense__first": 20}, "0 ≤ first < depth"),
     ({"mine__near_duplicate": 0.5, "mine__same_text": False}, "near_duplicate"),
     ({"mine__negative_below": 0.95}, "in this order"),
@@ -344,105 +365,3 @@ def test_the_cross_encoder_denoises_and_reranks(directory, tmp_path):
   wanted = make_config(directory, mine__cross_encoder=True)
   with pytest.raises(InputError, match=r"cross\.enabled"):
     pipeline.run(wanted, tmp_path / "other")
-
-
-def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path, monkeypatch):
-  asked, ask = [], Bm25.search
-  monkeypatch.setattr(Bm25, "search", lambda self, texts, depth: asked.append(len(texts)) or ask(self, texts, depth))
-  config = make_config(directory, rounds=1, train__refresh_every=2, train__steps=7, train__passages=3)
-  pipeline.run(config, tmp_path / "work", ["prepare", "train"])
-  assert asked == [32], "BM25 finds the same for every generation"
-  made = sorted(path.name for path in (tmp_path / "work/train1/generations").iterdir())
-  assert made == ["0", "1", "2"], "that of step 6 would hold from step 8 on, and there is none"
-  kept = {path.name for path in (tmp_path / "work/train1/generations/0").iterdir()}
-  assert kept == {"retriever", "pool", "mining.json"}, "vectors and runs are as large as the corpus"
-  pools = [Pool.open(tmp_path / f"work/train1/generations/{number}/pool") for number in ("0", "1", "2")]
-  assert not np.array_equal(pools[0].rows, pools[2].rows)
-  # Whoever is quicker, mining or training: the same negatives at the same steps.
-  pipeline.run(config, tmp_path / "again", ["prepare", "train"])
-  assert prompts(tmp_path / "again", 1) == prompts(tmp_path / "work", 1)
-
-  # A step draws from the generation that holds there, and from no other.
-  layout = Layout.of(tmp_path / "work")
-  data = PreparedData(layout.prepared)
-  mined = Generations(config, layout, data, 1, common.load_backbone(config, layout))
-  for step in (2, 4, 6):
-    mined.resume(step)
-  batches, others = common.train_batches(config, layout, data, 1, mined), 0
-  for step in range(2, 7):
-    rows = batches.rows(step)
-    drawn = []
-    for pool in pools:
-      groups = common.train_groups(config, layout, data, 1, common.pool_negatives(config, pool))
-      drawn.append(np.stack([groups.group(*pair) for pair in zip(rows.queries, rows.epochs, strict=True)]))
-    np.testing.assert_array_equal(rows.passages, drawn[step // 2 - 1])
-    others += sum(not np.array_equal(rows.passages, one) for one in drawn)
-  assert others >= 5
-  mined.close()
-
-  page = "\n".join(report.negatives(config, layout, 1))
-  assert [f"Negatives of round 1 from step {step}" in page for step in (2, 4, 6)] == [True, False, True]
-  assert "Negatives mined while round 1 trained" in page and "<tr><td>4</td>" in page
-
-  # Its search is kept in parts, too.
-  monkeypatch.setattr(search, "_PART", 20)
-  place = (tmp_path / "again"), Retriever.load(layout.generation(1, 0) / "retriever"), layout.train(1)
-  with monkeypatch.context() as stopped, pytest.raises(preemption.Preempted, match="part 1 of 2"):
-    stopped.setattr(preemption, "asked", lambda: (tmp_path / "again/runs/dense.0-of-2").exists())
-    mine.mine(config, layout, data, *place)
-  assert (tmp_path / "again/runs/dense.0-of-2").exists()
-  np.testing.assert_array_equal(mine.mine(config, layout, data, *place).rows, pools[0].rows)
-  assert [path.name for path in (tmp_path / "again/runs").iterdir()] == ["dense"]
-
-
-def test_another_process_waits_for_negatives_so_long_and_no_longer(finished, monkeypatch, caplog):
-  config, layout = finished[0].copy_and_resolve_references(), Layout.of(finished[1])
-  config.train.refresh_every = 2
-  monkeypatch.setattr(hosts, "is_main", lambda: False)
-  monkeypatch.setattr(hosts, "_patience_s", 0.1)
-  monkeypatch.setattr(hosts, "_NOTICE_S", 0.0)
-  monkeypatch.setattr(generations, "_LOOK_S", 0.02)
-  caplog.set_level("INFO", "dptdr_jax")
-  waiting = Generations(config, layout, PreparedData(layout.prepared), 1, None)
-  with pytest.raises(hosts.LostError, match="waited 0.1 s for process 0, for negatives of generation 0 of round 1"):
-    waiting.at(2)
-  assert [record.getMessage().partition(" waits for ")[2] for record in caplog.records] == [
-    "process 0, for negatives of generation 0 of round 1"
-  ]
-
-
-def test_sigterm_in_a_trial_loses_no_generation(directory, tmp_path, monkeypatch):
-  config = make_config(directory, rounds=1, train__refresh_every=2, train__steps=5)
-  pipeline.run(config, tmp_path / "whole", ["prepare", "train"])
-  shutil.copytree(tmp_path / "whole/prepare", tmp_path / "work/prepare")
-  trials, evaluate = [], DevTrial.evaluate
-  with monkeypatch.context() as stopped, pytest.raises(preemption.Preempted, match="train stands at step 2"):
-    stopped.setattr(DevTrial, "evaluate", lambda *arguments: trials.append(1) or evaluate(*arguments))
-    stopped.setattr(preemption, "asked", lambda: bool(trials))  # in the trial at the step where generation 1 begins
-    pipeline.run(config, tmp_path / "work", ["train"])
-  pipeline.run(config, tmp_path / "work", ["train"])
-  assert prompts(tmp_path / "work", 1) == prompts(tmp_path / "whole", 1)
-
-
-def test_a_stop_while_training_waits_for_negatives_is_saved(directory, tmp_path, monkeypatch):
-  config = make_config(directory, rounds=1, train__refresh_every=2, train__steps=5, train__evaluate_every=0)
-  config.train.checkpoint_every = 100
-  pipeline.run(config, tmp_path / "whole", ["prepare", "train"])
-  pipeline.run(config, tmp_path / "work", ["prepare"])
-  stopped = threading.Event()
-
-  def never(*arguments):  # ends
-    stopped.wait()
-    raise preemption.Preempted("mining")
-
-  monkeypatch.setattr(mine, "mine", never)
-  # Those who look are the threads that make batches: of the third step, which waits for generation 0.
-  monkeypatch.setattr(preemption, "asked", lambda: threading.current_thread().name.startswith("batches"))
-  with pytest.raises(preemption.Preempted, match="waits for negatives"):
-    pipeline.run(config, tmp_path / "work", ["train"])
-  stopped.set()
-  monkeypatch.undo()
-  saved = sorted(path.name for path in (tmp_path / "work/train1/checkpoints").iterdir() if path.name.isdigit())
-  assert saved == ["2"]
-  pipeline.run(config, tmp_path / "work", ["train"])
-  assert prompts(tmp_path / "work", 1) == prompts(tmp_path / "whole", 1)

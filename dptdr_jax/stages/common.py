@@ -130,6 +130,14 @@ def trained(config: ConfigDict, layout: Layout, number: int, shared: Backbone | 
   return Retriever.load(layout.retriever(number), None if tuned else shared or load_backbone(config, layout))
 
 
+def retriever(config: ConfigDict, layout: Layout, name: str, shared: Backbone) -> Retriever:
+  """The retriever 'trainN', or the untuned 'backbone' or 'pretrain'; `shared` is what `load_backbone` gives."""
+  if name.startswith("train"):
+    return trained(config, layout, int(name.removeprefix("train")), shared)
+  own = base_backbone(config, layout) if name == "backbone" and config.pretrain.enabled else shared
+  return Retriever.untuned(own, **config.vector, **config.text)
+
+
 def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:
   """Every dense system that is evaluated; they share backbones in memory, unless the weights were tuned."""
   shared = load_backbone(config, layout)

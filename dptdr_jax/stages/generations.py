@@ -26,6 +26,7 @@ from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import common, mine
 from dptdr_jax.stages.layout import Layout
+from dptdr_jax.stages.sources import Sources
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +129,10 @@ class Generations:
       _log.info("mining generation %d while training goes on", which)
       retriever = Retriever.load(directory / "retriever", self._shared)
       others = self._layout.train(self._number)  # BM25 and runs from elsewhere find the same for every generation
-      mine.mine(self._config, self._layout, self._data, directory, retriever, others)
+      asked = Sources(
+        self._config, self._layout, self._data, directory, self._number, retriever, others, together=False
+      )  # fmt: skip
+      asked.find()
+      mine.make_pool(asked)
     for name in _NEEDED_BY_MINING:
       files.remove(directory / name)

@@ -18,8 +18,9 @@ from dptdr_jax.retrieval.denoise import MarginRule, denoise
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retrieval.search import search_exact
-from dptdr_jax.stages import mine as mining
 from dptdr_jax.stages.layout import Layout
+from dptdr_jax.stages.mine import texts
+from dptdr_jax.stages.sources import positive_scores
 
 _SOURCE = "dense"
 
@@ -36,8 +37,7 @@ def export(workdir: files.Path, number: int, out: files.Path, form: str, count: 
   data = PreparedData(layout.prepared)
   split = data.splits[files.read_json(layout.mining(number))["split"]]
   examples = exports.training_examples(
-    Pool.open(layout.pool(number)), (query.text for query in split.queries.read()), split.positives,
-    mining.texts(data),
+    Pool.open(layout.pool(number)), (query.text for query in split.queries.read()), split.positives, texts(data),
   )  # fmt: skip
   with remote.written(out) as local:
     original = form == "original"
@@ -97,7 +97,7 @@ def mine(
   positives = _read_qrels(qrels, queries, passages)
   with remote.written(out, last="negatives.jsonl") as out:
     run = search_exact(queries.take(np.arange(len(queries))), passages.matrix, depth)
-    known = mining.positive_scores(queries, passages, positives)
+    known = positive_scores(queries, passages, positives)
     source = Source(run, depth, first, positive_scores=known)
     pool = pool_from_runs(out / "merged", {_SOURCE: source}, positives)
     pool = denoise(out / "pool", out / "merged", rules)

@@ -27,6 +27,7 @@ from dptdr_jax.stages import (
   report,
   scratch,
   search,
+  sources,
   train,
 )
 from dptdr_jax.stages.layout import Layout
@@ -149,7 +150,7 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
       fields = ("mine", "encode", "index", "cross.depth", *model) if number > 1 else MINED_FIRST
       fields += ("data.train_split",)
       mined = functools.partial(mine.run, number=number - 1)
-      parts = {"kept": mine.SEARCHED, "after": mine.AFTER_SEARCH}
+      parts = {"kept": sources.FOUND, "after": mine.AFTER_SEARCH}
       yield Stage(f"mine{number - 1}", mined, fields, inputs, _runs, learned, **parts)
       inputs = (*inputs, f"mine{number - 1}")
     if number == 1 and config.cross.enabled:
