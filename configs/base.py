@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
 
 def _data() -> dict:
   return dict(
-    source="beir",  # 'beir', 'msmarco', 'nq', 'original' (the authors' training JSONL) or 'docstrings'
+    source="beir",  # 'beir', 'msmarco', 'nq', 'original' (the authors' training JSONL), 'docstrings', or 'text': .txt
+    # (a passage a line) and JSONL files without queries, which pretrain a backbone and nothing more
     dir="",  # folder of the source's files (a manual directory: nothing is downloaded where the files are here)
     download=False,  # msmarco, nq: fetch the official files into dir, checksums verified
     empty_text="title",  # beir, a passage without text: its 'title' is its text, without both it is an error. 'keep':

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from dptdr_jax import pipeline
 from dptdr_jax.core import commands, files, manifest, preemption, progress
 from dptdr_jax.core.errors import DptdrError, InputError, PassingError
-from dptdr_jax.stages import comparison, evaluate, order
+from dptdr_jax.stages import common, comparison, evaluate, order
 
 _PLAIN = {"pretrain.enabled": False, "rounds": 1}
 _TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
@@ -178,6 +178,8 @@ def ablate(
     for name, fields in arms.items()
     if seed == seeds[0] or name not in one_seed
   ]
+  if not common.has_queries(config):
+    raise InputError("arms are compared by queries, and this data has none", value=config.data.source)
   done: list[comparison.Done] = []
   directories = [workdir / "runs" / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
   _baselines_once([changed for _, _, changed in planned], directories)

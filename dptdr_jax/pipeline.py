@@ -79,9 +79,9 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, 
       done = True
     if done and mirror:
       mirror.keep(stage.name, item.key)
-  measured = next(item for item in planned if item.stage.name == "evaluate")
-  if hosts.is_main() and _is_done(layout, measured.stage, measured.key):
-    progress.say(report.table(layout, seconds(layout, config)))
+  last = planned[-2]  # before the report
+  if hosts.is_main() and _is_done(layout, last.stage, last.key):
+    progress.say(report.table(config, layout, seconds(layout, config)))
 
 
 def share(config: ConfigDict, workdir: files.Path, others: Sequence[files.Path]) -> list[str]:

@@ -237,6 +237,8 @@ def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tu
       passages / (encoded * count),
     ),
   }  # fmt: skip
+  if not common.has_queries(config):
+    known = {"pretrain": known["pretrain"]}
   wanted = list(only) or [name for name in known if name != "pretrain" or pretrain.enabled]
   if unknown := [name for name in wanted if name not in known]:
     raise InputError("no such step", value=unknown, fix=f"Known: {', '.join(known)}")

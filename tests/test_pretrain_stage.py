@@ -19,6 +19,7 @@ from dptdr_jax import pipeline
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models import mlm
 from dptdr_jax.models.prompts import PromptSpec
@@ -189,6 +190,29 @@ def test_from_nothing(directory, tmp_path):
   pipeline.run(again, tmp_path / "again", ["prepare"])
   for name in ("model.safetensors", "tokenizer.json"):
     assert (tmp_path / "again/prepare/backbone" / name).read_bytes() == (base.tokenizer.directory / name).read_bytes()
+
+
+def test_text_alone_ends_with_a_backbone(directory, tmp_path, capsys):
+  config = make_config(directory, steps=2)
+  texts = tmp_path / "texts"
+  texts.mkdir()
+  config.data.update({"source": "text", "dir": str(texts)})
+  with pytest.raises(InputError, match="no text in this folder. It wants .txt"):
+    pipeline.run(config, tmp_path / "work")
+  words = [text for _, text in tiny.sentences(40, 14, seed=3)]
+  (texts / "a.txt").write_text("\n".join([*words[:19], "", words[19]]))
+  (texts / "b.jsonl").write_text("".join(json.dumps({"title": "T", "text": text}) + "\n" for text in words[20:]))
+  (texts / "README.md").write_text("left alone")
+  pipeline.run(config, tmp_path / "work")
+  assert f"backbone: {tmp_path}/work/pretrain/backbone" in capsys.readouterr().out
+  assert sorted(path.parent.name for path in tmp_path.glob("work/*/manifest.json")) == ["prepare", "pretrain", "report"]
+  data = PreparedData(tmp_path / "work/prepare/text")
+  assert [data.ids[row] for row in (0, 19, 20)] == ["a.txt:1", "a.txt:21", "b.jsonl:1"] and len(data.ids) == 40
+  assert "Pretraining" in (tmp_path / "work/report.html").read_text()
+  assert Backbone.load(tmp_path / "work/pretrain/backbone").config.hidden_size == 32
+  config.pretrain.enabled = False
+  with pytest.raises(InputError, match="all that it is for is pretraining"):
+    pipeline.run(config, tmp_path / "other")
 
 
 @pytest.mark.parametrize(

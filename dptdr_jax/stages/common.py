@@ -66,6 +66,11 @@ def check(config: ConfigDict) -> None:
     raise InputError("the dev split is the training split", value=config.data.dev_split, fix="Name another, or ''")
 
 
+def has_queries(config: ConfigDict) -> bool:
+  """Whether there is something to train on and to measure; else a run pretrains a backbone and ends."""
+  return config.data.source != "text"
+
+
 def encoder_config(config: ConfigDict) -> EncoderConfig:
   """The backbone's shape, of which config.json alone is read."""
   if scratch.is_wanted(config):

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, manifest, remote
+from dptdr_jax.core.errors import InputError
 from dptdr_jax.stages import (
   common,
   corpora,
@@ -102,18 +103,20 @@ def stages(config: ConfigDict) -> list[Stage]:
     "prepare", prepare.run, ("data", "backbone", *texts, *made), files=prepare.outside_files, together=False,
     kept=prepare.OF_CORPUS, after=frozenset({"files.splits"}),
   )  # fmt: skip
-  pretrained = []
+  first = [prepared]
   if config.pretrain.enabled:
     fields = ("seed", "pretrain", "compute_dtype", "backbone", "text.separator", "vector.pooling")
     beside = (*(f"pretrain.{name}" for name in config.pretrain if name not in pretrain.OF_TOKENS), "vector.pooling")
     tokens = {"kept": ("tokens",), "after": frozenset(f"config.{name}" for name in ("seed", "compute_dtype", *beside))}
-    pretrained = [Stage("pretrain", pretrain.run, fields, ("prepare",), files=_corpora, **tokens)]
-  rounds = list(_rounds(config, ("prepare", *(stage.name for stage in pretrained)), model))
+    first.append(Stage("pretrain", pretrain.run, fields, ("prepare",), files=_corpora, **tokens))
+  names = tuple(stage.name for stage in first)
+  if not common.has_queries(config):
+    return [*first, Stage("report", report.run, (), names, together=False, beside=("report.html",))]
+  rounds = list(_rounds(config, names, model))
   names = ("prepare", *(stage.name for stage in rounds))
   judged = tuple(config.evaluate.splits)
   return [
-    prepared,
-    *pretrained,
+    *first,
     *rounds,
     Stage(
       "encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), names, splits=judged,
@@ -210,6 +213,9 @@ def check(config: ConfigDict) -> None:
   """Raises InputError for what a config alone shows to fail."""
   for part in (common, mine, search):
     part.check(config)
+  if not (common.has_queries(config) or config.pretrain.enabled):
+    raise InputError("data.source text has no queries, and all that it is for is pretraining",
+                     fix="Set pretrain.enabled to True")  # fmt: skip
   if config.pretrain.enabled:
     pretrain.check(config)
   if config.cross.enabled:

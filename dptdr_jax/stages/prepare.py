@@ -20,6 +20,7 @@ from dptdr_jax.data.sources.docstrings import DocstringSource
 from dptdr_jax.data.sources.msmarco import MsMarco
 from dptdr_jax.data.sources.nq import NaturalQuestions
 from dptdr_jax.data.sources.original_jsonl import OriginalJsonl
+from dptdr_jax.data.sources.plain import TextFolder
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.stages import common, corpora, scratch
@@ -34,7 +35,8 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   """Writes DIR/prepare: text, ids, judgements, and a token store for the corpus and the queries of each split."""
   layout = Layout.of(workdir)
   text.check_templates(config.text.query_template, config.text.passage_template)
-  data = prepare_source(open_source(config), layout.prepared, training_split=config.data.train_split)
+  trained_on = config.data.train_split if common.has_queries(config) else None
+  data = prepare_source(open_source(config), layout.prepared, training_split=trained_on)
   if scratch.is_wanted(config):
     scratch.make(config, layout)
   backbone = common.base_directory(config, layout)
@@ -73,11 +75,13 @@ def open_source(config: ConfigDict) -> Source:
     return MsMarco(directory, titles=data.title_augmented)
   if data.source == "nq":
     return NaturalQuestions(directory)
+  if data.source == "text":
+    return TextFolder(directory)
   if data.source == "original":
     if scratch.is_wanted(config):
       raise InputError("the original's token ids need its own tokenizer", fix="Set pretrain.tokenizer to backbone")
     return OriginalJsonl(directory, tokenizer=Tokenizer(backbones.locate(config.backbone.path)))
-  raise InputError("unknown data.source", value=data.source, fix="Use beir, msmarco, nq, original or docstrings")
+  raise InputError("unknown data.source", value=data.source, fix="Use beir, msmarco, nq, original, docstrings or text")
 
 
 def _folder(data: ConfigDict) -> pathlib.Path:
@@ -104,7 +108,8 @@ def outside_files(config: ConfigDict) -> dict[str, Any]:
   """
   source = open_source(config)
   splits = source.splits()
-  _check_splits(config, splits)
+  if common.has_queries(config):
+    _check_splits(config, splits)
   found = {"corpus": source.files(), "splits": {name: source.files(name) for name in splits}}
   if scratch.is_wanted(config):
     return found | {"pretrain.corpora": corpora.outside_files(config)}

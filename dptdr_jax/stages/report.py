@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files
-from dptdr_jax.stages import drawing, negatives_shown
+from dptdr_jax.stages import common, drawing, negatives_shown
 from dptdr_jax.stages.layout import Layout
 
 _COLUMNS = 3  # of curves
@@ -29,22 +29,27 @@ CURVES = {
 
 
 def run(config: ConfigDict, workdir: files.Path) -> None:
-  """Writes DIR/report.html from results.json, metrics.jsonl and the examples that `evaluate` chose."""
+  """Writes DIR/report.html: measures, curves, and the examples that `evaluate` chose."""
   layout = Layout.of(workdir)
-  results = files.read_json(layout.results)
-  summary = files.read_json(layout.summary)
-  body = [
-    f"<h1>{html.escape(layout.root.resolve().name)}</h1>",
+  body = [f"<h1>{html.escape(layout.root.resolve().name)}</h1>"]
+  pretrained = [_curves(layout.pretrain, "Pretraining")] if config.pretrain.enabled else []
+  body += _measured(config, layout, pretrained) if common.has_queries(config) else pretrained
+  with files.atomic_path(layout.report) as partial:
+    page = _PAGE.format(title=html.escape(layout.root.resolve().name), body="\n".join(body))
+    partial.write_text(page, encoding="utf-8")
+
+
+def _measured(config: ConfigDict, layout: Layout, pretrained: list[str]) -> list[str]:
+  """The sections of a run that has been evaluated."""
+  results, summary = files.read_json(layout.results), files.read_json(layout.summary)
+  return [
     _facts(summary),
     _measures(results, summary),
-    *([_curves(layout.pretrain, "Pretraining")] if config.pretrain.enabled else []),
+    *pretrained,
     *(_curves(layout.train(number), f"Training, round {number}") for number in range(1, summary["rounds"] + 1)),
     *(part for number in range(1, config.rounds + 1) for part in negatives(config, layout, number)),
     _examples(files.read_json(layout.examples)),
   ]
-  with files.atomic_path(layout.report) as partial:
-    page = _PAGE.format(title=html.escape(layout.root.resolve().name), body="\n".join(body))
-    partial.write_text(page, encoding="utf-8")
 
 
 def negatives(config: ConfigDict, layout: Layout, number: int) -> list[str]:
@@ -76,15 +81,18 @@ def _generations(config: ConfigDict, layout: Layout, number: int) -> dict[int, M
   return found
 
 
-def table(layout: Layout, seconds: Mapping[str, float]) -> str:
-  """Returns the table that a run ends with.
+def table(config: ConfigDict, layout: Layout, seconds: Mapping[str, float]) -> str:
+  """Returns the table that a run ends with; of one without queries, where its backbone is.
 
   Args:
-    layout: of the run; results.json and the summary are there.
+    config: of the run.
+    layout: its paths; its stages are done.
     seconds: time of each stage.
   """
+  lines, ended = [], ["time: " + " · ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())]
+  if not common.has_queries(config):
+    return "\n".join([f"backbone: {layout.pretrained}", *ended, f"report: {layout.report}"])
   results, summary = files.read_json(layout.results), files.read_json(layout.summary)
-  lines = []
   for split in _splits(results):
     names = _measure_names(results, split)
     systems = [name for name in results if split in results[name]]
@@ -94,9 +102,7 @@ def table(layout: Layout, seconds: Mapping[str, float]) -> str:
       figures = "".join(f"{results[system][split].get(name, float('nan')):>11.4f}" for name in names)
       lines.append(f"  {summary['labels'].get(system, system):<35}{figures}")
   lines.append(_share(summary))
-  lines.append("time: " + " · ".join(f"{name} {value:,.0f} s" for name, value in seconds.items()))
-  lines.append(f"report: {layout.report}")
-  return "\n".join(lines)
+  return "\n".join([*lines, *ended, f"report: {layout.report}"])
 
 
 def _share(summary: Mapping) -> str:

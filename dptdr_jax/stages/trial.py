@@ -41,7 +41,7 @@ class DevTrial:
   def build(cls, config: ConfigDict, layout: Layout, data: PreparedData, every: int) -> DevTrial | None:
     """Draws queries and passages by the config's seed; None where no step (`every` 0) or no split is for it."""
     train, name = config.train, config.data.dev_split
-    if not every or not name:
+    if not every or not name or not common.has_queries(config):
       return None
     generator = np.random.default_rng([config.seed, 0xDE7])
     qrels = common.qrels(data.splits[name])

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.records import Passage
-from dptdr_jax.data.sources.lines import read_json_lines, read_lines, text_of, unicode_of
+from dptdr_jax.data.sources.lines import FileSource, Kind, Placed, read_json_lines, read_lines, text_of, unicode_of
 
 _JSON = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+_TEXT = (".txt", ".txt.gz")
 
 
 class PlainText:
@@ -49,3 +50,27 @@ class PlainText:
         raise InputError("a title must be a string", path=self.path, line=line, value=title)
       title = unicode_of(title.strip(), "title", self.path, line)
       yield Passage(str(line), title, text_of(value.get("text"), "text", self.path, line))
+
+
+class TextFolder(FileSource):
+  """The passages of all text and JSONL files of a folder, in the order of their names; no queries.
+
+  A passage's id is its file and line. Files of other names are left alone.
+  """
+
+  def records(self, kind: Kind, split: str | None) -> Iterator[Placed]:
+    """Yields (path, line, record); there are passages alone."""
+    for path in self.files() if kind == "passages" else ():
+      for passage in PlainText(path).read():
+        yield path, int(passage.id), passage._replace(id=f"{path.name}:{passage.id}")
+
+  def splits(self) -> tuple[str, ...]:
+    """None."""
+    return ()
+
+  def files(self, split: str | None = None) -> list[pathlib.Path]:
+    """The files of the corpus; an InputError where there are none."""
+    found = sorted(path for path in self.directory.iterdir() if path.is_file() and path.name.endswith(_TEXT + _JSON))
+    if not found:
+      raise InputError("no text in this folder", path=self.directory, fix=f"It wants {', '.join(_TEXT + _JSON)}")
+    return found
