@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import pathlib
@@ -121,6 +122,19 @@ def test_a_pool_is_scored_by_shards(finished, monkeypatch, tmp_path):
   before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.npy")}
   assert len(before) == 3
   parts = cross.score_pool(config, layout, pool, tmp_path / "parts")
+  np.testing.assert_allclose(parts, whole, rtol=1e-5)
+  with monkeypatch.context() as two:  # processes, which take turns: the first leaves what the second has made
+    two.setattr(cross.hosts, "process_count", lambda: 2)
+    waits = []
+    (tmp_path / "shared").mkdir()  # begun by the first
+    shutil.copy(tmp_path / "parts/scores.json", tmp_path / "shared")
+    two.setattr(cross.hosts, "barrier", waits.append)
+    for index, made in ((1, [6, 18, 30]), (0, [0, 6, 12, 18, 24, 30])):
+      two.setattr(cross.hosts, "process_index", lambda index=index: index)
+      with contextlib.nullcontext() if index == 0 else pytest.raises(FileNotFoundError):
+        parts = cross.score_pool(config, layout, pool, tmp_path / "shared", together=True)
+      assert sorted(int(path.stem.split("-")[1]) for path in (tmp_path / "shared").glob("*.npy")) == made
+    assert len(waits) == 4
   np.testing.assert_allclose(parts, whole, rtol=1e-5)
   after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.npy")}
   assert len(after) == 6 and before.items() <= after.items()

@@ -72,10 +72,10 @@ def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path, mo
   asked = Sources(config, layout, data, tmp_path / "again", 1, retriever, layout.train(1), together=False)
   with monkeypatch.context() as stopped, pytest.raises(preemption.Preempted, match="part 1 of 2"):
     stopped.setattr(preemption, "asked", lambda: (tmp_path / "again/runs/dense.0-of-2").exists())
-    asked.find()
+    mine.mine(asked)
   assert (tmp_path / "again/runs/dense.0-of-2").exists()
-  asked.find()
-  np.testing.assert_array_equal(mine.make_pool(asked).rows, pools[0].rows)
+  mine.mine(asked)
+  np.testing.assert_array_equal(Pool.open(tmp_path / "again/pool").rows, pools[0].rows)
   assert [path.name for path in (tmp_path / "again/runs").iterdir()] == ["dense"]
 
 
@@ -119,7 +119,7 @@ def test_a_stop_while_training_waits_for_negatives_is_saved(directory, tmp_path,
     stopped.wait()
     raise preemption.Preempted("mining")
 
-  monkeypatch.setattr(Sources, "find", never)
+  monkeypatch.setattr(mine, "mine", never)
   # Those who look are the threads that make batches: of the third step, which waits for generation 0.
   monkeypatch.setattr(preemption, "asked", lambda: threading.current_thread().name.startswith("batches"))
   with pytest.raises(preemption.Preempted, match="waits for negatives"):

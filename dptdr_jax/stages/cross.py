@@ -175,7 +175,9 @@ class CrossLoop(Loop):
     return CrossEncoder(self._backbone, prompt_spec(config), trainable, settings)
 
 
-def score_pool(config: ConfigDict, layout: Layout, pool: Pool, directory: files.Path) -> np.ndarray:
+def score_pool(
+  config: ConfigDict, layout: Layout, pool: Pool, directory: files.Path, together: bool = False
+) -> np.ndarray:
   """Probabilities of a pool's candidates for the training queries, float32 [Q, K], NaN where not scored.
 
   Scored are the first config.cross.depth candidates of a query that are still negatives; see `score_rows`.
@@ -186,7 +188,7 @@ def score_pool(config: ConfigDict, layout: Layout, pool: Pool, directory: files.
     kept = pool.kept(block)
     rows[block] = np.where(kept & (np.cumsum(kept, axis=1) <= config.cross.depth), pool.rows[block], -1)
   stores = TokenStore(layout.store(config.data.train_split)), TokenStore(layout.store("corpus"))
-  return score_rows(encoder, *stores, rows, directory)
+  return score_rows(encoder, *stores, rows, directory, together)
 
 
 def rerank(config: ConfigDict, layout: Layout, found: Run, split: str) -> Run:
@@ -201,41 +203,43 @@ def rerank(config: ConfigDict, layout: Layout, found: Run, split: str) -> Run:
 
 
 def score_rows(
-  encoder: CrossEncoder, queries: TokenStore, passages: TokenStore, rows: np.ndarray, directory: files.Path
-) -> np.ndarray:
+  encoder: CrossEncoder, queries: TokenStore, passages: TokenStore, rows: np.ndarray, directory: files.Path,
+  together: bool = False,
+) -> np.ndarray:  # fmt: skip
   """Probabilities of passages for queries, by shards on disk: a killed run goes on at the first shard that is missing.
 
   Args:
     queries: of Q rows.
     rows: int [Q, K] passage rows, negative where nothing is to be scored.
     directory: where the shards are; those of another cross-encoder or of other candidates are removed.
+    together: all processes take turns at the shards; else this one makes all, and waits for none.
 
   Returns:
     float32 [Q, K], NaN where `rows` is negative.
   """
   directory = pathlib.Path(directory)
+  count, index = (hosts.process_count(), hosts.process_index()) if together else (1, 0)
+  meet = hosts.barrier if together else lambda name: None
   digest = hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
   about = {"cross_encoder": encoder.hash, "queries": queries.key, "passages": passages.key, "rows": digest}
-  if not (directory / "scores.json").is_file() or files.read_json(directory / "scores.json") != about:
+  begun = directory / "scores.json"
+  if index == 0 and (not begun.is_file() or files.read_json(begun) != about):
     files.remove(directory)
-    files.write_json(directory / "scores.json", about)
+    files.write_json(begun, about)
+  meet("scores are begun")
   wanted = (rows >= 0).sum(1)
   size = max(1, _SHARD_PAIRS // max(1, int(wanted.max(initial=1))))
-  starts = range(0, len(rows), size)
-  paths = {start: directory / f"scores-{start:09d}.npy" for start in starts}
-  done = sum(int(wanted[start : start + size].sum()) for start, path in paths.items() if path.exists())
-  scores = np.full(rows.shape, np.nan, np.float32)
-  with progress.bar("score pairs", int(wanted.sum()), "pair", initial=done) as shown:
-    for start, path in paths.items():
-      block = slice(start, start + size)
-      if path.exists():
-        scores[block] = np.load(path)
-        continue
-      query, place = np.nonzero(rows[block] >= 0)
-      part = scores[block]
-      part[query, place] = encoder.score_stored(queries, passages, start + query, rows[block][query, place])
-      with files.atomic_path(path) as partial, open(partial, "wb") as stream:
+  paths = {start: directory / f"scores-{start:09d}.npy" for start in range(0, len(rows), size)}
+  missing = [start for start in list(paths)[index::count] if not paths[start].exists()]
+  with progress.bar("score pairs", sum(int(wanted[start : start + size].sum()) for start in missing), "pair") as shown:
+    for start in missing:
+      block = rows[start : start + size]
+      query, place = np.nonzero(block >= 0)
+      part = np.full(block.shape, np.nan, np.float32)
+      part[query, place] = encoder.score_stored(queries, passages, start + query, block[query, place])
+      with files.atomic_path(paths[start]) as partial, open(partial, "wb") as stream:
         np.save(stream, part)
       shown.advance(len(query))
       preemption.check(f"scoring stands at query {min(start + size, len(rows))} of {len(rows)}")
-  return scores
+  meet("all shards of scores")
+  return np.concatenate([np.load(path) for path in paths.values()])

@@ -132,7 +132,6 @@ class Generations:
       asked = Sources(
         self._config, self._layout, self._data, directory, self._number, retriever, others, together=False
       )  # fmt: skip
-      asked.find()
-      mine.make_pool(asked)
+      mine.mine(asked)
     for name in _NEEDED_BY_MINING:
       files.remove(directory / name)

@@ -7,6 +7,7 @@ adds what the retriever of round N finds, and further ones.
 from __future__ import annotations
 
 import logging
+import pathlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -89,41 +90,53 @@ def outside_files(config: ConfigDict) -> list[files.Path]:
 def run(config: ConfigDict, workdir: files.Path, number: int = 0) -> None:
   """Writes DIR/mineN/pool: negatives for each training query, best first, with what each source says of them."""
   layout = Layout.of(workdir)
-  asked = Sources(config, layout, PreparedData(layout.prepared), layout.mine(number), number)
-  asked.find()
-  if hosts.is_main():  # what follows is one host's
-    make_pool(asked)
+  mine(Sources(config, layout, PreparedData(layout.prepared), layout.mine(number), number))
 
 
-def make_pool(asked: Sources) -> Pool:
-  """What was found, merged and denoised: merged/, pool/ and mining.json in the pool's directory.
+def mine(asked: Sources) -> None:
+  """Finds, merges and denoises: runs/, merged/, pool/ and mining.json, and what `Sources` keeps, in the pool's
+  directory. What is there is not made again.
 
-  What is there is not made again, and no other process waited for. In mine0 nothing but the cheap rules denoises.
+  Of processes that work together the first merges and denoises, and all score for the cross-encoder, which is asked of
+  what the cheap rules leave; in mine0 there is none.
   """
-  config, data, directory = asked.config, asked.data, asked.directory
+  asked.find()
+  directory, options = asked.directory, asked.config.mine
+  alone = not asked.together or hosts.is_main()
+  crossed = options.cross_encoder and asked.number > 0
+  cleaned = directory / ("cleaned" if crossed else "pool")
+  if alone:
+    _clean(asked, cleaned)
+  if crossed:
+    if asked.together:
+      hosts.barrier("what the cross-encoder is asked of")
+    scores = cross.score_pool(asked.config, asked.layout, Pool.open(cleaned), directory / "scores", asked.together)
+    if alone:
+      rule = CrossEncoderRule(scores, options.negative_below, options.positive_above)
+      denoise(directory / "pool", cleaned, [rule])
+  if alone:
+    _describe(asked)
+
+
+def _clean(asked: Sources, cleaned: pathlib.Path) -> None:
+  """Merges what was found, and applies the cheap rules."""
+  config, data, merged = asked.config, asked.data, asked.directory / "merged"
   positives = common.qrels(data.splits[config.data.train_split])
   found = asked.taken(positives)
-  if not (directory / "merged" / "manifest.json").exists():
-    pool_from_runs(directory / "merged", found, positives, width=config.mine.width or None)
-  preemption.check(f"mining stands before denoising, in {directory}")
-  pool = _denoise(asked, _rules(config, data, positives, list(found)))
+  if not (merged / "manifest.json").exists():
+    pool_from_runs(merged, found, positives, width=config.mine.width or None)
+  preemption.check(f"mining stands before denoising, in {asked.directory}")
+  if cleaned.name == "pool" or not (cleaned / "manifest.json").exists():
+    denoise(cleaned, merged, _rules(config, data, positives, list(found)))
+
+
+def _describe(asked: Sources) -> None:
+  """Says what is suspicious, and keeps what the report shows."""
+  pool = Pool.open(asked.directory / "pool")
   warnings = pool_checks.suspicions(pool)
   for warning in warnings:
-    _log.warning("%s: %s", directory, warning)
-  files.write_json(directory / "mining.json", negatives_shown.summary(config, data, pool, warnings))
-  return pool
-
-
-def _denoise(asked: Sources, rules: list[Rule]) -> Pool:
-  """Applies the cheap rules, then the cross-encoder to what they leave."""
-  options, directory = asked.config.mine, asked.directory
-  if not options.cross_encoder or not asked.number:
-    return denoise(directory / "pool", directory / "merged", rules)
-  cleaned = directory / "cleaned"
-  pool = Pool.open(cleaned) if (cleaned / "manifest.json").exists() else denoise(cleaned, directory / "merged", rules)
-  scores = cross.score_pool(asked.config, asked.layout, pool, directory / "scores")
-  rule = CrossEncoderRule(scores, options.negative_below, options.positive_above)
-  return denoise(directory / "pool", cleaned, [rule])
+    _log.warning("%s: %s", asked.directory, warning)
+  files.write_json(asked.directory / "mining.json", negatives_shown.summary(asked.config, asked.data, pool, warnings))
 
 
 def _rules(config: ConfigDict, data: PreparedData, positives: Qrels, names: list[str]) -> list[Rule]:
