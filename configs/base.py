@@ -134,7 +134,8 @@ def _train() -> dict:
     # and 'random' in a round whose negatives have no scores of simans_source)
     sample_first=0,  # only the negatives of a query from this place on, best first
     sample_last=0,  # … and up to this one; 0: to the end
-    simans_source="dense",  # whose scores SimANS draws by: 'bm25', 'dense' or the file name of one of mine.runs
+    simans_source="dense",  # whose scores SimANS draws by: 'bm25', 'dense', or one of mine.retrievers or of the file
+    # names of mine.runs
     simans_a=0.5,  # its sharpness, 1 / score²; 200 where scores are cosines
     simans_b=0.0,  # its shift, in scores
     refresh_every=0,  # steps; > 0: negatives are mined anew from every so manyeth state while training goes on (ANCE)
@@ -163,10 +164,10 @@ def _train() -> dict:
 def _mine() -> dict:
   return dict(
     bm25=_mined_from(depth=100),
-    dense=_mined_from(depth=200),  # each dense retriever, by config.index: that of the round before, and `retrievers`
-    # (Tevatron: 200)
+    dense=_mined_from(depth=200),  # the retriever of the round before, by config.index (Tevatron: 200)
     sources=("bm25", "dense", "runs"),  # of a pool between two rounds; before round 1 there is no dense one
-    retrievers=(),  # dense ones beside that of the round before: 'backbone' (untuned), 'pretrain', earlier 'trainN'
+    retrievers=(),  # further ones, asked as `dense` but without its margins: 'backbone' (untuned), 'pretrain', 'train1'
+    # (in pools after round 2), …
     runs=(),  # TREC run files of other retrievers over the training queries; file names tell them apart
     outside=_mined_from(depth=200),  # how each of them is used
     width=0,  # candidates that a query has in all; 0: whatever the sources give

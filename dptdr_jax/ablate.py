@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from dptdr_jax import pipeline
 from dptdr_jax.core import commands, files, manifest, preemption, progress
 from dptdr_jax.core.errors import DptdrError, InputError, PassingError
-from dptdr_jax.stages import common, comparison, evaluate, order
+from dptdr_jax.stages import common, comparison, evaluate, order, sources
 
 _PLAIN = {"pretrain.enabled": False, "rounds": 1}
 _TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
@@ -138,6 +138,8 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
     raise InputError(f"an arm's field cannot be set ({error})", value=fields) from None
   if changed.rounds == 1 and not changed.train.refresh_every:  # nothing is mined that these could denoise
     changed.mine.cross_encoder = changed.mine.pseudo_positives = False
+  there = sources.retrievers(changed)
+  changed.mine.retrievers = tuple(name for name in changed.mine.retrievers if name in there)
   changed.seed = seed
   return changed
 
@@ -178,8 +180,6 @@ def ablate(
     for name, fields in arms.items()
     if seed == seeds[0] or name not in one_seed
   ]
-  if not common.has_queries(config):
-    raise InputError("arms are compared by queries, and this data has none", value=config.data.source)
   done: list[comparison.Done] = []
   directories = [workdir / "runs" / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
   _baselines_once([changed for _, _, changed in planned], directories)
@@ -188,6 +188,8 @@ def ablate(
   named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
   for _, _, changed in planned:
     order.check(changed)
+    if not common.has_queries(changed):
+      raise InputError("arms are compared by queries, and this data has none", value=changed.data.source)
   for (name, seed, changed), directory in zip(planned, directories, strict=True):
     progress.say(f"{name}, seed {seed} ({len(done) + 1} of {len(planned)})")
     linked = pipeline.share(changed, directory, [other for other in directories if other != directory])

@@ -153,16 +153,19 @@ def test_a_round_may_go_on_with_the_prompts_of_the_one_before(finished, director
 
 
 def test_further_retrievers_and_an_index_in_three_rounds(directory, tmp_path):
-  config = make_config(directory, rounds=3, mine__retrievers=("backbone", "train1"))
+  config = make_config(directory, rounds=3, mine__retrievers=("backbone", "train1"), train__refresh_every=2)
+  config.evaluate.backbone = True
   config.index.update({"factory": "IVF4,Flat", "search_parameters": "nprobe=4"})  # all lists: exact
-  pipeline.run(config, tmp_path, ["prepare", "train", "mine"])
+  pipeline.run(config, tmp_path, ["prepare", "train", "mine", "encode"])
   pools = [Pool.open(tmp_path / f"mine{number}/pool") for number in (1, 2)]
   assert [pool.names for pool in pools] == [("bm25", "dense", "backbone"), ("bm25", "dense", "backbone", "train1")]
-  for one, other in (("mine1", "mine2/retrievers/train1"), ("mine1/retrievers/backbone", "mine2/retrievers/backbone")):
-    assert (tmp_path / one / "vectors/corpus/vectors-00000.npy").samefile(
-      tmp_path / other / "vectors/corpus/vectors-00000.npy"
-    )
-    assert (tmp_path / one / "index").exists()
+  for one, other in (
+    ("mine1", "mine2/retrievers/train1"), ("mine1/retrievers/backbone", "mine2/retrievers/backbone"),
+    ("train1/retrievers/backbone", "mine1/retrievers/backbone"),
+  ):  # fmt: skip
+    vectors = tmp_path / one / "vectors/corpus/vectors-00000.npy"
+    assert vectors.samefile(tmp_path / other / "vectors/corpus" / vectors.name) and (tmp_path / one / "index").exists()
+  assert vectors.samefile(tmp_path / "encode/backbone/corpus" / vectors.name), "encoded once for all"
   np.testing.assert_array_equal(pools[1].positive_scores[:, 3], pools[0].positive_scores[:, 1])
 
   untuned = Retriever.untuned(Backbone.load(config.backbone.path), **config.vector, **config.text)
@@ -286,6 +289,8 @@ def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_p
     ({"mine__runs": (__file__, f"{ROOT}/tests/../tests/test_rounds.py")}, "two sources of one name"),
     ({"mine__sources": ("dense", "sparse")}, "unknown mine.sources"),
     ({"mine__sources": ("runs",)}, "nothing to mine from"),
+    ({"mine__retrievers": ("trained",)}, "no pool of this run finds there: .*trained"),
+    ({"mine__retrievers": ("backbone",), "mine__sources": ("bm25",)}, "asked as the dense source is"),
     ({"mine__retrievers": ("pretrain", "train1")}, "no pool of this run finds there: .*train1.*There are backbone"),
     ({"mine__dense__first": 20}, "0 ≤ first < depth"),
     ({"mine__near_duplicate": 0.5, "mine__same_text": False}, "near_duplicate"),

@@ -41,6 +41,9 @@ CHOICES = {
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done: ranges, lengths, names, measures."""
   ranges.check(config)
+  if not (has_queries(config) or config.pretrain.enabled):
+    raise InputError("data.source text has no queries, and all that it is for is pretraining",
+                     fix="Set pretrain.enabled to True")  # fmt: skip
   for field, known in CHOICES.items():
     value = functools.reduce(getattr, field.split("."), config)
     if value not in known:
@@ -133,14 +136,6 @@ def trained(config: ConfigDict, layout: Layout, number: int, shared: Backbone | 
   """The retriever that round `number` of training chose, on the shared backbone unless its weights are tuned."""
   tuned = config.prompt.kind == "none"
   return Retriever.load(layout.retriever(number), None if tuned else shared or load_backbone(config, layout))
-
-
-def retriever(config: ConfigDict, layout: Layout, name: str, shared: Backbone) -> Retriever:
-  """The retriever 'trainN', or the untuned 'backbone' or 'pretrain'; `shared` is what `load_backbone` gives."""
-  if name.startswith("train"):
-    return trained(config, layout, int(name.removeprefix("train")), shared)
-  own = base_backbone(config, layout) if name == "backbone" and config.pretrain.enabled else shared
-  return Retriever.untuned(own, **config.vector, **config.text)
 
 
 def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:

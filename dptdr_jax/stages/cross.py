@@ -177,7 +177,7 @@ class CrossLoop(Loop):
 
 def score_pool(
   config: ConfigDict, layout: Layout, pool: Pool, directory: files.Path, together: bool = False
-) -> np.ndarray:
+) -> np.ndarray | None:
   """Probabilities of a pool's candidates for the training queries, float32 [Q, K], NaN where not scored.
 
   Scored are the first config.cross.depth candidates of a query that are still negatives; see `score_rows`.
@@ -205,7 +205,7 @@ def rerank(config: ConfigDict, layout: Layout, found: Run, split: str) -> Run:
 def score_rows(
   encoder: CrossEncoder, queries: TokenStore, passages: TokenStore, rows: np.ndarray, directory: files.Path,
   together: bool = False,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray | None:  # fmt: skip
   """Probabilities of passages for queries, by shards on disk: a killed run goes on at the first shard that is missing.
 
   Args:
@@ -215,7 +215,7 @@ def score_rows(
     together: all processes take turns at the shards; else this one makes all, and waits for none.
 
   Returns:
-    float32 [Q, K], NaN where `rows` is negative.
+    float32 [Q, K], NaN where `rows` is negative; None where another process gets it, the first.
   """
   directory = pathlib.Path(directory)
   count, index = (hosts.process_count(), hosts.process_index()) if together else (1, 0)
@@ -230,7 +230,11 @@ def score_rows(
   wanted = (rows >= 0).sum(1)
   size = max(1, _SHARD_PAIRS // max(1, int(wanted.max(initial=1))))
   paths = {start: directory / f"scores-{start:09d}.npy" for start in range(0, len(rows), size)}
-  missing = [start for start in list(paths)[index::count] if not paths[start].exists()]
+
+  def not_there() -> list[int]:
+    return [start for start, path in paths.items() if not path.exists()]
+
+  missing = (hosts.first_says(not_there) if together else not_there())[index::count]
   with progress.bar("score pairs", sum(int(wanted[start : start + size].sum()) for start in missing), "pair") as shown:
     for start in missing:
       block = rows[start : start + size]
@@ -242,4 +246,9 @@ def score_rows(
       shown.advance(len(query))
       preemption.check(f"scoring stands at query {min(start + size, len(rows))} of {len(rows)}")
   meet("all shards of scores")
-  return np.concatenate([np.load(path) for path in paths.values()])
+  if index:
+    return None
+  scores = np.empty(rows.shape, np.float32)
+  for start, path in paths.items():
+    scores[start : start + size] = np.load(path)
+  return scores

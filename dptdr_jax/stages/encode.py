@@ -39,8 +39,9 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
 
 def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retriever) -> None:
   """Links the corpus' vectors where mining has made the same ones."""
-  mined = layout.mined_vectors(int(system.removeprefix("train")), "corpus") if system.startswith("train") else None
-  if mined is None or not (mined / "manifest.json").exists():
+  own = system.startswith("train")
+  mined = layout.mined_vectors(int(system.removeprefix("train")) if own else 1, "corpus", "" if own else system)
+  if not (mined / "manifest.json").exists():
     return
   target, made, source = layout.embeddings(system, "corpus"), Embeddings(mined), _source(retriever, "passage")
   there = manifest.read(target / "manifest.json") or manifest.read(target / "begun.json") or {}

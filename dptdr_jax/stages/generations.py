@@ -128,9 +128,10 @@ class Generations:
     if not (directory / "mining.json").exists():
       _log.info("mining generation %d while training goes on", which)
       retriever = Retriever.load(directory / "retriever", self._shared)
-      others = self._layout.train(self._number)  # BM25 and runs from elsewhere find the same for every generation
+      others = self._layout.train(self._number)  # all but this retriever find the same for every generation
       asked = Sources(
-        self._config, self._layout, self._data, directory, self._number, retriever, others, together=False
+        self._config, self._layout, self._data, directory, self._number, retriever, self._shared, others,
+        together=False,
       )  # fmt: skip
       mine.mine(asked)
     for name in _NEEDED_BY_MINING:

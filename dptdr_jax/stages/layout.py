@@ -52,9 +52,11 @@ class Layout:
   def mine(self, number: int) -> pathlib.Path:
     return self.root / f"mine{number}"
 
-  def mined_vectors(self, number: int, part: str) -> pathlib.Path:
-    """Vectors of the corpus or of the training queries by the retriever that mining round `number` searches with."""
-    return self.mine(number) / "vectors" / part
+  def mined_vectors(self, number: int, part: str, further: str = "") -> pathlib.Path:
+    """Vectors of the corpus or of the training queries by the retriever of mining round `number`, or by a further one
+    that it asks."""
+    home = self.mine(number) / "retrievers" / further if further else self.mine(number)
+    return home / "vectors" / part
 
   def pool(self, number: int) -> pathlib.Path:
     """The negatives that training after mining round `number` draws from."""

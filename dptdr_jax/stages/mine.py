@@ -147,9 +147,11 @@ def _rules(config: ConfigDict, data: PreparedData, positives: Qrels, names: list
 
 
 def _margins(config: ConfigDict, names: Iterable[str]) -> list[MarginRule]:
-  """The margins on each source that has them."""
+  """The margins on each source that has them; what a further retriever says of a positive is no measure."""
   rules = []
   for name in names:
+    if name in config.mine.retrievers:
+      continue
     options = sources.options(config, name)
     if options.relative_margin or options.absolute_margin:
       rules.append(MarginRule(name, options.relative_margin or None, options.absolute_margin or None))

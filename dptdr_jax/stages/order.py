@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, manifest, remote
-from dptdr_jax.core.errors import InputError
 from dptdr_jax.stages import (
   common,
   corpora,
@@ -213,9 +212,6 @@ def check(config: ConfigDict) -> None:
   """Raises InputError for what a config alone shows to fail."""
   for part in (common, mine, search):
     part.check(config)
-  if not (common.has_queries(config) or config.pretrain.enabled):
-    raise InputError("data.source text has no queries, and all that it is for is pretraining",
-                     fix="Set pretrain.enabled to True")  # fmt: skip
   if config.pretrain.enabled:
     pretrain.check(config)
   if config.cross.enabled:

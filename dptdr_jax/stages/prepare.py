@@ -51,7 +51,8 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
     for passage in data.passages.read(start):
       yield text.passage_text(passage, config.text.separator, config.text.passage_template)
 
-  write_token_store(passages, len(data.passages), tokenizer, layout.store("corpus"), **options)
+  if common.has_queries(config):  # pretraining has tokens of its own
+    write_token_store(passages, len(data.passages), tokenizer, layout.store("corpus"), **options)
   for name, split in data.splits.items():
     write_token_store(_queries(split, config), len(split), tokenizer, layout.store(name), **options)
     _log.info("%s: %d queries", name, len(split))

@@ -36,6 +36,7 @@ _BLOCK = 65_536  # queries whose positives are scored at a time
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done."""
   mine = config.mine
+  _check_retrievers(config)
   if unknown := set(mine.sources) - set(KINDS):
     raise InputError("unknown mine.sources", value=sorted(unknown), fix=f"Use some of {', '.join(KINDS)}")
   if mines_with_retriever(config) and not names(config, config.rounds):
@@ -47,7 +48,6 @@ def check(config: ConfigDict) -> None:
                        value=(options.first, options.depth, options.quota))  # fmt: skip
     if options.depth > MAX_DEPTH:
       raise InputError(f"mine.{name}.depth is beyond the {MAX_DEPTH:,} ranks that a pool holds", value=options.depth)
-  _check_retrievers(config)
   if (number := max(len(names(config, number)) for number in (0, config.rounds))) > MAX_SOURCES:
     raise InputError(f"a pool takes {MAX_SOURCES} sources at most", value=number, fix="Name fewer mine.runs")
   taken = [BM25, DENSE, *mine.retrievers]
@@ -60,14 +60,23 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_retrievers(config: ConfigDict) -> None:
-  found = config.mine.retrievers if mines_with_retriever(config) else ()
-  last = config.rounds if config.train.refresh_every else config.rounds - 1
-  known = ["backbone", *(["pretrain"] if config.pretrain.enabled else []), *(f"train{n}" for n in range(1, last))]
-  if unknown := [name for name in found if name not in known]:
+  found, known = config.mine.retrievers, retrievers(config)
+  if found and mines_with_retriever(config) and not (config.mine.dense.depth and DENSE in config.mine.sources):
+    raise InputError("mine.retrievers are asked as the dense source is, and it is not", value=found,
+                     fix="Set mine.dense.depth above 0, and name dense in mine.sources")  # fmt: skip
+  if unknown := [name for name in found if known and name not in known]:
     raise InputError("mine.retrievers names what no pool of this run finds there", value=unknown,
                      fix=f"There are {', '.join(known)}; that of a pool's own round is in it by itself")  # fmt: skip
   if len(set(found)) < len(found):
     raise InputError("mine.retrievers names one twice", value=found)
+
+
+def retrievers(config: ConfigDict) -> list[str]:
+  """What mine.retrievers may name: what some pool has beside the retriever of its round."""
+  if not (mines_with_retriever(config) and config.mine.dense.depth and DENSE in config.mine.sources):
+    return []
+  last = config.rounds if config.train.refresh_every else config.rounds - 1
+  return ["backbone", *(["pretrain"] if config.pretrain.enabled else []), *(f"train{n}" for n in range(1, last))]
 
 
 def mines_with_retriever(config: ConfigDict) -> bool:
@@ -112,6 +121,7 @@ class Sources:
     directory: DIR, the pool's own.
     number: the round whose retriever mines; 0: there is none yet.
     retriever: this retriever; None: the one that the round has chosen.
+    backbone: the one that prompts are trained on, where it is in memory.
     shared: where that is which is the same for many pools, all but the retriever's own; None: in `directory`.
     together: all processes of the run work at it; else this one does all, and waits for none.
   """
@@ -122,6 +132,7 @@ class Sources:
   directory: pathlib.Path
   number: int
   retriever: Retriever | None = None
+  backbone: Backbone | None = None
   shared: pathlib.Path | None = None
   together: bool = True
 
@@ -191,30 +202,45 @@ class Sources:
     for name in self._dense:
       if name == DENSE:
         continue
-      of_round = name.startswith("train")  # in its own round's pool it is the retriever
-      pool = self.layout.mine(int(name.removeprefix("train")) if of_round else 1)
-      home, run = (pool, DENSE) if of_round else (pool / "retrievers" / name, name)
+      if name.startswith("train"):  # in its own round's pool it is the retriever
+        pool = self.layout.mine(int(name.removeprefix("train")))
+        home, run = pool, DENSE
+      else:  # no pool but one whose stage is an input: what lies elsewhere may be of another config
+        pool = self.layout.train(1) if self.number == 1 else self.layout.mine(1)
+        home, run = pool / "retrievers" / name, name
       for part in ("vectors", "index"):
         _link(home / part, self._home(name) / part)
       _link(pool / "runs" / run, self._place(name))
 
   def _encode(self, name: str) -> None:
-    """Makes vectors of the training queries and of the corpus by a retriever."""
+    """Makes vectors of the training queries and of the corpus by a retriever, where they are not whole."""
+    parts = {self._split: "query", "corpus": "passage"}
     ids = {self._split: self.data.splits[self._split].ids, "corpus": self.data.ids}
+    places = {part: self._home(name) / "vectors" / part for part in parts}
+
+    def whole() -> bool:
+      return all((place / "manifest.json").exists() for place in places.values())
+
+    if hosts.first_says(whole) if self.together else whole():
+      return
     retriever = self._retriever(name)
-    for part, kind in ((self._split, "query"), ("corpus", "passage")):
-      place = self._home(name) / "vectors" / part
-      encode.encode(self.config, self.layout, place, part, retriever, kind, ids[part], self.together)
+    for part, kind in parts.items():
+      encode.encode(self.config, self.layout, places[part], part, retriever, kind, ids[part], self.together)
 
   def _retriever(self, name: str) -> Retriever:
     if name == DENSE and self.retriever is not None:
       return self.retriever
-    named = f"train{self.number}" if name == DENSE else name
-    return common.retriever(self.config, self.layout, named, self._backbone)
+    config, layout = self.config, self.layout
+    if name == DENSE or name.startswith("train"):
+      number = self.number if name == DENSE else int(name.removeprefix("train"))
+      return common.trained(config, layout, number, None if config.prompt.kind == "none" else self._frozen)
+    raw = name == "backbone" and config.pretrain.enabled
+    untuned = common.base_backbone(config, layout) if raw else self._frozen
+    return Retriever.untuned(untuned, **config.vector, **config.text)
 
   @functools.cached_property
-  def _backbone(self) -> Backbone:
-    return common.load_backbone(self.config, self.layout)
+  def _frozen(self) -> Backbone:
+    return self.backbone or common.load_backbone(self.config, self.layout)
 
   def _search(self) -> None:
     """Searches by the retrievers that are asked here, in parts of the training queries.

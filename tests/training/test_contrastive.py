@@ -167,8 +167,8 @@ def make_step(name, devices, query_chunk=0, passage_chunk=0, optimizer=OPTIMIZER
   )  # fmt: skip
 
 
-def train(name, devices, *chunks):
-  step, state, metrics = make_step(name, devices, *chunks), make_state(name, devices), []
+def train(devices, *chunks):
+  step, state, metrics = make_step("tied", devices, *chunks), make_state("tied", devices), []
   frozen, before = put(backbone(), devices), step.jitted._cache_size()
   for number in range(5):
     state, measured = step(state, frozen, make_batch(number))
@@ -178,8 +178,8 @@ def train(name, devices, *chunks):
 
 
 def test_five_steps_on_eight_devices_in_chunks():
-  one, metrics = train("tied", 1)
-  eight, _ = train("tied", 8, 1, 2)
+  one, metrics = train(1)
+  eight, _ = train(8, 1, 2)
   assert distance(eight.trainable, one.trainable) < 1e-4
   assert one.step == eight.step == 5
   assert set(metrics[0]) == {"loss", "accuracy", "positive_score", "gradient_norm", "learning_rate"}
