@@ -23,6 +23,7 @@ def get_config():
   c.pretrain.spans = 256
   c.pretrain.span_tokens = 64
   c.pretrain.short_share = 0.5  # queries are short
+  c.pretrain.overlap = True  # else what a passage says once stands in one span alone, and is learnt to be left out
   c.pretrain.mlm_weight = 0.0  # this backbone has no language-model head to go on with
   c.pretrain.neighbours = 8  # passages of one article or topic stand together in many corpora
   c.pretrain.learning_rate = 3e-5

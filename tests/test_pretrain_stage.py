@@ -48,7 +48,7 @@ def make_config(directory: pathlib.Path, family: str = "bert", **pretrain):
   config.train.update({"steps": 2, "queries": 8, "evaluate_every": 2, "log_every": 1})
   config.evaluate.update({"examples": 2, "measures": ("RR@10", "R@100"), "other_poolings": ("mean",)})
   config.pretrain.update({"enabled": True, "steps": STEPS, "spans": 16, "span_tokens": 16, "shortest": 2})
-  config.pretrain.update({"mlm_weight": 1.0, "normalize": False, "temperature": 1.0, "neighbours": 1})
+  config.pretrain.update({"mlm_weight": 1.0, "normalize": False, "temperature": 1.0, "neighbours": 1, "overlap": False})
   config.pretrain.update({"log_every": 1, "checkpoint_every": 2, "evaluate_every": 3, "learning_rate": 1e-3})
   config.pretrain.update(pretrain)
   return config
@@ -192,8 +192,8 @@ def test_from_nothing(directory, tmp_path):
     assert (tmp_path / "again/prepare/backbone" / name).read_bytes() == (base.tokenizer.directory / name).read_bytes()
 
 
-def test_text_alone_ends_with_a_backbone(directory, tmp_path, capsys):
-  config = make_config(directory, steps=2)
+def test_text_alone_ends_with_a_backbone(directory, tmp_path, capsys, caplog):
+  config = make_config(directory, steps=2, overlap=True)
   texts = tmp_path / "texts"
   texts.mkdir()
   config.data.update({"source": "text", "dir": str(texts)})
@@ -206,6 +206,7 @@ def test_text_alone_ends_with_a_backbone(directory, tmp_path, capsys):
   pipeline.run(config, tmp_path / "work")
   assert f"backbone: {tmp_path}/work/pretrain/backbone" in capsys.readouterr().out
   assert sorted(path.parent.name for path in tmp_path.glob("work/*/manifest.json")) == ["prepare", "pretrain", "report"]
+  assert "40 of 40 passages are so short that both of their spans are the whole text" in caplog.text
   data = PreparedData(tmp_path / "work/prepare/text")
   assert [data.ids[row] for row in (0, 19, 20)] == ["a.txt:1", "a.txt:21", "b.jsonl:1"] and len(data.ids) == 40
   assert "Pretraining" in (tmp_path / "work/report.html").read_text()

@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 
 # The fields of config.pretrain that the token stores of its corpora depend on.
 OF_TOKENS = ("corpora", "max_stored_tokens", "tokenizer", "vocabulary", "shape")
+_MANY_TWINS = 0.5  # share of passages both spans of which are the whole passage, from which on a warning is due
 _BUDGET_SAMPLE = 8  # batches whose tokens say how many steps a token budget is
 _ROBERTA_SPECIAL = 2  # tokens around a text, as the tokenizer that is trained puts them
 
@@ -57,6 +58,11 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   trial = DevTrial.build(config, layout, PreparedData(layout.prepared), config.pretrain.evaluate_every)
   stores = _stores(config, layout, backbone)
   batches = make_batches(config, stores, backbone)
+  for name, kinds in zip(config.pretrain.corpora, batches.counts(), strict=True):
+    twins, number = kinds["twins"], sum(kinds.values())
+    if twins > _MANY_TWINS * number and hosts.is_main():
+      _log.warning("%s: %d of %d passages are so short that both of their spans are the whole text, unless one is "
+                   "drawn short (pretrain.span_tokens, .shortest, .overlap)", name, twins, number)  # fmt: skip
   loop = PretrainLoop(config, backbone, head, steps_of(config, batches), batches, trial)
   checkpoints = Checkpoints(layout.pretrain / "checkpoints", keep=config.pretrain.keep_checkpoints)
   try:

@@ -30,6 +30,7 @@ def flags(tmp_path_factory):
     "--config.pretrain.enabled=True", "--config.pretrain.steps=0", "--config.pretrain.tokens=250",
     "--config.pretrain.spans=16", "--config.pretrain.mlm_weight=1", "--config.pretrain.span_tokens=16",
     "--config.pretrain.shortest=2", "--config.pretrain.log_every=1",
+    "--config.pretrain.overlap=False",
   ]  # fmt: skip
 
 

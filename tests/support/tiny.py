@@ -151,5 +151,5 @@ def run_flags(directory: pathlib.Path) -> list[str]:
     "--config.train.evaluate_every=4", "--config.train.log_every=1", "--config.train.negatives=bm25",
     "--config.train.learning_rate=0.05", "--config.prompt.length=4", "--config.text.passage_length=32",
     "--config.encode.shard_passages=16", "--config.evaluate.examples=2", "--config.pretrain.mlm_weight=1",
-    "--config.pretrain.neighbours=1",
+    "--config.pretrain.neighbours=1", "--config.pretrain.overlap=False",
   ]  # fmt: skip
