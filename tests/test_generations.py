@@ -69,7 +69,7 @@ def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path, mo
   # Its search is kept in parts, too.
   monkeypatch.setattr(search, "_PART", 20)
   retriever = Retriever.load(layout.generation(1, 0) / "retriever")
-  asked = Sources(config, layout, data, tmp_path / "again", 1, retriever, layout.train(1), together=False)
+  asked = Sources(config, layout, data, tmp_path / "again", 1, retriever, shared=layout.train(1), together=False)
   with monkeypatch.context() as stopped, pytest.raises(preemption.Preempted, match="part 1 of 2"):
     stopped.setattr(preemption, "asked", lambda: (tmp_path / "again/runs/dense.0-of-2").exists())
     mine.mine(asked)

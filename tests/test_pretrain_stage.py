@@ -199,7 +199,7 @@ def test_text_alone_ends_with_a_backbone(directory, tmp_path, capsys, caplog):
   config.data.update({"source": "text", "dir": str(texts)})
   with pytest.raises(InputError, match="no text in this folder. It wants .txt"):
     pipeline.run(config, tmp_path / "work")
-  words = [text for _, text in tiny.sentences(40, 14, seed=3)]
+  words = [text for _, text in tiny.sentences(40, 12, seed=3)]
   (texts / "a.txt").write_text("\n".join([*words[:19], "", words[19]]))
   (texts / "b.jsonl").write_text("".join(json.dumps({"title": "T", "text": text}) + "\n" for text in words[20:]))
   (texts / "README.md").write_text("left alone")
