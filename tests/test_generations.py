@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
 import shutil
 import threading
 
@@ -11,6 +13,7 @@ from test_rounds import make_config, prompts
 
 from dptdr_jax import pipeline
 from dptdr_jax.core import preemption
+from dptdr_jax.core.errors import DptdrError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool
@@ -79,20 +82,37 @@ def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path, mo
   assert [path.name for path in (tmp_path / "again/runs").iterdir()] == ["dense"]
 
 
-def test_another_process_waits_for_negatives_so_long_and_no_longer(directory, tmp_path, monkeypatch, caplog):
+def test_another_process_waits_for_negatives_and_finds_them(directory, tmp_path, monkeypatch, caplog):
   config, layout = make_config(directory, rounds=1, train__refresh_every=2), Layout.of(tmp_path)
   pipeline.run(config, tmp_path, ["prepare"])
   monkeypatch.setattr(hosts, "is_main", lambda: False)
-  monkeypatch.setattr(hosts, "_patience_s", 0.1)
-  monkeypatch.setattr(hosts, "_NOTICE_S", 0.0)
   monkeypatch.setattr(generations, "_LOOK_S", 0.02)
+  monkeypatch.setattr(generations, "_NOTICE_S", 0.0)
   caplog.set_level("INFO", "dptdr_jax")
+  looks = []
+
+  def look(name, yes):  # as if the first process wrote them between the third look and the fourth
+    looks.append(yes)
+    if len(looks) == 3:
+      made = layout.generation(1, 0)
+      (made / "pool").mkdir(parents=True)
+      (made / "mining.json").write_text("{}")
+    return yes
+
+  monkeypatch.setattr(hosts, "all_say", look)
+  monkeypatch.setattr(Generations, "_draws_from", lambda self, which: f"generation {which}")
   waiting = Generations(config, layout, PreparedData(layout.prepared), 1, None)
-  with pytest.raises(hosts.LostError, match="waited 0.1 s for process 0, for negatives of generation 0 of round 1"):
-    waiting.at(2)
-  assert [record.getMessage().partition(" waits for ")[2] for record in caplog.records] == [
-    "process 0, for negatives of generation 0 of round 1"
-  ]
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    drawn = pool.submit(waiting.at, 3)  # by a thread that makes batches
+    for step in range(4):
+      waiting.wait_for(step)
+    assert drawn.result() == "generation 0"
+    assert looks == [False, False, False, True], "once a generation"
+    late = pool.submit(waiting.at, 4)
+    waiting.close()
+    with pytest.raises(DptdrError, match="training has ended"):
+      late.result()
+  assert [record.getMessage() for record in caplog.records] == ["round 1 waits for negatives of generation 0"]
 
 
 def test_sigterm_in_a_trial_loses_no_generation(directory, tmp_path, monkeypatch):
@@ -120,8 +140,9 @@ def test_a_stop_while_training_waits_for_negatives_is_saved(directory, tmp_path,
     raise preemption.Preempted("mining")
 
   monkeypatch.setattr(mine, "mine", never)
-  # Those who look are the threads that make batches: of the third step, which waits for generation 0.
-  monkeypatch.setattr(preemption, "asked", lambda: threading.current_thread().name.startswith("batches"))
+  # Asked after each of two steps; the third time while the third one waits for generation 0.
+  times = itertools.count(1)
+  monkeypatch.setattr(preemption, "asked", lambda: next(times) == 3)
   with pytest.raises(preemption.Preempted, match="waits for negatives"):
     pipeline.run(config, tmp_path / "work", ["train"])
   stopped.set()

@@ -136,20 +136,16 @@ def barrier(name: str, timeout_s: float | None = None, whom: str = "the others")
   _meet(name, {"stops": preemption.asked()}, _patience_s if timeout_s is None else timeout_s, whom)
 
 
-class Wait:
-  """A wait for `what` outside of `barrier`, told and given up in the same way."""
+def all_say(name: str, yes: bool) -> bool:
+  """Whether all processes say yes; they meet for it as at `barrier`, and raise the same.
 
-  def __init__(self, what: str):
-    self._what, self._began, self._told = what, time.monotonic(), False
-
-  def look(self, timeout_s: float | None = None) -> None:
-    """Called now and then; `timeout_s` and LostError as of `barrier`."""
-    waited, timeout_s = time.monotonic() - self._began, _patience_s if timeout_s is None else timeout_s
-    if waited > timeout_s:
-      raise LostError(f"process {process_index()} waited {timeout_s:g} s for {self._what}. Look into the others' logs")
-    if waited > _NOTICE_S and not self._told:
-      _log.info("process %d waits for %s", process_index(), self._what)
-      self._told = True
+  One process alone is asked whether it was told to stop, too.
+  """
+  if process_count() == 1:
+    preemption.check(name)
+    return yes
+  said = _meet(name, {"stops": preemption.asked(), "yes": yes}, _patience_s, "the others")
+  return all(one["yes"] for one in said)
 
 
 def tell_stop(timeout_s: float = 10.0) -> None:

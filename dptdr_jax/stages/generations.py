@@ -3,16 +3,17 @@
 With N = train.refresh_every, generation g is mined with the state after g·N steps, by a thread of the host while the
 devices train on, and holds from step (g + 1)·N to step (g + 2)·N; before step N the round's own negatives hold. Of
 several processes the first one mines, the others wait for its files.
-Training waits where mining is late. Every batch thus stays a function of seed and step: what is killed finds the
-retrievers of the generations it was at, saved before the step after, and mines the same again.
+Training waits where mining is late, all processes in step, so that a SIGTERM to one of them is saved by all. Every
+batch thus stays a function of seed and step: what is killed finds the retrievers of the generations it was at, saved
+before the step after, and mines the same again.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
+import time
 
 from ml_collections import ConfigDict
 
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _NEEDED_BY_MINING = ("vectors", "index", "runs", "merged", "cleaned", "scores")  # of a corpus' size
 _LOOK_S = 1.0  # seconds between two looks for a SIGTERM while training waits for negatives
+_NOTICE_S = 30.0  # a wait that is longer is told
 
 
 class Generations:
@@ -49,8 +51,8 @@ class Generations:
     first = common.train_groups(config, layout, data, number)
     self._groups, self.group_size = {-1: first}, first.group_size
     self._ready = threading.Condition()
+    self._everywhere = -1  # the generation that all processes last had
     self._failed: BaseException | None = None
-    self._waits: dict[int, hosts.Wait] = {}
     self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     if hosts.is_main():
       threading.Thread(target=self._mine_what_is_asked, name="mining", daemon=True).start()
@@ -59,27 +61,48 @@ class Generations:
     """What draws the groups of the batch after `step` steps; waits for its generation.
 
     Raises:
-      DptdrError: mining it failed.
-      LostError: the first process, whom others wait for, has not mined it within config.wait_seconds.
+      DptdrError: mining it failed, or training has ended.
     """
     wanted = step // self.every - 1
     with self._ready:
       while wanted not in self._groups:
-        if self._failed is not None:
-          raise DptdrError(f"mining while round {self._number} trains failed: {self._failed}") from self._failed
-        preemption.check(f"round {self._number} waits for negatives of generation {wanted}")
-        if not hosts.is_main() and (self._layout.generation(self._number, wanted) / "mining.json").exists():
-          self._groups[wanted] = self._draws_from(wanted)
-          continue
-        self._look(wanted)
-        self._ready.wait(_LOOK_S)
+        self._raise_failed()
+        self._ready.wait()
       return self._groups[wanted]
 
-  def _look(self, wanted: int) -> None:
-    """Tells, once a generation, of a long wait; that for another process has an end."""
-    whom = "mining" if hosts.is_main() else "process 0"
-    what = f"{whom}, for negatives of generation {wanted} of round {self._number}"
-    self._waits.setdefault(wanted, hosts.Wait(what)).look(math.inf if hosts.is_main() else None)
+  def wait_for(self, step: int) -> None:
+    """Waits until all processes have what the batch after `step` steps is drawn from; all call it, step by step.
+
+    Raises:
+      Preempted: one of them was told to stop; in all of them.
+      DptdrError: mining failed.
+      LostError: another process is gone.
+    """
+    wanted, began, told = step // self.every - 1, time.monotonic(), False
+    if wanted == self._everywhere:
+      return
+    what = f"round {self._number} waits for negatives of generation {wanted}"
+    while not hosts.all_say(what, self._has(wanted)):
+      if not told and time.monotonic() - began > _NOTICE_S:
+        _log.info("%s", what)
+        told = True
+    self._everywhere = wanted
+
+  def _has(self, wanted: int) -> bool:
+    """Whether this process has that generation; if not, after a moment's wait."""
+    with self._ready:
+      if wanted not in self._groups:
+        self._raise_failed()
+        if not hosts.is_main() and (self._layout.generation(self._number, wanted) / "mining.json").exists():
+          self._groups[wanted] = self._draws_from(wanted)
+          self._ready.notify_all()
+        else:
+          self._ready.wait(_LOOK_S)
+      return wanted in self._groups
+
+  def _raise_failed(self) -> None:
+    if self._failed is not None:
+      raise DptdrError(f"mining while round {self._number} trains failed: {self._failed}") from self._failed
 
   def resume(self, step: int) -> None:
     """Asks for the generations that training after `step` steps may still want, of those whose retriever is saved."""
@@ -99,8 +122,15 @@ class Generations:
     return step % self.every == 0 and step + self.every < steps
 
   def close(self) -> None:
-    """Lets the thread end after what it is at."""
+    """Lets the thread end after what it is at, and those that wait for it at once."""
     self._asked.put(None)
+    self._fail(DptdrError("training has ended"))
+
+  def _fail(self, error: BaseException) -> None:
+    """Raises the error wherever a generation is waited for, or will be."""
+    with self._ready:
+      self._failed = self._failed or error
+      self._ready.notify_all()
 
   def _mine_what_is_asked(self) -> None:
     while (which := self._asked.get()) is not None:
@@ -109,10 +139,8 @@ class Generations:
         groups = self._draws_from(which)
       except preemption.Preempted:
         return  # training looks for itself
-      except BaseException as error:  # for the thread that waits, which raises it
-        with self._ready:
-          self._failed = error
-          self._ready.notify_all()
+      except BaseException as error:  # for those that wait
+        self._fail(error)
         return
       with self._ready:
         self._groups[which] = groups

@@ -71,6 +71,13 @@ class Loop(abc.ABC):
   def begin(self, step: int) -> None:  # noqa: B027 — most kinds of training have nothing to do there
     """Called once, with the state that training begins or resumes with."""
 
+  def wait_for(self, step: int) -> None:  # noqa: B027 — as `begin`
+    """Waits for what the batch after `step` steps is drawn from; all processes call it.
+
+    Raises:
+      Preempted: one of them was told to stop; in all of them.
+    """
+
   def is_marked(self, step: int) -> bool:
     """Whether `mark` wants the state after `step` steps."""
     return False
@@ -106,15 +113,15 @@ class Loop(abc.ABC):
       loaded = batches.load(first, self.steps, self.settings.loader_workers)
       while done < self.steps:
         try:
-          batch = next(loaded)
-        except preemption.Preempted:  # while it waits for negatives; processes that save must all be here
-          if done > kept and hosts.process_count() == 1:
+          self.wait_for(done)
+        except preemption.Preempted:  # in all processes
+          if done > kept:
             self._record_all(writer, shown, waiting)
             checkpoints.save(done, self.state, self.metadata(done))
             checkpoints.wait()
           raise
         done = step = done + 1
-        waiting.append((step, self.step(batch)))
+        waiting.append((step, self.step(next(loaded))))
         if len(waiting) > 1:
           self._record(writer, shown, *waiting.popleft())
         shown.advance()

@@ -115,6 +115,10 @@ class TrainLoop(Loop):
     elif self.is_marked(0):
       self.mark(0)
 
+  def wait_for(self, step: int) -> None:
+    if self._generations is not None:
+      self._generations.wait_for(step)
+
   def is_marked(self, step: int) -> bool:
     return self._generations is not None and self._generations.is_begun_at(step, self.steps)
 

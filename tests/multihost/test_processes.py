@@ -81,19 +81,8 @@ def test_two_processes_end_as_one(flags, alone, tmp_path):
 
 def test_stopped_by_a_sigterm_to_one_of_two_it_goes_on_as_one_or_four(flags, alone, tmp_path):
   arguments = [*flags, "--config.train.loader_workers=1"]
-  running = cluster.start([*arguments, f"--workdir={tmp_path}/stopped"], processes=2)
-  try:
-    # Both are in the stage by then, seconds before the first of its steps, which is compiled first.
-    begun = tmp_path / "stopped/pretrain/metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not begun.exists() and time.monotonic() < deadline:
-      time.sleep(0.05)
-    running[1].send_signal(signal.SIGTERM)
-    printed = [process.communicate(timeout=120)[0] for process in running]
-  finally:
-    for process in running:
-      process.kill()
-  assert [process.returncode for process in running] == [75, 75], printed[0][-3000:] + printed[1][-3000:]
+  # Both are in the stage by then, seconds before the first of its steps, which is compiled first.
+  printed = stop(arguments, tmp_path / "stopped", [tmp_path / "stopped/pretrain/metrics.jsonl"])
   assert all("pretrain stands at step" in text for text in printed), printed[1][-3000:]  # in the middle, not beside it
   for processes, more in (1, ()), (4, ("--config.pretrain.fsdp=2", "--config.fsdp=2")):
     workdir = tmp_path / f"work{processes}"
@@ -102,6 +91,37 @@ def test_stopped_by_a_sigterm_to_one_of_two_it_goes_on_as_one_or_four(flags, alo
     assert all("pretrain goes on after step" in text for text in printed), printed[0][-3000:]
     compare_stages(workdir, alone)
     assert [text.count("encode/train2/corpus, shard") for text in printed] == [4 // processes] * processes
+
+
+def test_a_sigterm_to_one_while_both_wait_for_negatives_is_saved_by_both(flags, alone, tmp_path, monkeypatch):
+  for stage in ("prepare", "pretrain", "mine0"):
+    shutil.copytree(alone / stage, tmp_path / "work" / stage)
+  arguments = [*flags, "--config.train.checkpoint_every=100", "--stages=prepare,pretrain,mine0,train1"]
+  with monkeypatch.context() as held:
+    held.setenv("HOLD_MINING", str(tmp_path))
+    printed = stop(arguments, tmp_path / "work", [tmp_path / f"waits-{index}" for index in range(2)])
+  assert all("stop at 'round 1 waits for negatives of generation 0'" in text for text in printed), printed[1][-3000:]
+  printed = cluster.run([*arguments, f"--workdir={tmp_path}/work"], processes=2)
+  assert all("train goes on after step 2" in text for text in printed), printed[0][-3000:]
+  mine, theirs = (load_file(path / "train1/retriever/prompts.safetensors") for path in (tmp_path / "work", alone))
+  for name, table in theirs.items():
+    assert np.linalg.norm(mine[name] - table) <= 1e-4 * np.linalg.norm(table), name
+
+
+def stop(arguments: list[str], workdir: pathlib.Path, when: list[pathlib.Path]) -> list[str]:
+  """Starts two processes and sends the second SIGTERM when these files are there; returns what each printed."""
+  running = cluster.start([*arguments, f"--workdir={workdir}"], processes=2)
+  try:
+    deadline = time.monotonic() + 200
+    while not all(path.exists() for path in when) and time.monotonic() < deadline:
+      time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    printed = [process.communicate(timeout=120)[0] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  assert [process.returncode for process in running] == [75, 75], printed[0][-3000:] + printed[1][-3000:]
+  return printed
 
 
 def test_an_error_of_input_in_one_keeps_nobody_waiting(flags, tmp_path):

@@ -18,6 +18,7 @@ hosts.initialize("localhost:" + sys.argv[1], 2, index)
 assert hosts.process_count() == 2 and hosts.is_main() == (index == 0)
 hosts.barrier("both")
 assert hosts.first_says(lambda: {"index": index}) == {"index": 0}
+assert hosts.all_say("all", True) and not hosts.all_say("one of two", index == 0)
 if index == 1:
   time.sleep(3)
 try:
@@ -44,6 +45,8 @@ try:
     preemption.check("after shard 3")
   if way == "at a trial":
     hosts.first_says(lambda: 1) if index == 0 else preemption.check("after shard 3")
+  if way == "at a question":
+    hosts.all_say("is it there", False)
   hosts.barrier("after the stage", timeout_s=60)
 except preemption.Preempted as stop:
   if not stop.agreed:
@@ -108,9 +111,14 @@ def test_two_processes_meet_and_a_lonely_one_gives_up():
 
 @pytest.mark.parametrize(
   ("way", "where"),
-  [("at a barrier", "after the stage"), ("inside a stage", "after the stage"), ("at a trial", "what the first says")],
+  [
+    ("at a barrier", "after the stage"),
+    ("inside a stage", "after the stage"),
+    ("at a trial", "what the first says"),
+    ("at a question", "is it there"),
+  ],
 )
 def test_who_is_told_to_stop_tells_the_others(way, where):
   waiting, told = (printed.splitlines()[-1] for printed in run_two(STOPPED, way))  # gloo prints too
   assert waiting == f"all processes stop at '{where}'"
-  assert told == (waiting if way == "at a barrier" else "after shard 3")
+  assert told == (waiting if way in ("at a barrier", "at a question") else "after shard 3")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+import threading
 from unittest import mock
 
 from support import quick
@@ -28,11 +29,27 @@ def keep_compiled(directory: pathlib.Path) -> None:
   jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
+def hold_mining(directory: pathlib.Path) -> None:
+  """Negatives mined while training goes on are never there; who waits for them leaves a file in `directory`."""
+  from dptdr_jax.runtime import hosts
+  from dptdr_jax.stages import mine
+
+  ask = hosts.all_say
+
+  def all_say(*question) -> bool:
+    (directory / f"waits-{hosts.process_index()}").touch()
+    return ask(*question)
+
+  hosts.all_say, mine.mine = all_say, lambda *arguments: threading.Event().wait()
+
+
 def main(directory: pathlib.Path, flags: list[str]) -> None:
   """Runs the main job with `flags`."""
   sys.path.insert(0, os.getcwd())  # as `python -m` has it; the configs import each other from there
   quick.collect_seldom()
   keep_compiled(directory)
+  if "HOLD_MINING" in os.environ:
+    hold_mining(pathlib.Path(os.environ["HOLD_MINING"]))
   from dptdr_jax import main as job
 
   sys.argv = ["main", *flags]
