@@ -9,7 +9,7 @@ import threading
 import fsspec
 import pytest
 
-from dptdr_jax.core import files, mirror, preemption, remote
+from dptdr_jax.core import files, mirror, preemption, remote, stage_copy
 from dptdr_jax.core.errors import InputError, OutageError
 from dptdr_jax.core.mirror import Mirror
 
@@ -178,14 +178,14 @@ def stop(root: pathlib.Path, key: str) -> None:
 
 def test_a_directory_that_changes_while_it_is_looked_at(tmp_path, monkeypatch):
   write(tmp_path, STATES[0])
-  link, states = mirror._link, [STATES[1], STATES[2]]
+  link, states = stage_copy._link, [STATES[1], STATES[2]]
 
   def changes(source, target):
     if states and "metrics" not in source.name:
       write(tmp_path, states.pop(0))
     link(source, target)
 
-  monkeypatch.setattr(mirror, "_link", changes)
+  monkeypatch.setattr(stage_copy, "_link", changes)
   with pytest.raises(preemption.Preempted):
     stop(tmp_path, "k1")
   assert fetched(tmp_path / "other") == STATES[2]
