@@ -47,13 +47,27 @@ def test_token_ids_come_back_as_they_were(write, tmp_path, roberta):
     list(OriginalJsonl(tmp_path / "o").queries("train"))
 
 
-def test_ids_that_the_tokenizer_would_not_choose_are_counted(write, tmp_path, roberta):
+def test_ids_that_the_tokenizer_would_not_choose_are_counted(write, tmp_path, roberta, caplog):
   tokenizer = Tokenizer(roberta)
   letters = [token for letter in "the" for token in tokenizer.encode([letter])[0]]
   write("o/train.jsonl", [{"query": "q", "positives": [letters]}])
   source = OriginalJsonl(tmp_path / "o", tokenizer=tokenizer)
   assert [passage.text for passage in source.passages()] == ["the"]
-  assert source.changed == 1
+  assert source.changed == 1 and "1 of 1 passages of token ids become other ids" in caplog.text
+  write("o/train.jsonl", [{"query": "q", "positives": [[tokenizer.vocab_size]]}])
+  with pytest.raises(InputError, match=rf"train\.jsonl:1: .* has {tokenizer.vocab_size} ids, and not this one"):
+    list(source.passages())
+
+
+def test_ids_of_queries_tell_their_files_apart(write, tmp_path):
+  for name in ("train.jsonl", "train/train.00.jsonl", "train/train.01.jsonl.gz"):
+    write(f"o/{name}", [{"query": name, "positives": ["p"]}])
+  found = {query.id: query.text for query in OriginalJsonl(tmp_path / "o").queries("train")}
+  assert found == {"train-1": "train.jsonl", "train/train.00-1": "train/train.00.jsonl",
+                   "train/train.01-1": "train/train.01.jsonl.gz"}  # fmt: skip
+  write("o/dev/part 1.jsonl", [{"query": "q", "positives": ["p"]}])
+  with pytest.raises(InputError, match="the file's name has white space"):
+    list(OriginalJsonl(tmp_path / "o").queries("dev"))
 
 
 @pytest.mark.parametrize(

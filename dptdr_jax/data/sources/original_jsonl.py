@@ -7,13 +7,16 @@ without special tokens, and a passage may also be {"title": …, "text": …}. (
 from __future__ import annotations
 
 import hashlib
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.records import Judgement, Negatives, Passage, Query
-from dptdr_jax.data.sources.lines import FileSource, Kind, Placed, read_json_lines, text_of, unicode_of
+from dptdr_jax.data.sources.lines import FileSource, Kind, Placed, id_of, read_json_lines, text_of, unicode_of
+
+_log = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
@@ -25,15 +28,18 @@ class TextCodec(Protocol):
 
   def encode(self, texts: list[str]) -> list[list[int]]: ...
 
+  @property
+  def vocab_size(self) -> int: ...
+
 
 class OriginalJsonl(FileSource):
   """Reads SPLIT.jsonl (or .json) files, or SPLIT/ directories of them, each as it is or gzipped.
 
   Passages have no ids there: the corpus is every distinct positive and negative of all splits in order of appearance,
-  and a passage's id is a hash of its text. A query's id is `FILE-LINE`.
+  and a passage's id is a hash of its text. A query's id is `FILE-LINE`, of a file in a directory `DIRECTORY/FILE-LINE`.
 
-  Token ids are decoded to text, so that BM25, reports and another tokenizer can read them; `changed` counts the
-  texts that the tokenizer then encodes to other ids than it was given.
+  Token ids are decoded to text, so that BM25, reports and another tokenizer can read them. An id that the tokenizer has
+  not is an InputError; how many passages it then encodes to other ids than it was given is logged, and `changed`.
 
   Args:
     directory: holds the files.
@@ -43,7 +49,7 @@ class OriginalJsonl(FileSource):
   def __init__(self, directory: str | pathlib.Path, *, tokenizer: TextCodec | None = None):
     super().__init__(directory)
     self._tokenizer = tokenizer
-    self.changed = 0
+    self.changed = self._decoded = 0
 
   def splits(self) -> tuple[str, ...]:
     """Names of the JSONL files and directories here, training first."""
@@ -70,7 +76,7 @@ class OriginalJsonl(FileSource):
       yield from self._passages()
       return
     for path, line, value in self._lines(split):
-      query_id = f"{path.name.split('.')[0]}-{line}"
+      query_id = self._query_id(path, line)
       if kind == "queries":
         yield path, line, Query(query_id, self._text(value.get("query"), "query", path, line))
         continue
@@ -83,6 +89,11 @@ class OriginalJsonl(FileSource):
       elif ids:
         yield path, line, Negatives(query_id, tuple(ids))
 
+  def _query_id(self, path: pathlib.Path, line: int) -> str:
+    name = path.relative_to(self.directory).as_posix()
+    ending = max((suffix for suffix in _SUFFIXES if name.endswith(suffix)), key=len)
+    return id_of(f"{name.removesuffix(ending)}-{line}", "the file's name", path, line)
+
   def _lines(self, split: str | None) -> Iterator[tuple[pathlib.Path, int, dict[str, Any]]]:
     for path in self.files(split):
       for line, value in read_json_lines(path):
@@ -90,7 +101,7 @@ class OriginalJsonl(FileSource):
 
   def _passages(self) -> Iterator[Placed]:
     seen: set[bytes] = set()
-    self.changed = 0
+    self.changed = self._decoded = 0
     for path, line, value in self._lines(None):
       for name in ("positives", "negatives"):
         for passage in self._side(value, name, path, line, check=True):
@@ -98,6 +109,9 @@ class OriginalJsonl(FileSource):
           if key not in seen:
             seen.add(key)
             yield path, line, passage
+    if self.changed:
+      _log.warning("%s: %d of %d passages of token ids become other ids when encoded again; where that is most of "
+                   "them, another tokenizer has made them", self.directory, self.changed, self._decoded)  # fmt: skip
 
   def _side(
     self, value: dict[str, Any], name: str, path: pathlib.Path, line: int, check: bool = False
@@ -119,7 +133,12 @@ class OriginalJsonl(FileSource):
         raise InputError(f"{what}: token ids must be whole numbers", path=path, line=line, value=value)
       if self._tokenizer is None:
         raise InputError(f"{what} is token ids", path=path, line=line, fix="Name the tokenizer that made them")
+      if (largest := max(value, default=0)) >= self._tokenizer.vocab_size:
+        known = self._tokenizer.vocab_size
+        raise InputError(f"{what}: the tokenizer has {known} ids, and not this one", path=path, line=line,
+                         value=largest, fix="Set backbone.path to the model whose tokenizer made them")  # fmt: skip
       text = text_of(self._tokenizer.decode(value), what, path, line)
+      self._decoded += check
       self.changed += check and self._tokenizer.encode([text])[0] != value
       return text
     return text_of(value, what, path, line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pathlib
 from collections.abc import Iterator
 
@@ -18,7 +19,8 @@ class PlainText:
   """The passages of one file, gzip or not; a passage's id is its line. Blank lines are passed over.
 
   Args:
-    path: its name decides: .jsonl or .ndjson (with or without .gz) is JSON lines, anything else is plain text.
+    path: its name decides: .jsonl or .ndjson (with or without .gz) is JSON lines, anything else is plain text, unless
+      its first line is a JSON object.
   """
 
   def __init__(self, path: str | pathlib.Path):
@@ -39,9 +41,15 @@ class PlainText:
     return found
 
   def _lines(self) -> Iterator[Passage]:
+    first = True
     for line, text in read_lines(self.path):
-      if text.strip():
-        yield Passage(str(line), "", text.strip())
+      if not text.strip():
+        continue
+      if first and _is_object(text):
+        raise InputError("a line of plain text is a JSON object", path=self.path, line=line, value=text.strip(),
+                         fix=f"A name that ends in {', '.join(_JSON)} says that these are JSON lines")  # fmt: skip
+      first = False
+      yield Passage(str(line), "", text.strip())
 
   def _json(self) -> Iterator[Passage]:
     for line, value in read_json_lines(self.path):
@@ -50,6 +58,13 @@ class PlainText:
         raise InputError("a title must be a string", path=self.path, line=line, value=title)
       title = unicode_of(title.strip(), "title", self.path, line)
       yield Passage(str(line), title, text_of(value.get("text"), "text", self.path, line))
+
+
+def _is_object(text: str) -> bool:
+  try:
+    return isinstance(json.loads(text), dict)
+  except ValueError:
+    return False
 
 
 class TextFolder(FileSource):
