@@ -54,6 +54,9 @@ CHIPS = {
 }
 
 
+_OPTIONS = {"v4": {"chip_config_name": "megacore"}}  # both cores of a chip as one device, as jax has them on a machine
+
+
 @dataclasses.dataclass(frozen=True)
 class Figures:
   """One compiled step, a chip.
@@ -167,7 +170,7 @@ def check(config: ConfigDict) -> None:
   from dptdr_jax.stages import common
 
   here = config.copy_and_resolve_references()
-  here.fsdp, here.backbone.sha256 = 1, ""
+  here.fsdp, here.backbone.sha256, here.train.query_chunk, here.train.passage_chunk = 1, "", 0, 0
   common.check(here)
 
 
@@ -191,7 +194,7 @@ def find_devices(topology: str) -> tuple[str, list]:
   from jax.experimental import topologies
 
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **_OPTIONS.get(family, {}))
   except Exception as error:  # of many kinds: no libtpu, a shape that does not exist
     reason = str(error).splitlines()[0]
     raise InputError(f"the TPU compiler cannot be had ({reason})", value=topology,

@@ -5,5 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment "${ENVIRONMENT:-.venv}"
-workdir=${1:-runs/quickstart}
-exec python -m dptdr_jax.main --config=configs/quickstart.py --workdir="$workdir" "${@:2}"
+workdir=runs/quickstart
+if [[ $# -gt 0 && $1 != --* ]]; then
+  workdir=$1
+  shift
+fi
+exec python -m dptdr_jax.main --config=configs/quickstart.py --workdir="$workdir" "$@"
