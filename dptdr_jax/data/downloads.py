@@ -16,7 +16,7 @@ import urllib.request
 import zlib
 from typing import BinaryIO, NamedTuple
 
-from dptdr_jax.core import files, progress
+from dptdr_jax.core import files, preemption, progress
 from dptdr_jax.core.errors import InputError
 
 _MSMARCO = "https://msmarco.z22.web.core.windows.net/msmarcoranking"
@@ -174,6 +174,7 @@ def _copy(stream: BinaryIO, path: pathlib.Path, description: str, size: int | No
     while block := stream.read(_BLOCK):
       target.write(block)
       bar.advance(len(block))
+      preemption.check(f"{path.name} will be fetched again")
 
 
 def _link(path: pathlib.Path, target: pathlib.Path) -> None:

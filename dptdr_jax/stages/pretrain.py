@@ -23,6 +23,7 @@ from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.spans import SpanBatches, SpanLengths, check_weights
 from dptdr_jax.data.store import TokenStore, write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.data.vocabulary import LEAST
 from dptdr_jax.models import convert, mlm
 from dptdr_jax.models.prompts import PromptSpec, check_lengths
 from dptdr_jax.retriever import Retriever
@@ -80,6 +81,8 @@ def check(config: ConfigDict) -> None:
   if not any((pretrain.steps, pretrain.tokens, pretrain.epochs)):
     raise InputError("pretraining has no steps", fix="Set one of pretrain.steps, .tokens, .epochs above 0")
   steps.check_optimizer(pretrain)
+  if scratch.is_wanted(config) and pretrain.vocabulary < LEAST:
+    raise InputError(f"a byte-level pretrain.vocabulary has at least {LEAST} ids", value=pretrain.vocabulary)
   if not pretrain.corpora:
     raise InputError("pretrain.corpora is empty", fix=f"Name '{corpora.OWN}' (this run's own), files, or other runs")
   corpora.outside_files(config)

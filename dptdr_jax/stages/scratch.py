@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from dptdr_jax import backbone as backbones
-from dptdr_jax.core import files, progress
+from dptdr_jax.core import files, preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.data.vocabulary import train_byte_level_bpe
@@ -47,8 +48,15 @@ def make(config: ConfigDict, layout: Layout) -> None:
     opened = corpora.open_corpora(config, layout)
     texts = itertools.chain.from_iterable(corpus.texts() for corpus in opened)
     size = train_byte_level_bpe(
-      progress.track(texts, "train tokenizer", unit="text"), config.pretrain.vocabulary, partial
+      _until_stopped(progress.track(texts, "train tokenizer", unit="text")), config.pretrain.vocabulary, partial
     )
     _log.info("tokenizer of %d ids trained", size)
     encoder = shape(config, size)
     backbones.export(partial, convert.init_params(jax.random.key(config.seed), encoder), encoder, Tokenizer(partial))
+
+
+def _until_stopped(texts: Iterator[str]) -> Iterator[str]:
+  """The texts, as long as no SIGTERM comes; what the tokenizers library then makes of them cannot be broken off."""
+  for text in texts:
+    yield text
+    preemption.check("the tokenizer will be trained again")
