@@ -24,7 +24,7 @@ def get_config():
   c.train.passages = 2
   c.train.positive = "first"
   c.train.query_chunk = 8
-  c.train.passage_chunk = 120
+  c.train.passage_chunk = 128
   c.train.remat = "attention"  # memory is what accelerators lack, and by roofline it is no slower
   c.train.checkpoint_every = 1000
   c.train.evaluate_every = 2000

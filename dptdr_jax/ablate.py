@@ -140,6 +140,8 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
     changed.mine.cross_encoder = changed.mine.pseudo_positives = False
   there = sources.retrievers(changed)
   changed.mine.retrievers = tuple(name for name in changed.mine.retrievers if name in there)
+  if changed.train.simans_source not in sources.scored(changed):  # one of those: what is there has no scores to draw by
+    changed.train.simans_source = sources.DENSE
   changed.seed = seed
   return changed
 

@@ -144,6 +144,14 @@ def locate(path: str) -> pathlib.Path:
   return found
 
 
+def files_of(directory: pathlib.Path) -> list[pathlib.Path]:
+  """What is read of a backbone's directory, sorted: whatever else comes to lie there makes no other backbone."""
+  found = convert.weight_files(directory)
+  for place, names in (directory, ("config.json", *_PUBLISHED)), (_tokenizer_home(directory), _TOKENIZER_FILES):
+    found += [path for name in names for path in (place.glob(name) if place else ()) if path.is_file()]
+  return sorted(found)
+
+
 def name(backbone: Backbone, directory: files.Path) -> dict[str, str]:
   """How a file in `directory` names a backbone; a local one also as seen from there, so that both can be moved."""
   local = backbone.path != BESIDE and pathlib.Path(backbone.path).is_dir() and not remote.is_remote(directory)
@@ -152,8 +160,9 @@ def name(backbone: Backbone, directory: files.Path) -> dict[str, str]:
 
 
 def load_named(
-  source: pathlib.Path, named: Mapping[str, str], backbone: Backbone | None = None, tokenizer_hash: str | None = None
-) -> Backbone:
+  source: pathlib.Path, named: Mapping[str, str], backbone: Backbone | None = None, tokenizer_hash: str | None = None,
+  **options: Any,
+) -> Backbone:  # fmt: skip
   """The backbone that prompts were trained on, or the one given, if it is the same.
 
   Args:
@@ -161,6 +170,7 @@ def load_named(
     named: as `name` gave it.
     backbone: in memory already.
     tokenizer_hash: of the tokenizer that they were trained with; None where that is not known.
+    options: of `Backbone.load`, where none is given.
 
   Raises:
     InputError: the backbone or its tokenizer is another one.
@@ -168,10 +178,10 @@ def load_named(
   path = source.parent
   if backbone is None:
     if named["path"] == BESIDE:
-      backbone = dataclasses.replace(Backbone.load(path / "backbone"), path=BESIDE)
+      backbone = dataclasses.replace(Backbone.load(path / "backbone", **options), path=BESIDE)
     else:
       near = _near(path, named["relative_path"]) if "relative_path" in named else None
-      backbone = Backbone.load(near or named["path"])
+      backbone = Backbone.load(near or named["path"], **options)
   if backbone.hash != named["hash"]:
     raise InputError(
       f"the prompts were trained on another backbone: {named['path']} with hash {named['hash'][:12]}…, not "

@@ -82,21 +82,24 @@ class Retriever:
     return cls(backbone, PromptSpec(kind="none"), {"query": {}, "passage": {}}, VectorSettings(**settings))
 
   @classmethod
-  def load(cls, path: files.Path, backbone: Backbone | None = None) -> Retriever:
+  def load(
+    cls, path: files.Path, backbone: Backbone | None = None, *, compute_dtype: str = "auto", fsdp: int = 1
+  ) -> Retriever:
     """Loads what `save` wrote, or what the original DPTDR saved (tied or untied, .bin or .safetensors).
 
     Args:
       path: the directory, local or a URL.
       backbone: the one that the prompts were trained on, if it is in memory already; checked by its hash.
+      compute_dtype, fsdp: of one that is not, see `Backbone.load`.
 
     Raises:
       InputError: no retriever there, a truncated file, or prompts of another backbone or tokenizer.
     """
     path = remote.staged(path)
     if (path / "retriever.json").is_file():
-      return _load_own(path, backbone)
+      return _load_own(path, backbone, {"compute_dtype": compute_dtype, "fsdp": fsdp})
     if (path / "query_model").is_dir() or (path / "config.json").is_file():
-      return _load_original(path, backbone)
+      return _load_original(path, backbone, (compute_dtype, fsdp))
     raise InputError("no retriever here: neither retriever.json nor a checkpoint of the original", path=path)
 
   def save(self, path: files.Path) -> None:
@@ -269,13 +272,13 @@ class _Stored:
     return dict(zip(("tokens", "lengths"), self._store.batch(self._rows[places], self.limit, width=width), strict=True))
 
 
-def _load_own(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
+def _load_own(path: pathlib.Path, backbone: Backbone | None, options: dict[str, Any]) -> Retriever:
   about = files.read_json(path / "retriever.json")
   if about.get("format") != FORMAT:
     raise InputError(f"format {FORMAT} expected", path=path / "retriever.json", value=about.get("format"))
   source = path / "retriever.json"
-  backbone = backbones.load_named(source, about["backbone"], backbone, about["tokenizer"]["hash"])
-  second = about["passage_backbone"] and backbones.load_named(source, about["passage_backbone"], None)
+  backbone = backbones.load_named(source, about["backbone"], backbone, about["tokenizer"]["hash"], **options)
+  second = about["passage_backbone"] and backbones.load_named(source, about["passage_backbone"], **options)
   spec = PromptSpec(**about["prompt"])
   trees = prompts.unflatten(convert.read_safetensors(path / "prompts.safetensors"))
   sides = {side: trees.get("prompt" if about["tied"] else side, {}) for side in ("query", "passage")}
@@ -285,7 +288,7 @@ def _load_own(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
   return Retriever(backbone, spec, sides, VectorSettings(**settings), second)
 
 
-def _load_original(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
+def _load_original(path: pathlib.Path, backbone: Backbone | None, options: tuple[str, int]) -> Retriever:
   """The original's directory: a whole model, or untied query_model/ and passage_model/, as a rule on one backbone."""
   tied = not (path / "query_model").is_dir()
   places = {"query": path if tied else path / "query_model"} | ({} if tied else {"passage": path / "passage_model"})
@@ -295,7 +298,7 @@ def _load_original(path: pathlib.Path, backbone: Backbone | None) -> Retriever:
     specs[side], sides[side] = prompts.from_original(tensors, files.read_json(place / "config.json"))
     hashes[side] = backbones.hash_tensors(backbones.encoder_tensors(tensors))
     known = {one.hash: one for one in (backbone, *loaded.values()) if one is not None}
-    loaded[side] = known.get(hashes[side]) or Backbone.from_tensors(str(place), place, tensors)
+    loaded[side] = known.get(hashes[side]) or Backbone.from_tensors(str(place), place, tensors, *options)
     prompts.check_prompt(specs[side], sides[side], loaded[side].config, place)
   if backbone is not None and backbone.hash not in hashes.values():
     raise InputError(f"this checkpoint's backbone is not the one of {backbone.path}", path=path)

@@ -96,6 +96,11 @@ def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
     order.check(ablate.configured(config, fields, 0))
   with pytest.raises(InputError, match="Success@5"):
     ablate.ablate(config, workdir, ablate.chosen(["plain"], []), [0], [], "Success@5")
+  asked = config.copy_and_resolve_references()
+  asked.rounds, asked.mine.retrievers = 2, ("backbone",)
+  asked.train.update({"sampling": "simans", "simans_source": "backbone"})
+  for fields in ablate.chosen(["plain", "unm"], []).values():  # plain mines nothing that has these scores
+    order.check(ablate.configured(asked, fields, 0))
   alike = ablate.chosen([], ["b=-1: rounds=1", "b=+1: rounds=1"])
   with pytest.raises(InputError, match="two arms"):
     ablate.ablate(config, workdir, alike, [0], [], "RR@10")

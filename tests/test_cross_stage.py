@@ -104,7 +104,8 @@ def test_a_pool_is_scored_by_shards(finished, monkeypatch, tmp_path):
   config, workdir = finished
   layout = Layout.of(workdir)
   pool = Pool.open(layout.pool(0))
-  whole = cross.score_pool(config, layout, pool, tmp_path / "whole")
+  shared = cross.common.load_backbone(config, layout)
+  whole = cross.score_pool(config, layout, pool, tmp_path / "whole", shared)[:]
   assert whole.shape == pool.rows.shape and whole.dtype == np.float32
   scored = ~np.isnan(whole)
   assert (scored.sum(1) == np.minimum((pool.rows >= 0).sum(1), 5)).all()
@@ -117,11 +118,13 @@ def test_a_pool_is_scored_by_shards(finished, monkeypatch, tmp_path):
   monkeypatch.setattr(cross, "_SHARD_PAIRS", 30)  # 6 queries
   with monkeypatch.context() as stopped, pytest.raises(Preempted, match="query 18 of 32"):
     stopped.setattr(preemption, "asked", lambda: len(list((tmp_path / "parts").glob("*.npy"))) == 3)
-    cross.score_pool(config, layout, pool, tmp_path / "parts")
+    cross.score_pool(config, layout, pool, tmp_path / "parts", shared)
   before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.npy")}
   assert len(before) == 3
-  parts = cross.score_pool(config, layout, pool, tmp_path / "parts")
-  np.testing.assert_allclose(parts, whole, rtol=1e-5)
+  parts = cross.score_pool(config, layout, pool, tmp_path / "parts", shared)
+  assert parts.shape == whole.shape
+  for block in (slice(None), slice(0, 0), slice(5, 6), slice(6, 12), slice(4, 31), slice(30, 40)):
+    np.testing.assert_allclose(parts[block], whole[block], rtol=1e-5)
   with monkeypatch.context() as two:  # processes, which take turns: the first leaves what the second has made
     two.setattr(cross.hosts, "process_count", lambda: 2)
     waits = []
@@ -131,15 +134,15 @@ def test_a_pool_is_scored_by_shards(finished, monkeypatch, tmp_path):
     two.setattr(cross.hosts, "first_says", lambda make: [0, 6, 12, 18, 24, 30])  # nothing was there for the first
     for index, made in ((1, [6, 18, 30]), (0, [0, 6, 12, 18, 24, 30])):
       two.setattr(cross.hosts, "process_index", lambda index=index: index)
-      parts = cross.score_pool(config, layout, pool, tmp_path / "shared", together=True)
+      parts = cross.score_pool(config, layout, pool, tmp_path / "shared", shared, together=True)
       assert (parts is None) == (index == 1)
       assert sorted(int(path.stem.split("-")[1]) for path in (tmp_path / "shared").glob("*.npy")) == made
     assert len(waits) == 4
-  np.testing.assert_allclose(parts, whole, rtol=1e-5)
+  np.testing.assert_allclose(parts[:], whole, rtol=1e-5)
   after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.npy")}
   assert len(after) == 6 and before.items() <= after.items()
   np.testing.assert_array_equal(
-    np.isnan(cross.score_rows(encoder, *stores, pool.rows[:, :2], tmp_path / "parts")), pool.rows[:, :2] < 0
+    np.isnan(cross.score_rows(encoder, *stores, pool.rows[:, :2], tmp_path / "parts")[:]), pool.rows[:, :2] < 0
   )
   assert len(list((tmp_path / "parts").glob("*.npy"))) == 3, "scores of other candidates do not stay"
 

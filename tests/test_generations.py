@@ -108,6 +108,7 @@ def test_another_process_waits_for_negatives_and_finds_them(directory, tmp_path,
       waiting.wait_for(step)
     assert drawn.result() == "generation 0"
     assert looks == [False, False, False, True], "once a generation"
+    assert list(waiting._groups) == [0], "those before it hold files open, and nobody asks for them"
     late = pool.submit(waiting.at, 4)
     waiting.close()
     with pytest.raises(DptdrError, match="training has ended"):

@@ -18,6 +18,7 @@ from support import tiny
 from dptdr_jax import pipeline
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.stages import common
 from dptdr_jax.stages.trial import DevTrial
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -107,6 +108,7 @@ def test_another_place_or_split_redoes_no_training(finished, tmp_path):
     shutil.copytree(path, tmp_path / name)
   moved.data.dir, moved.backbone.path = str(tmp_path / "data"), str(tmp_path / "backbone")
   before = done_at(tmp_path / "work")
+  (tmp_path / "backbone/README.md").write_text("not read")
   pipeline.run(moved, tmp_path / "work")
   assert done_at(tmp_path / "work") == before
   vectors = tmp_path / "work/encode/train1/corpus/vectors-00000.npy"
@@ -158,6 +160,8 @@ def test_stages_by_name(tmp_path):
   ("fields", "message"),
   [
     ({"text__passage_length": 512}, "512 tokens don't fit the backbone's 96 positions"),
+    ({"data__max_stored_tokens": 20}, "text.query_length is beyond the 20 tokens that are stored: 32"),
+    ({"train__query_chunk": 3, "train__queries": 40}, "a query chunk of 3 does not divide the 5 rows"),
     ({"evaluate__measures": ("MRR10",)}, "MRR10"),
     ({"evaluate__depth": 100}, "looks deeper than evaluate.depth, 100: 'R@1000'"),
     ({"train__checkpoint_every": 0}, "train.checkpoint_every must be at least 1: 0"),
@@ -201,6 +205,8 @@ def test_fine_tuning_saves_a_backbone_of_its_own(tmp_path):
   pipeline.run(config, tmp_path / "work")
   retriever = tmp_path / "work/train1/retriever"
   assert (retriever / "backbone/model.safetensors").is_file()
+  config.compute_dtype = "bfloat16"
+  assert common.load_retriever(config, retriever, None).backbone.compute_dtype == "bfloat16"
   results = json.loads((tmp_path / "work/results.json").read_text())
   assert results["train1"] != results["backbone"]
 

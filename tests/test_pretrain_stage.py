@@ -209,7 +209,8 @@ def test_text_alone_ends_with_a_backbone(directory, tmp_path, capsys, caplog):
   assert "40 of 40 passages are so short that both of their spans are the whole text" in caplog.text
   data = PreparedData(tmp_path / "work/prepare/text")
   assert [data.ids[row] for row in (0, 19, 20)] == ["a.txt:1", "a.txt:21", "b.jsonl:1"] and len(data.ids) == 40
-  assert "Pretraining" in (tmp_path / "work/report.html").read_text()
+  page = (tmp_path / "work/report.html").read_text()
+  assert "Pretraining" in page and "passages by what they gave: data: {" in page
   assert Backbone.load(tmp_path / "work/pretrain/backbone").config.hidden_size == 32
   config.pretrain.enabled = False
   with pytest.raises(InputError, match="all that it is for is pretraining"):
@@ -235,6 +236,7 @@ def test_text_alone_ends_with_a_backbone(directory, tmp_path, capsys, caplog):
     ({"mask_rate": 0.0, "tokenizer": "train"}, "mask_rate must lie between"),
     ({"shortest": 8}, "don't go with a shortest of 8"),
     ({"schedule": "steep"}, "unknown decay"),
+    ({"tokenizer": "train", "vocabulary": 100}, "at least 261 ids"),
   ],
 )
 def test_what_cannot_work_is_said_before_any_work(directory, tmp_path, fields, message):
@@ -257,8 +259,9 @@ def test_what_cannot_change_the_weights_does_not_undo_them(finished):
   assert keys(**{f"pretrain__{name}": value for name, value in beside.items()}, train__checkpoint_every=7) == usual
   other = keys(pretrain__learning_rate=2e-3)
   assert [name for name in usual if usual[name] == other[name]] == ["prepare"]
-
-
-def test_vocabulary_below_the_bytes(directory, tmp_path):
-  with pytest.raises(InputError, match="at least 261 ids"):
-    pipeline.run(make_config(directory, tokenizer="train", vocabulary=100), tmp_path / "work", ["prepare"])
+  for field, value, stay in (
+    ("data__dev_split", "", ["prepare", "pretrain", "mine0"]),  # it tries and chooses, and RIP chooses nothing
+    ("text__query_template", "query: {text}", ["pretrain"]), ("data__max_stored_tokens", 200, ["pretrain"]),
+  ):  # fmt: skip
+    other = keys(**{field: value})
+    assert [name for name in usual if usual[name] == other[name]] == stay, field

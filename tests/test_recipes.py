@@ -19,6 +19,7 @@ from dptdr_jax.data.store import TokenStore
 from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retriever import Retriever
+from dptdr_jax.training.chunks import chunk_count
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -55,6 +56,19 @@ def nq(tmp_path_factory):
   config = make_config("nq", directory, formats.nq(directory / "data"))
   pipeline.run(config, directory / "work")
   return config, directory / "work"
+
+
+@pytest.mark.parametrize("name", ["msmarco", "nq"])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+def test_chunks_divide_a_devices_share(name, devices):
+  sys.path.insert(0, str(ROOT))
+  config = importlib.import_module(f"configs.{name}").get_config()
+  train, pretrain = config.train, config.pretrain
+  for rows, chunk in (
+    (train.queries, train.query_chunk), (train.queries * train.passages, train.passage_chunk),
+    (pretrain.spans, pretrain.chunk),
+  ):  # fmt: skip
+    assert chunk_count(-(-rows // devices) * devices, devices, chunk, "row") >= 1
 
 
 def results_of(workdir: pathlib.Path) -> dict:

@@ -166,6 +166,8 @@ def test_further_retrievers_and_an_index_in_three_rounds(directory, tmp_path):
     vectors = tmp_path / one / "vectors/corpus/vectors-00000.npy"
     assert vectors.samefile(tmp_path / other / "vectors/corpus" / vectors.name) and (tmp_path / one / "index").exists()
   assert vectors.samefile(tmp_path / "encode/backbone/corpus" / vectors.name), "encoded once for all"
+  for later in ("mine1", "mine2"):
+    assert (tmp_path / "train1/runs/bm25/rows.npy").samefile(tmp_path / later / "runs/bm25/rows.npy"), "searched once"
   np.testing.assert_array_equal(pools[1].positive_scores[:, 3], pools[0].positive_scores[:, 1])
 
   untuned = Retriever.untuned(Backbone.load(config.backbone.path), **config.vector, **config.text)
@@ -234,15 +236,16 @@ def test_what_is_wrong_with_a_run_shows_before_any_search(prepared, tmp_path, mo
 def test_a_killed_search_goes_on_at_the_first_missing_part(prepared, tmp_path, monkeypatch):
   config, whole, parts = prepared[0], begin(prepared, tmp_path / "whole"), begin(prepared, tmp_path / "parts")
   mine.run(config, whole.root)
-  monkeypatch.setattr(search, "_PART", 10)
+  monkeypatch.setattr(search, "_BM25_PART", 10)
   found = parts.mine(0) / "runs"
+  (found / "bm25.9-of-the-others").mkdir(parents=True)  # a run from elsewhere
   with monkeypatch.context() as stopped, pytest.raises(preemption.Preempted, match="part 2 of 4"):
     stopped.setattr(preemption, "asked", lambda: (found / "bm25.1-of-4").exists())
     mine.run(config, parts.root)
   asked, ask = [], Bm25.search
   monkeypatch.setattr(Bm25, "search", lambda self, texts, depth: asked.append(len(texts)) or ask(self, texts, depth))
   mine.run(config, parts.root)
-  assert asked == [8, 8] and [path.name for path in found.iterdir()] == ["bm25"]
+  assert asked == [8, 8] and sorted(path.name for path in found.iterdir()) == ["bm25", "bm25.9-of-the-others"]
   for name in ("rows.npy", "scores.npy"):
     assert (found / "bm25" / name).read_bytes() == (whole.mine(0) / "runs/bm25" / name).read_bytes()
 
@@ -289,7 +292,11 @@ def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_p
     ({"mine__runs": (__file__, f"{ROOT}/tests/../tests/test_rounds.py")}, "two sources of one name"),
     ({"mine__sources": ("dense", "sparse")}, "unknown mine.sources"),
     ({"mine__sources": ("runs",)}, "nothing to mine from"),
-    ({"mine__retrievers": ("trained",)}, "no pool of this run finds there: .*trained"),
+    ({"mine__retrievers": ("trained",)}, "names what is no retriever: .*trained"),
+    ({"mine__retrievers": ("train",), "rounds": 1}, "names what is no retriever: .*train"),
+    ({"mine__retrievers": ("train2",)}, "no pool of this run finds there: .*train2"),
+    ({"index__factory": "IVF8Flat"}, "no FAISS index of width 32"),
+    ({"index__factory": "IVF8,Flat", "index__search_parameters": "nprob=4"}, "no search parameter of this name"),
     ({"mine__retrievers": ("backbone",), "mine__sources": ("bm25",)}, "asked as the dense source is"),
     ({"mine__retrievers": ("pretrain", "train1")}, "no pool of this run finds there: .*train1.*There are backbone"),
     ({"mine__dense__first": 20}, "0 ≤ first < depth"),

@@ -140,6 +140,7 @@ class TrainGroups:
     if self._negatives is not None:
       rows = self._negatives.rows(query_row)
       allowed = np.flatnonzero((rows >= 0) & ~(rows[:, None] == barred).any(axis=1))
+      allowed = allowed[np.sort(np.unique(rows[allowed], return_index=True)[1])]  # the data's own may come twice
       allowed = allowed[self._sampling.first : self._sampling.last]
       negatives = rows[self._ordered(allowed, query_row, epoch, count)]
     if len(negatives) >= count:

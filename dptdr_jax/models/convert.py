@@ -50,22 +50,33 @@ _LAYER = {
 }
 
 
-def load_backbone_tensors(directory: files.Path) -> Tensors:
-  """Reads model.safetensors (or its sharded index) or pytorch_model.bin (torch's weights only) of a directory.
+def weight_files(directory: files.Path) -> list[pathlib.Path]:
+  """The files of a directory's weights: model.safetensors, what its index names, or pytorch_model.bin.
 
   Raises:
-    InputError: no such file, one that is cut short or damaged, or a .bin where torch is not installed.
+    InputError: none of them is there.
   """
   directory = pathlib.Path(directory)
   index = directory / "model.safetensors.index.json"
   if (directory / "model.safetensors").is_file():
-    return read_safetensors(directory / "model.safetensors")
+    return [directory / "model.safetensors"]
   if index.is_file():
-    shards = sorted(set(files.read_json(index)["weight_map"].values()))
-    return {name: tensor for shard in shards for name, tensor in read_safetensors(directory / shard).items()}
+    return [directory / shard for shard in sorted(set(files.read_json(index)["weight_map"].values()))]
   if (directory / "pytorch_model.bin").is_file():
-    return _read_torch(directory / "pytorch_model.bin")
+    return [directory / "pytorch_model.bin"]
   raise InputError("neither model.safetensors nor pytorch_model.bin is here", path=directory)
+
+
+def load_backbone_tensors(directory: files.Path) -> Tensors:
+  """Reads the weights of a directory, see `weight_files`; of a .bin torch's weights only.
+
+  Raises:
+    InputError: no such file, one that is cut short or damaged, or a .bin where torch is not installed.
+  """
+  found = weight_files(directory)
+  if found[0].name == "pytorch_model.bin":
+    return _read_torch(found[0])
+  return {name: tensor for path in found for name, tensor in read_safetensors(path).items()}
 
 
 def read_safetensors(path: pathlib.Path) -> Tensors:

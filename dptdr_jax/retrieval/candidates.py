@@ -99,7 +99,7 @@ class Pool:
       # as plain arrays: a np.memmap makes every small slice several times as slow
       arrays = {name: np.asarray(np.load(directory / f"{name}.npy", mmap_mode="r")) for name in there}
       pool = cls(**arrays, names=tuple(manifest["sources"]), manifest=manifest)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, EOFError, ValueError) as error:
       raise InputError(f"candidate pool is not whole ({error})", path=directory, fix="Mine it again.") from error
     if any(array.dtype != _ARRAYS[name][0] for name, array in arrays.items()):
       raise InputError("candidate pool has arrays of another type", path=directory, fix="Mine it again.")

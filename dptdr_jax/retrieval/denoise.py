@@ -96,12 +96,13 @@ class CrossEncoderRule:
   """RocketQA's denoising (arXiv 2010.08191, 3.2): only what a cross-encoder is sure of stays a negative.
 
   Attributes:
-    scores: float32 [Q, K], probabilities that a candidate is relevant, NaN where it was not scored (it goes).
+    scores: float32 [Q, K], probabilities that a candidate is relevant, NaN where it was not scored (it goes); an array,
+      or whatever has a shape and gives blocks of queries.
     negative_below: stays where the probability is below it; RocketQA's is 0.1.
     positive_above: a pseudo-positive where it is above; RocketQA's is 0.9.
   """
 
-  scores: np.ndarray
+  scores: Any
   negative_below: float = 0.1
   positive_above: float = 0.9
 

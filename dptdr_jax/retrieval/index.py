@@ -57,12 +57,7 @@ class Index:
     Raises:
       InputError: a string that FAISS doesn't know, that doesn't fit the width, or that wants more passages.
     """
-    try:
-      index = faiss.index_factory(embeddings.width, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-      raise InputError(
-        f"no FAISS index of width {embeddings.width} ({_brief(error)})", value=factory, fix=_STRINGS
-      ) from error
+    index = _made(embeddings.width, factory)
     _leave_out_polysemous_codes(index)
     with faiss_threads(threads):
       if not index.is_trained:
@@ -84,6 +79,12 @@ class Index:
       "sample": sample, "seed": seed, "source": embeddings.source,
     }  # fmt: skip
     return cls(index, manifest)
+
+  @classmethod
+  def check(cls, width: int, factory: str, parameters: Mapping[str, int]) -> None:
+    """Raises InputError for a factory string or search parameters that `build` or `set_parameters` would refuse."""
+    if factory != "Flat" or parameters:
+      cls(_made(width, factory), {"factory": factory}).set_parameters(parameters)
 
   def save(self, directory: Path) -> None:
     """Writes index and manifest, atomically."""
@@ -154,6 +155,14 @@ class Index:
         shown.advance(len(found))
         preemption.check("the search will begin again")
     return run
+
+
+def _made(width: int, factory: str) -> faiss.Index:
+  """An empty index."""
+  try:
+    return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+  except RuntimeError as error:
+    raise InputError(f"no FAISS index of width {width} ({_brief(error)})", value=factory, fix=_STRINGS) from error
 
 
 def _leave_out_polysemous_codes(index: faiss.Index) -> None:

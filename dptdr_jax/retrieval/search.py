@@ -113,8 +113,7 @@ def checked_queries(queries: np.ndarray, width: int) -> np.ndarray:
   """Queries as faiss wants them: float32 [Q, H], rows in one piece."""
   if queries.ndim != 2 or queries.shape[1] != width:
     raise InputError(f"queries have shape {queries.shape}, passages have width {width}")
-  if not np.isfinite(queries).all():
-    raise InputError("a query vector has a number that is not finite", fix="Look for NaN in what encodes.")
+  _check_finite(queries, "query")
   return np.ascontiguousarray(queries, np.float32)
 
 
@@ -135,7 +134,18 @@ def _blocks(passages: Embeddings | np.ndarray, rows: int) -> Iterator[tuple[int,
     yield from passages.blocks(rows)
     return
   for first in range(0, len(passages), rows):
-    yield first, np.ascontiguousarray(passages[first : first + rows], np.float32)
+    block = np.ascontiguousarray(passages[first : first + rows], np.float32)
+    _check_finite(block, "passage", first)
+    yield first, block
+
+
+def _check_finite(vectors: np.ndarray, what: str, first: int = 0) -> None:
+  """Raises InputError for NaN and infinity; embeddings on disk have none."""
+  finite = np.isfinite(vectors).all(axis=1)
+  if not finite.all():
+    row = first + int(np.argmin(finite))
+    fix = "Look for NaN in what encodes."
+    raise InputError(f"a {what} vector has a number that is not finite", value=f"row {row}", fix=fix)
 
 
 def _ordered(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
+from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.batches import TrainBatches
 from dptdr_jax.data.groups import Negatives, Sampling, TrainGroups
@@ -53,12 +54,18 @@ def check(config: ConfigDict) -> None:
     backbones.check_sha256(backbones.locate(config.backbone.path), config.backbone.sha256)
   encoder = encoder_config(config)
   check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
+  for side in ("query", "passage"):
+    if (wanted := settings.limit(side)) > config.data.max_stored_tokens:
+      what = f"text.{side}_length is beyond the {config.data.max_stored_tokens} tokens that are stored"
+      raise InputError(what, value=wanted, fix="Raise data.max_stored_tokens")
   for pooling in config.evaluate.other_poolings:
     if pooling not in POOLINGS or pooling == settings.pooling:
       raise InputError("evaluate.other_poolings holds first or mean, not vector.pooling's own", value=pooling)
   if not (config.train.steps or config.train.epochs):
     raise InputError("training has no steps", fix="Set train.steps or train.epochs above 0")
   steps.check_optimizer(config.train)
+  steps.check_chunk(config.train.queries, config.train.query_chunk, "query")
+  steps.check_chunk(config.train.queries * config.train.passages, config.train.passage_chunk, "passage")
   sampling(config)
   meshes.make_mesh(fsdp=config.fsdp)
   measures.check((*config.evaluate.measures, config.train.select_by))
@@ -101,6 +108,20 @@ def load_backbone(config: ConfigDict, layout: Layout) -> Backbone:
   return base_backbone(config, layout)
 
 
+def origin(config: ConfigDict, layout: Layout) -> str:
+  """The backbone, and what pretraining made of it."""
+  named = f"backbone {'from nothing' if scratch.is_wanted(config) else config.backbone.path}"
+  if not config.pretrain.enabled:
+    return named
+  about = files.read_json(layout.pretrained / "manifest.json")
+  kinds = "; ".join(
+    f"{corpus['name']}: {corpus['passages']}, {corpus['truncated']} as long as is stored or longer"
+    for corpus in about["corpora"]
+  )
+  trained = f"{about['steps']} steps of {about['spans']} spans, {about['tokens']:,} tokens"
+  return f"{named} after {trained} (passages by what they gave: {kinds})"
+
+
 def vector_settings(config: ConfigDict) -> VectorSettings:
   """What vectors depend on besides weights and prompts."""
   return VectorSettings(**config.vector, **config.text)
@@ -135,7 +156,12 @@ def dense_systems(config: ConfigDict) -> list[str]:
 def trained(config: ConfigDict, layout: Layout, number: int, shared: Backbone | None = None) -> Retriever:
   """The retriever that round `number` of training chose, on the shared backbone unless its weights are tuned."""
   tuned = config.prompt.kind == "none"
-  return Retriever.load(layout.retriever(number), None if tuned else shared or load_backbone(config, layout))
+  return load_retriever(config, layout.retriever(number), None if tuned else shared or load_backbone(config, layout))
+
+
+def load_retriever(config: ConfigDict, directory: files.Path, shared: Backbone | None) -> Retriever:
+  """A retriever of this run, on the shared backbone; None: it has weights of its own, tuned ones."""
+  return Retriever.load(directory, shared, compute_dtype=config.compute_dtype, fsdp=config.fsdp)
 
 
 def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.prompts import PromptSpec, check_lengths
 from dptdr_jax.reranker import CrossEncoder, PairSettings
-from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.candidates import Pool, query_blocks
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.runtime import hosts, shardings
 from dptdr_jax.runtime import mesh as meshes
@@ -64,6 +65,7 @@ def check(config: ConfigDict, encoder: EncoderConfig) -> None:
     raise InputError(what, value=cross.pair_length)
   check_lengths(encoder, prompt_spec(config), cross.pair_length)
   steps.check_optimizer(cross)
+  steps.check_chunk(cross.queries * cross.passages, cross.chunk, "pair")
 
 
 def prompt_spec(config: ConfigDict) -> PromptSpec:
@@ -175,20 +177,51 @@ class CrossLoop(Loop):
     return CrossEncoder(self._backbone, prompt_spec(config), trainable, settings)
 
 
+class Rows(Protocol):
+  """Passage rows [Q, K] by blocks of queries, negative where nothing is to be scored; an array is such a thing."""
+
+  shape: tuple[int, int]
+
+  def __getitem__(self, block: slice) -> np.ndarray: ...
+
+
+class _FirstKept:
+  """The first `depth` candidates of a pool that are still negatives, at their places."""
+
+  def __init__(self, pool: Pool, depth: int):
+    self.shape, self._pool, self._depth = pool.rows.shape, pool, depth
+
+  def __getitem__(self, block: slice) -> np.ndarray:
+    kept = self._pool.kept(block)
+    return np.where(kept & (np.cumsum(kept, axis=1) <= self._depth), self._pool.rows[block], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Probabilities [Q, K] by shards on disk: scores[start:stop] is float32, NaN where nothing was scored."""
+
+  shape: tuple[int, int]
+  paths: Sequence[pathlib.Path]
+  size: int  # queries a shard
+
+  def __getitem__(self, block: slice) -> np.ndarray:
+    start, stop, _ = block.indices(self.shape[0])
+    first = start // self.size
+    parts = [np.load(path, mmap_mode="r") for path in self.paths[first : -(-stop // self.size)]]
+    found = np.concatenate(parts) if parts else np.empty((0, self.shape[1]), np.float32)
+    return found[start - first * self.size : stop - first * self.size]
+
+
 def score_pool(
-  config: ConfigDict, layout: Layout, pool: Pool, directory: files.Path, together: bool = False
-) -> np.ndarray | None:
-  """Probabilities of a pool's candidates for the training queries, float32 [Q, K], NaN where not scored.
+  config: ConfigDict, layout: Layout, pool: Pool, directory: files.Path, backbone: Backbone, together: bool = False
+) -> Scores | None:
+  """Probabilities of a pool's candidates for the training queries, NaN where not scored; `backbone` is the shared one.
 
   Scored are the first config.cross.depth candidates of a query that are still negatives; see `score_rows`.
   """
-  encoder = CrossEncoder.load(model_of(layout), common.load_backbone(config, layout))
-  rows = np.full(pool.rows.shape, -1, np.int32)
-  for block in pool.blocks():
-    kept = pool.kept(block)
-    rows[block] = np.where(kept & (np.cumsum(kept, axis=1) <= config.cross.depth), pool.rows[block], -1)
+  encoder = CrossEncoder.load(model_of(layout), backbone)
   stores = TokenStore(layout.store(config.data.train_split)), TokenStore(layout.store("corpus"))
-  return score_rows(encoder, *stores, rows, directory, together)
+  return score_rows(encoder, *stores, _FirstKept(pool, config.cross.depth), directory, together)
 
 
 def rerank(config: ConfigDict, layout: Layout, found: Run, split: str) -> Run:
@@ -199,43 +232,44 @@ def rerank(config: ConfigDict, layout: Layout, found: Run, split: str) -> Run:
   scores = score_rows(encoder, *stores, top, layout.stage("evaluate") / "scores" / split)
   below = -1.0 - np.arange(found.depth - top.shape[1], dtype=np.float32)  # in their order, below any probability
   below = np.broadcast_to(below, (len(found), len(below)))
-  return Run.ranked(np.asarray(found.rows), np.concatenate([np.nan_to_num(scores, nan=-1.0), below], axis=1))
+  return Run.ranked(np.asarray(found.rows), np.concatenate([np.nan_to_num(scores[:], nan=-1.0), below], axis=1))
 
 
 def score_rows(
-  encoder: CrossEncoder, queries: TokenStore, passages: TokenStore, rows: np.ndarray, directory: files.Path,
+  encoder: CrossEncoder, queries: TokenStore, passages: TokenStore, rows: Rows, directory: files.Path,
   together: bool = False,
-) -> np.ndarray | None:  # fmt: skip
+) -> Scores | None:  # fmt: skip
   """Probabilities of passages for queries, by shards on disk: a killed run goes on at the first shard that is missing.
 
   Args:
     queries: of Q rows.
-    rows: int [Q, K] passage rows, negative where nothing is to be scored.
+    rows: [Q, K].
     directory: where the shards are; those of another cross-encoder or of other candidates are removed.
     together: all processes take turns at the shards; else this one makes all, and waits for none.
 
   Returns:
-    float32 [Q, K], NaN where `rows` is negative; None where another process gets it, the first.
+    [Q, K], NaN where `rows` is negative; None where another process gets it, the first.
   """
   directory = pathlib.Path(directory)
   count, index = (hosts.process_count(), hosts.process_index()) if together else (1, 0)
   meet = hosts.barrier if together else lambda name: None
-  digest = hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
+  count_of, digest = _look(rows)
   about = {"cross_encoder": encoder.hash, "queries": queries.key, "passages": passages.key, "rows": digest}
   begun = directory / "scores.json"
   if index == 0 and (not begun.is_file() or files.read_json(begun) != about):
     files.remove(directory)
     files.write_json(begun, about)
   meet("scores are begun")
-  wanted = (rows >= 0).sum(1)
-  size = max(1, _SHARD_PAIRS // max(1, int(wanted.max(initial=1))))
-  paths = {start: directory / f"scores-{start:09d}.npy" for start in range(0, len(rows), size)}
+  number = rows.shape[0]
+  size = max(1, _SHARD_PAIRS // max(1, int(count_of.max(initial=1))))
+  paths = {start: directory / f"scores-{start:09d}.npy" for start in range(0, number, size)}
 
   def not_there() -> list[int]:
     return [start for start, path in paths.items() if not path.exists()]
 
   missing = (hosts.first_says(not_there) if together else not_there())[index::count]
-  with progress.bar("score pairs", sum(int(wanted[start : start + size].sum()) for start in missing), "pair") as shown:
+  pairs = sum(int(count_of[start : start + size].sum()) for start in missing)
+  with progress.bar("score pairs", pairs, "pair") as shown:
     for start in missing:
       block = rows[start : start + size]
       query, place = np.nonzero(block >= 0)
@@ -244,11 +278,16 @@ def score_rows(
       with files.atomic_path(paths[start]) as partial, open(partial, "wb") as stream:
         np.save(stream, part)
       shown.advance(len(query))
-      preemption.check(f"scoring stands at query {min(start + size, len(rows))} of {len(rows)}")
+      preemption.check(f"scoring stands at query {min(start + size, number)} of {number}")
   meet("all shards of scores")
-  if index:
-    return None
-  scores = np.empty(rows.shape, np.float32)
-  for start, path in paths.items():
-    scores[start : start + size] = np.load(path)
-  return scores
+  return None if index else Scores(rows.shape, list(paths.values()), size)
+
+
+def _look(rows: Rows) -> tuple[np.ndarray, str]:
+  """How many are to be scored of each query, int64 [Q], and a hash of all of them."""
+  digest, counts = hashlib.sha256(repr(tuple(rows.shape)).encode()), []
+  for block in query_blocks(*rows.shape):
+    part = np.ascontiguousarray(rows[block], np.int32)
+    digest.update(part)
+    counts.append((part >= 0).sum(1))
+  return np.concatenate(counts) if counts else np.empty(0, np.int64), digest.hexdigest()

@@ -40,13 +40,19 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
 def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retriever) -> None:
   """Links the corpus' vectors where mining has made the same ones."""
   own = system.startswith("train")
-  mined = layout.mined_vectors(int(system.removeprefix("train")) if own else 1, "corpus", "" if own else system)
-  if not (mined / "manifest.json").exists():
-    return
-  target, made, source = layout.embeddings(system, "corpus"), Embeddings(mined), _source(retriever, "passage")
-  there = manifest.read(target / "manifest.json") or manifest.read(target / "begun.json") or {}
-  if made.source == source and made.dtype == config.encode.dtype and there.get("source") != source:
-    files.link_tree(mined, target)
+  places = [layout.mined_vectors(int(system.removeprefix("train")) if own else 1, "corpus", "" if own else system)]
+  if not own and config.train.refresh_every:  # while round 1 trained
+    places.append(layout.train(1) / "retrievers" / system / "vectors" / "corpus")
+  target, source = layout.embeddings(system, "corpus"), _source(retriever, "passage")
+  for mined in places:
+    if not (mined / "manifest.json").exists():
+      continue
+    made, there = (
+      Embeddings(mined),
+      manifest.read(target / "manifest.json") or manifest.read(target / "begun.json") or {},
+    )
+    if made.source == source and made.dtype == config.encode.dtype and there.get("source") != source:
+      files.link_tree(mined, target)
 
 
 def _source(retriever: Retriever, kind: str) -> dict:

@@ -17,7 +17,7 @@ from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval import answers, measures, runs
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.runs import Run
-from dptdr_jax.stages import common, cross, examples, scratch, search
+from dptdr_jax.stages import common, cross, examples, search
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
@@ -131,20 +131,6 @@ def _labels(config: ConfigDict) -> dict[str, str]:
   return {"bm25": "BM25", **untuned, **trained, RERANKED: "reranked by the cross-encoder"}
 
 
-def _origin(config: ConfigDict, layout: Layout) -> str:
-  """The backbone, and what pretraining made of it."""
-  named = f"backbone {'from nothing' if scratch.is_wanted(config) else config.backbone.path}"
-  if not config.pretrain.enabled:
-    return named
-  about = files.read_json(layout.pretrained / "manifest.json")
-  kinds = "; ".join(
-    f"{corpus['name']}: {corpus['passages']}, {corpus['truncated']} as long as is stored or longer"
-    for corpus in about["corpora"]
-  )
-  trained = f"{about['steps']} steps of {about['spans']} spans, {about['tokens']:,} tokens"
-  return f"{named} after {trained} (passages by what they gave: {kinds})"
-
-
 def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
   retriever = common.trained(config, layout, config.rounds)
   whole = retriever.backbone.num_parameters
@@ -164,7 +150,7 @@ def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
     **crossed,
     "backbone_parameters": whole,
     "facts": [
-      f"{_origin(config, layout)}, {retriever.backbone.compute_dtype} on {jax.default_backend()}",
+      f"{common.origin(config, layout)}, {retriever.backbone.compute_dtype} on {jax.default_backend()}",
       f"prompt {retriever.spec.kind}, length {retriever.spec.length}, {'tied' if config.prompt.tied else 'untied'}; "
       f"pooling {config.vector.pooling}",
       f"data {config.data.source} {config.data.dir}".strip(),

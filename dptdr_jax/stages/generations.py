@@ -87,6 +87,9 @@ class Generations:
         _log.info("%s", what)
         told = True
     self._everywhere = wanted
+    with self._ready:  # batches come in order: nobody asks for those before it again, and each holds files open
+      for old in [which for which in self._groups if which < wanted]:
+        del self._groups[old]
 
   def _has(self, wanted: int) -> bool:
     """Whether this process has that generation; if not, after a moment's wait."""
@@ -155,7 +158,7 @@ class Generations:
     directory = self._layout.generation(self._number, which)
     if not (directory / "mining.json").exists():
       _log.info("mining generation %d while training goes on", which)
-      retriever = Retriever.load(directory / "retriever", self._shared)
+      retriever = common.load_retriever(self._config, directory / "retriever", self._shared)
       others = self._layout.train(self._number)  # all but this retriever find the same for every generation
       asked = Sources(
         self._config, self._layout, self._data, directory, self._number, retriever, self._shared, others,

@@ -110,7 +110,8 @@ def mine(asked: Sources) -> None:
   if crossed:
     if asked.together:
       hosts.barrier("what the cross-encoder is asked of")
-    scores = cross.score_pool(asked.config, asked.layout, Pool.open(cleaned), directory / "scores", asked.together)
+    place = directory / "scores"
+    scores = cross.score_pool(asked.config, asked.layout, Pool.open(cleaned), place, asked.frozen, asked.together)
     if alone:
       rule = CrossEncoderRule(scores, options.negative_below, options.positive_above)
       denoise(directory / "pool", cleaned, [rule])

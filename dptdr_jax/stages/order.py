@@ -43,6 +43,7 @@ class Stage:
     inputs: the stages whose files it reads.
     files: the files from outside that it depends on, in groups by name, which may nest.
     splits: those whose queries it reads of what is prepared; the corpus it may always read.
+    text_alone: what it makes depends on the text that is prepared and not on its token stores: templates do not count.
     together: all processes of the run work in it; else the first one alone, and the others wait.
     beside: what it writes outside of its own directory, by path from the run's.
     kept: parts of its directory that do not depend on what `after` names, and are not made again for it.
@@ -57,6 +58,7 @@ class Stage:
   inputs: tuple[str, ...] = ()
   files: Callable[[ConfigDict], Mapping[str, Any]] = lambda config: {}
   splits: tuple[str, ...] = ()
+  text_alone: bool = False
   together: bool = True
   beside: tuple[str, ...] = ()
   kept: tuple[str, ...] = ()
@@ -76,6 +78,7 @@ NEUTRAL = (
   "train.loader_workers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
   "encode.batch_tokens", "index.device_bytes",
   "data.dir", "data.download", "backbone.path", "backbone.sha256",  # their files are hashed
+  "data.train_split", "data.dev_split",  # of what learns from them, which names them
   "cross.depth", "cross.rerank",  # of what uses it, not of its training
   "cross.loader_workers", "cross.log_every", "cross.checkpoint_every", "cross.keep_checkpoints",
   "pretrain.loader_workers", "pretrain.log_every", "pretrain.checkpoint_every", "pretrain.keep_checkpoints",
@@ -87,6 +90,9 @@ NEUTRAL = (
 MINED_FIRST = (
   "mine.bm25", "mine.outside", "mine.runs", "mine.same_text", "mine.near_duplicate", "mine.width",
 )  # fmt: skip
+
+# What `prepare` reads for its token stores alone.
+OF_TOKENS = ("config.text.query_template", "config.text.passage_template", "config.data.max_stored_tokens")
 
 MANY_FILES = 16  # more are told by one hash over all
 
@@ -107,7 +113,7 @@ def stages(config: ConfigDict) -> list[Stage]:
     fields = ("seed", "pretrain", "compute_dtype", "backbone", "text.separator", "vector.pooling")
     beside = (*(f"pretrain.{name}" for name in config.pretrain if name not in pretrain.OF_TOKENS), "vector.pooling")
     tokens = {"kept": ("tokens",), "after": frozenset(f"config.{name}" for name in ("seed", "compute_dtype", *beside))}
-    first.append(Stage("pretrain", pretrain.run, fields, ("prepare",), files=_corpora, **tokens))
+    first.append(Stage("pretrain", pretrain.run, fields, ("prepare",), files=_corpora, text_alone=True, **tokens))
   names = tuple(stage.name for stage in first)
   if not common.has_queries(config):
     return [*first, Stage("report", report.run, (), names, together=False, beside=("report.html",))]
@@ -162,7 +168,7 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
     if early:  # it denoises what is mined while round 1 trains
       yield crossed
       inputs = (*inputs, "cross")
-    fields = ("seed", "train", "prompt", "mine.pseudo_positives", *model)
+    fields = ("seed", "train", "prompt", "mine.pseudo_positives", "data.train_split", "data.dev_split", *model)
     fields += ("mine", "encode", "index", "cross.depth") if config.train.refresh_every else ()
     outside = {"files": _runs} if config.train.refresh_every else {}
     trained = functools.partial(train.run, number=number)
@@ -210,8 +216,9 @@ class Outside:
 
 def check(config: ConfigDict) -> None:
   """Raises InputError for what a config alone shows to fail."""
-  for part in (common, mine, search):
-    part.check(config)
+  common.check(config)
+  mine.check(config)
+  search.check(config, common.encoder_config(config).hidden_size)
   if config.pretrain.enabled:
     pretrain.check(config)
   if config.cross.enabled:
@@ -245,16 +252,16 @@ def _describe(stage: Stage, config: ConfigDict, before: Sequence[Planned], outsi
   keys = {item.stage.name: item.key for item in before if item.stage.name in stage.inputs}
   if "prepare" in keys:  # of which it reads the corpus, and some of the splits
     prepared = before[0].made_from
-    found["corpus"] = manifest.key_of(_part(prepared, ()))
-    keys["prepare"] = manifest.key_of(_part(prepared, stage.splits))
+    found["corpus"] = manifest.key_of(_part(prepared, (), stage.text_alone))
+    keys["prepare"] = manifest.key_of(_part(prepared, stage.splits, stage.text_alone))
   return found | {"stages": keys}
 
 
-def _part(prepared: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
-  """What the corpus and some splits are made from."""
+def _part(prepared: Mapping[str, Any], splits: Sequence[str], text_alone: bool) -> dict[str, Any]:
+  """What the corpus and some splits are made from, or their text alone."""
   outside = prepared["files"]
   kept = {name: outside["splits"][name] for name in splits if name in outside["splits"]}
-  return {**prepared, "files": {**outside, "splits": kept}}
+  return manifest.without({**prepared, "files": {**outside, "splits": kept}}, OF_TOKENS if text_alone else ())
 
 
 def _overruled(config: ConfigDict) -> Iterator[str]:

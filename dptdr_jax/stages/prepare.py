@@ -114,8 +114,7 @@ def outside_files(config: ConfigDict) -> dict[str, Any]:
   found = {"corpus": source.files(), "splits": {name: source.files(name) for name in splits}}
   if scratch.is_wanted(config):
     return found | {"pretrain.corpora": corpora.outside_files(config)}
-  backbone = backbones.locate(config.backbone.path)
-  return found | {"backbone": sorted(path for path in backbone.iterdir() if path.is_file())}
+  return found | {"backbone": backbones.files_of(backbones.locate(config.backbone.path))}
 
 
 def homes(config: ConfigDict) -> dict[str, pathlib.Path]:

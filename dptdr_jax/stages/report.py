@@ -33,7 +33,10 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   layout = Layout.of(workdir)
   body = [f"<h1>{html.escape(layout.root.resolve().name)}</h1>"]
   pretrained = [_curves(layout.pretrain, "Pretraining")] if config.pretrain.enabled else []
-  body += _measured(config, layout, pretrained) if common.has_queries(config) else pretrained
+  if common.has_queries(config):
+    body += _measured(config, layout, pretrained)
+  else:
+    body += [f"<p>{html.escape(common.origin(config, layout))}</p>", *pretrained]
   with files.atomic_path(layout.report) as partial:
     page = _PAGE.format(title=html.escape(layout.root.resolve().name), body="\n".join(body))
     partial.write_text(page, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,7 @@ from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
 
 _PART = 16_384  # 8.8 million passages of width 384 against so many are 1.1e14 operations: minutes of a host
+_BM25_PART = 2048  # 8.8 million passages: .19 s a query of a slow core
 _DEVICE_PART = 131_072  # on devices it is the reading of the corpus that takes time
 _RESCORE = 2  # so many times the depth is found in bfloat16 and scored again in float32
 
@@ -53,7 +55,9 @@ def build(config: ConfigDict, passages: Embeddings, index: pathlib.Path) -> None
 
 def part_queries(config: ConfigDict, dense: bool) -> int:
   """Queries of a part of `shared`: some minutes of work that a kill may cost, against one reading of the corpus."""
-  return _DEVICE_PART if dense and config.index.backend == "devices" else _PART
+  if not dense:
+    return _BM25_PART
+  return _DEVICE_PART if config.index.backend == "devices" else _PART
 
 
 def shared(
@@ -83,13 +87,14 @@ def shared(
     if not done:
       found = [Run.open(one) for one in parts]
       Run(*(np.concatenate([getattr(run, name) for run in found]) for name in ("rows", "scores"))).save(directory)
-    for one in directory.parent.glob(f"{directory.name}.*-of-*"):
-      files.remove(one)
+    for one in directory.parent.iterdir():
+      if re.fullmatch(re.escape(directory.name) + r"\.\d+-of-\d+", one.name):  # another run may be named nearly so
+        files.remove(one)
   meet(f"{directory.name}: searched")
 
 
-def check(config: ConfigDict) -> None:
-  """Raises InputError for what cannot work."""
+def check(config: ConfigDict, width: int) -> None:
+  """Raises InputError for what cannot work with vectors of this width."""
   index = config.index
   if index.backend not in ("faiss", "devices"):
     raise InputError("unknown index.backend", value=index.backend, fix="Use faiss or devices")
@@ -97,7 +102,9 @@ def check(config: ConfigDict) -> None:
     raise InputError("unknown index.device_dtype", value=index.device_dtype, fix=f"Use {' or '.join(DTYPES)}")
   if index.backend == "devices" and index.factory != "Flat":
     raise InputError("search on the devices is exact: index.factory is FAISS's", value=index.factory, fix="Use Flat")
-  parameters(index.search_parameters)
+  wanted = parameters(index.search_parameters)
+  if index.backend == "faiss":
+    Index.check(width, index.factory, wanted)
 
 
 def parameters(text: str) -> dict[str, int]:

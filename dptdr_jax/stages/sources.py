@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -30,6 +31,7 @@ from dptdr_jax.stages.layout import Layout
 BM25, DENSE = "bm25", "dense"  # names among the sources: the second is the retriever of the pool's round
 KINDS = (BM25, DENSE, "runs")  # as config.mine.sources names them
 FOUND = ("vectors", "index", "retrievers", "runs")  # what is dear: encoding and searching, hours at MS MARCO's size
+_RETRIEVER = re.compile(r"backbone|pretrain|train[1-9]\d*")
 _BLOCK = 65_536  # queries whose positives are scored at a time
 
 
@@ -61,6 +63,9 @@ def check(config: ConfigDict) -> None:
 
 def _check_retrievers(config: ConfigDict) -> None:
   found, known = config.mine.retrievers, retrievers(config)
+  if wrong := [name for name in found if not _RETRIEVER.fullmatch(name)]:
+    fix = "There are backbone, pretrain, train1, train2, …"
+    raise InputError("mine.retrievers names what is no retriever", value=wrong, fix=fix)
   if found and mines_with_retriever(config) and not (config.mine.dense.depth and DENSE in config.mine.sources):
     raise InputError("mine.retrievers are asked as the dense source is, and it is not", value=found,
                      fix="Set mine.dense.depth above 0, and name dense in mine.sources")  # fmt: skip
@@ -196,8 +201,10 @@ class Sources:
 
   def _link_earlier(self) -> None:
     """Takes what was found for an earlier pool: BM25 finds the same for all, and so do further retrievers."""
-    first = self.layout.mine(0)
-    if BM25 in self.names and common.mines_first(self.config):
+    # No pool but one whose stage is an input: what lies elsewhere may be of another config.
+    earlier = self.layout.train(1) if self.number == 1 else self.layout.mine(1)
+    if BM25 in self.names and self.number:
+      first = self.layout.mine(0) if common.mines_first(self.config) else earlier
       _link(first / "runs" / BM25, self._place(BM25))
     for name in self._dense:
       if name == DENSE:
@@ -205,9 +212,8 @@ class Sources:
       if name.startswith("train"):  # in its own round's pool it is the retriever
         pool = self.layout.mine(int(name.removeprefix("train")))
         home, run = pool, DENSE
-      else:  # no pool but one whose stage is an input: what lies elsewhere may be of another config
-        pool = self.layout.train(1) if self.number == 1 else self.layout.mine(1)
-        home, run = pool / "retrievers" / name, name
+      else:
+        pool, home, run = earlier, earlier / "retrievers" / name, name
       for part in ("vectors", "index"):
         _link(home / part, self._home(name) / part)
       _link(pool / "runs" / run, self._place(name))
@@ -233,13 +239,14 @@ class Sources:
     config, layout = self.config, self.layout
     if name == DENSE or name.startswith("train"):
       number = self.number if name == DENSE else int(name.removeprefix("train"))
-      return common.trained(config, layout, number, None if config.prompt.kind == "none" else self._frozen)
+      return common.trained(config, layout, number, None if config.prompt.kind == "none" else self.frozen)
     raw = name == "backbone" and config.pretrain.enabled
-    untuned = common.base_backbone(config, layout) if raw else self._frozen
+    untuned = common.base_backbone(config, layout) if raw else self.frozen
     return Retriever.untuned(untuned, **config.vector, **config.text)
 
   @functools.cached_property
-  def _frozen(self) -> Backbone:
+  def frozen(self) -> Backbone:
+    """The backbone that prompts are trained on."""
     return self.backbone or common.load_backbone(self.config, self.layout)
 
   def _search(self) -> None:
@@ -269,7 +276,7 @@ class Sources:
     split, depth = self.data.splits[self._split], min(options(self.config, name).depth, len(self.data.ids))
 
     def by_bm25(rows: slice) -> Run:
-      texts = [query.text for query in itertools.islice(split.queries.read(), rows.start, rows.stop)]
+      texts = [query.text for query in itertools.islice(split.queries.read(rows.start), rows.stop - rows.start)]
       return common.bm25(self.layout, self.data).search(texts, depth)
 
     def by_retriever(rows: slice) -> Run:

@@ -15,6 +15,7 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.runtime import shardings
+from dptdr_jax.training.chunks import chunk_count
 from dptdr_jax.training.contrastive import make_train_step
 from dptdr_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from dptdr_jax.training.pretrain import PretrainModel, make_pretrain_step
@@ -66,6 +67,12 @@ def optimizer(section: ConfigDict, steps: int) -> Optimizer:
 def check_optimizer(section: ConfigDict) -> None:
   """Raises InputError for settings of an optimiser that do not go together."""
   optimizer(section, section.steps or _MANY)
+
+
+def check_chunk(rows: int, chunk: int, side: str) -> None:
+  """Raises InputError for a chunk that does not divide a device's share of a batch of `rows`, filled up evenly."""
+  devices = jax.device_count()
+  chunk_count(-(-rows // devices) * devices, devices, chunk, side)
 
 
 @functools.lru_cache(maxsize=4)  # equal ones are one: a step is known by it

@@ -48,7 +48,7 @@ class DevTrial:
     rows = some(qrels.judged(), train.evaluate_queries, generator, name)
     needed = np.unique(np.concatenate([qrels.of(row)[0] for row in rows]))
     fill = generator.permutation(len(data.ids))[: train.evaluate_passages]
-    fill = np.setdiff1d(fill, needed)[: max(0, train.evaluate_passages - len(needed))]
+    fill = fill[~np.isin(fill, needed)][: max(0, train.evaluate_passages - len(needed))]
     passages = np.sort(np.concatenate([needed, fill]))
     triples = [
       (place, row, grade) for place, query in enumerate(rows) for row, grade in zip(*qrels.of(query), strict=True)

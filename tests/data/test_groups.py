@@ -56,6 +56,17 @@ def test_window_moves_over_one_shuffled_order_and_around_its_end():
   assert sorted(sum(epochs, [])) == sorted(order * 3)
 
 
+class Twice:
+  def rows(self, query_row):
+    return np.array([5, 5, 6, 6, 7, 8])
+
+
+@pytest.mark.parametrize("strategy", ["window", "random", "top"])
+def test_what_the_data_name_twice_counts_once(strategy):
+  groups = _groups(Twice(), 4, sampling=Sampling(strategy, last=3))
+  assert sorted(groups.group(1, 0)[1:].tolist()) == [5, 6, 7]
+
+
 def test_few_negatives_are_all_kept_and_filled_at_random():
   groups = _groups(Few(), 6)
   drawn = [groups.group(1, epoch) for epoch in range(30)]

@@ -78,10 +78,17 @@ def test_wrong_queries_are_named(tmp_path):
   for search in (lambda q, k: search_exact(q, passages, k), index.search):
     with pytest.raises(InputError, match="passages have width 16"):
       search(np.zeros((2, 15), np.float32), 3)
-    with pytest.raises(InputError, match="not finite"):
-      search(np.full((2, WIDTH), np.nan, np.float32), 3)
+    with pytest.raises(InputError, match="a query vector has a number that is not finite: 'row 1'"):
+      search(np.array([[0.0], [np.nan]], np.float32) * np.ones(WIDTH, np.float32), 3)
     with pytest.raises(ValueError, match="not a depth"):
       search(np.zeros((2, WIDTH), np.float32), 0)
+
+
+def test_passages_that_are_not_finite_are_named():
+  passages = gaussian((20, WIDTH), 0)
+  passages[13, 5] = np.inf
+  with pytest.raises(InputError, match="a passage vector has a number that is not finite: 'row 13'"):
+    search_exact(np.zeros((2, WIDTH), np.float32), passages, 3, block_rows=6)
 
 
 def test_threads_are_set_and_put_back():
