@@ -138,10 +138,10 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
     raise InputError(f"an arm's field cannot be set ({error})", value=fields) from None
   if changed.rounds == 1 and not changed.train.refresh_every:  # nothing is mined that these could denoise
     changed.mine.cross_encoder = changed.mine.pseudo_positives = False
-  there = sources.retrievers(changed)
-  changed.mine.retrievers = tuple(name for name in changed.mine.retrievers if name in there)
-  if changed.train.simans_source not in sources.scored(changed):  # one of those: what is there has no scores to draw by
-    changed.train.simans_source = sources.DENSE
+  there, asked = sources.retrievers(changed), changed.mine.retrievers
+  changed.mine.retrievers = tuple(name for name in asked if name in there)
+  if changed.train.simans_source in set(asked) - set(changed.mine.retrievers):
+    changed.train.simans_source = sources.DENSE  # nothing that is there has its scores, so that all is drawn at random
   changed.seed = seed
   return changed
 

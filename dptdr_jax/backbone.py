@@ -27,8 +27,8 @@ from dptdr_jax.runtime.shardings import by_rules
 
 BESIDE = "./backbone"  # the path of a backbone that is stored within its retriever's directory
 _TOKENIZER_FILES = (
-  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
-  "sentencepiece.bpe.model",
+  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+  "merges.txt", "sentencepiece.bpe.model",
 )  # fmt: skip
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _WEIGHTS = (*_SAFE_WEIGHTS, "pytorch_model.bin")

@@ -66,6 +66,9 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, 
   planned = [Planned(stage, *named) for stage, named in zip(order.stages(config), said, strict=True)]
   chosen = _choose([item.stage.name for item in planned], only)
   for item in planned:
+    if item.stage.name in chosen and not _is_done(layout, item.stage, item.key):
+      item.stage.fits(config)
+  for item in planned:
     stage = item.stage
     done = _is_done(layout, stage, item.key)
     hosts.barrier(f"before {stage.name}")  # nobody begins while another one looks

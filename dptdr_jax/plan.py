@@ -170,7 +170,7 @@ def check(config: ConfigDict) -> None:
   from dptdr_jax.stages import common
 
   here = config.copy_and_resolve_references()
-  here.fsdp, here.backbone.sha256, here.train.query_chunk, here.train.passage_chunk = 1, "", 0, 0
+  here.fsdp, here.backbone.sha256 = 1, ""
   common.check(here)
 
 

@@ -6,6 +6,7 @@ import concurrent.futures
 import itertools
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -110,6 +111,8 @@ def test_another_process_waits_for_negatives_and_finds_them(directory, tmp_path,
     assert looks == [False, False, False, True], "once a generation"
     assert list(waiting._groups) == [0], "those before it hold files open, and nobody asks for them"
     late = pool.submit(waiting.at, 4)
+    while not waiting._ready._waiters:
+      time.sleep(0.01)
     waiting.close()
     with pytest.raises(DptdrError, match="training has ended"):
       late.result()

@@ -25,7 +25,7 @@ from dptdr_jax.models import mlm
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states
 from dptdr_jax.retriever import Retriever
-from dptdr_jax.stages import order
+from dptdr_jax.stages import order, scratch
 from dptdr_jax.stages import pretrain as stage
 from dptdr_jax.stages.layout import Layout
 
@@ -174,7 +174,13 @@ def test_several_corpora_a_token_budget_and_contrast_alone(directory, finished, 
   assert "mlm_loss" not in metrics(tmp_path / "work")[0]
 
 
-def test_from_nothing(directory, tmp_path):
+def begin_again(directory):
+  """A run whose text is prepared and whose tokenizer is not."""
+  shutil.copytree(directory / "again/prepare/text", directory / "begun/prepare/text")
+  return directory / "begun"
+
+
+def test_from_nothing(directory, tmp_path, monkeypatch):
   shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 64}
   config = make_config(directory, tokenizer="train", vocabulary=400, shape=shape, steps=2, evaluate_every=2)
   pipeline.run(config, tmp_path / "work")  # the backbone that the config names is not read
@@ -188,6 +194,9 @@ def test_from_nothing(directory, tmp_path):
   again = make_config(directory, tokenizer="train", vocabulary=400, shape=shape)
   again.backbone.path = ""
   pipeline.run(again, tmp_path / "again", ["prepare"])
+  with monkeypatch.context() as stopped, pytest.raises(preemption.Preempted, match="tokenizer will be trained again"):
+    stopped.setattr(preemption, "asked", lambda: True)
+    scratch.make(again, Layout.of(begin_again(tmp_path)))
   for name in ("model.safetensors", "tokenizer.json"):
     assert (tmp_path / "again/prepare/backbone" / name).read_bytes() == (base.tokenizer.directory / name).read_bytes()
 
@@ -265,3 +274,7 @@ def test_what_cannot_change_the_weights_does_not_undo_them(finished):
   ):  # fmt: skip
     other = keys(**{field: value})
     assert [name for name in usual if usual[name] == other[name]] == stay, field
+  # Every stage that learns names the splits, which `prepare` does not depend on.
+  crossed = {"cross__enabled": True, "cross__pair_length": 48}
+  usual, other = keys(**crossed), keys(**crossed, data__train_split="dev", data__dev_split="train")
+  assert "cross" in usual and [name for name in usual if usual[name] == other[name]] == ["prepare", "pretrain"]

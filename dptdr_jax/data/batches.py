@@ -163,20 +163,20 @@ def load_ahead(
 
   Threads, not processes: at the paper's shape (64 × 30 passages of 128 tokens, 2 busy cores) they take 13–15 ms a
   batch from the first on, grain's worker processes 15–24 ms after 3–5 s of start, and a step takes far more. What comes
-  out depends on neither `workers` nor `ahead`. Closing the iterator ends the threads.
+  out depends on neither `workers` nor `ahead`. Closing the iterator, or an error, ends the threads after what they are
+  at, for which nobody waits: it may in its turn wait for what comes when this is closed.
   """
-  with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
-    waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
-    try:
-      for step in range(start_step, stop_step):
-        waiting.append(pool.submit(make, step))
-        if len(waiting) > ahead:
-          yield waiting.popleft().result()
-      while waiting:
+  pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="batches")
+  waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+  try:
+    for step in range(start_step, stop_step):
+      waiting.append(pool.submit(make, step))
+      if len(waiting) > ahead:
         yield waiting.popleft().result()
-    finally:
-      for future in waiting:
-        future.cancel()
+    while waiting:
+      yield waiting.popleft().result()
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def blocked(passages: np.ndarray, positives: list[np.ndarray], targets: np.ndarray) -> np.ndarray:

@@ -83,7 +83,7 @@ class Index:
   @classmethod
   def check(cls, width: int, factory: str, parameters: Mapping[str, int]) -> None:
     """Raises InputError for a factory string or search parameters that `build` or `set_parameters` would refuse."""
-    if factory != "Flat" or parameters:
+    if factory != "Flat":
       cls(_made(width, factory), {"factory": factory}).set_parameters(parameters)
 
   def save(self, directory: Path) -> None:

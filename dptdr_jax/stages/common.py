@@ -33,6 +33,7 @@ from dptdr_jax.stages.layout import Layout
 
 POOLINGS = ("first", "mean")
 NEGATIVES = ("source", "bm25", "random")
+_SPECIAL = 2  # tokens around a text, which are not stored
 CHOICES = {
   "vector.pooling": POOLINGS, "train.negatives": NEGATIVES, "train.positive": ("rotate", "first"),
   "train.remat": REMAT, "pretrain.remat": REMAT, "encode.dtype": ("float32", "float16"),
@@ -54,8 +55,9 @@ def check(config: ConfigDict) -> None:
     backbones.check_sha256(backbones.locate(config.backbone.path), config.backbone.sha256)
   encoder = encoder_config(config)
   check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
-  for side in ("query", "passage"):
-    if (wanted := settings.limit(side)) > config.data.max_stored_tokens:
+  for side in ("query", "passage") if has_queries(config) else ():
+    wanted = settings.limit(side)
+    if wanted - _SPECIAL > config.data.max_stored_tokens:
       what = f"text.{side}_length is beyond the {config.data.max_stored_tokens} tokens that are stored"
       raise InputError(what, value=wanted, fix="Raise data.max_stored_tokens")
   for pooling in config.evaluate.other_poolings:
@@ -64,8 +66,6 @@ def check(config: ConfigDict) -> None:
   if not (config.train.steps or config.train.epochs):
     raise InputError("training has no steps", fix="Set train.steps or train.epochs above 0")
   steps.check_optimizer(config.train)
-  steps.check_chunk(config.train.queries, config.train.query_chunk, "query")
-  steps.check_chunk(config.train.queries * config.train.passages, config.train.passage_chunk, "passage")
   sampling(config)
   meshes.make_mesh(fsdp=config.fsdp)
   measures.check((*config.evaluate.measures, config.train.select_by))

@@ -65,7 +65,11 @@ def check(config: ConfigDict, encoder: EncoderConfig) -> None:
     raise InputError(what, value=cross.pair_length)
   check_lengths(encoder, prompt_spec(config), cross.pair_length)
   steps.check_optimizer(cross)
-  steps.check_chunk(cross.queries * cross.passages, cross.chunk, "pair")
+
+
+def check_devices(config: ConfigDict) -> None:
+  """Raises InputError where the devices that are here cannot share a batch in chunks."""
+  steps.check_chunk(config.cross.queries * config.cross.passages, config.cross.chunk, "pair")
 
 
 def prompt_spec(config: ConfigDict) -> PromptSpec:

@@ -90,7 +90,10 @@ def outside_files(config: ConfigDict) -> list[files.Path]:
 def run(config: ConfigDict, workdir: files.Path, number: int = 0) -> None:
   """Writes DIR/mineN/pool: negatives for each training query, best first, with what each source says of them."""
   layout = Layout.of(workdir)
-  mine(Sources(config, layout, PreparedData(layout.prepared), layout.mine(number), number))
+  data, name = PreparedData(layout.prepared), config.data.train_split
+  if not any(len(data.splits[name].positives(row)) for row in range(len(data.splits[name]))):
+    raise InputError("no training query left: none has a positive", value=name, fix="Name another data.train_split")
+  mine(Sources(config, layout, data, layout.mine(number), number))
 
 
 def mine(asked: Sources) -> None:

@@ -48,6 +48,7 @@ class Stage:
     beside: what it writes outside of its own directory, by path from the run's.
     kept: parts of its directory that do not depend on what `after` names, and are not made again for it.
     after: fields ('config.a.b'), inputs ('stages.a'; 'stages': all) and groups of files ('files.a').
+    fits: raises InputError where the devices that are here cannot do it; what is done needs none of them.
     repair: how a file that broke after the end is made again: with the 'part' of the directory that it is in, as a
       'file' of its own (the stage looks for what is not whole), or '' not at all (it was chosen on the way to the end).
   """
@@ -63,6 +64,7 @@ class Stage:
   beside: tuple[str, ...] = ()
   kept: tuple[str, ...] = ()
   after: frozenset[str] = frozenset()
+  fits: Callable[[ConfigDict], None] = lambda config: None
   repair: Literal["part", "file", ""] = "part"
 
   def has_kept_of(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -113,7 +115,12 @@ def stages(config: ConfigDict) -> list[Stage]:
     fields = ("seed", "pretrain", "compute_dtype", "backbone", "text.separator", "vector.pooling")
     beside = (*(f"pretrain.{name}" for name in config.pretrain if name not in pretrain.OF_TOKENS), "vector.pooling")
     tokens = {"kept": ("tokens",), "after": frozenset(f"config.{name}" for name in ("seed", "compute_dtype", *beside))}
-    first.append(Stage("pretrain", pretrain.run, fields, ("prepare",), files=_corpora, text_alone=True, **tokens))
+    first.append(
+      Stage(
+        "pretrain", pretrain.run, fields, ("prepare",), files=_corpora, text_alone=True, fits=pretrain.check_devices,
+        **tokens,
+      )
+    )  # fmt: skip
   names = tuple(stage.name for stage in first)
   if not common.has_queries(config):
     return [*first, Stage("report", report.run, (), names, together=False, beside=("report.html",))]
@@ -163,7 +170,7 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
       inputs = (*inputs, f"mine{number - 1}")
     if number == 1 and config.cross.enabled:
       fields = ("seed", "cross", "data.train_split", "data.dev_split", *model)
-      crossed = Stage("cross", cross.run, fields, inputs, splits=tried, repair="")
+      crossed = Stage("cross", cross.run, fields, inputs, splits=tried, fits=cross.check_devices, repair="")
     early = number == 1 and config.cross.enabled and config.mine.cross_encoder and bool(config.train.refresh_every)
     if early:  # it denoises what is mined while round 1 trains
       yield crossed
@@ -172,7 +179,7 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
     fields += ("mine", "encode", "index", "cross.depth") if config.train.refresh_every else ()
     outside = {"files": _runs} if config.train.refresh_every else {}
     trained = functools.partial(train.run, number=number)
-    yield Stage(f"train{number}", trained, fields, inputs, splits=tried, repair="", **outside)
+    yield Stage(f"train{number}", trained, fields, inputs, splits=tried, fits=train.check_devices, repair="", **outside)
     inputs = (*inputs, f"train{number}")
     if number == 1 and config.cross.enabled and not early:
       yield crossed

@@ -87,15 +87,6 @@ def check(config: ConfigDict) -> None:
     raise InputError("pretrain.corpora is empty", fix=f"Name '{corpora.OWN}' (this run's own), files, or other runs")
   corpora.outside_files(config)
   check_weights(pretrain.weights, len(pretrain.corpora))
-  mesh = meshes.make_mesh(fsdp=pretrain.fsdp)
-  by_rules(convert.abstract_params(encoder, np.float32), mesh)
-  devices = mesh.size
-  if pretrain.spans < 4 or pretrain.spans % (2 * hosts.process_count()) or pretrain.spans % devices:
-    raise InputError(
-      f"pretrain.spans must be pairs that {hosts.process_count()} processes and {devices} devices can share evenly",
-      value=pretrain.spans,
-    )  # fmt: skip
-  chunk_count(pretrain.spans, devices, pretrain.chunk, "span")
   if pretrain.neighbours < 1:
     raise InputError("pretrain.neighbours must be at least 1", value=pretrain.neighbours)
   if pretrain.mlm_weight:
@@ -107,6 +98,20 @@ def check(config: ConfigDict) -> None:
     if pretrain.mlm_weight:
       Masking.of(tokenizer, pretrain.mask_rate)
   SpanLengths(pretrain.span_tokens, pretrain.shortest, pretrain.short_share).text(special)
+
+
+def check_devices(config: ConfigDict) -> None:
+  """Raises InputError where the devices that are here cannot share weights or spans."""
+  pretrain, encoder = config.pretrain, common.encoder_config(config)
+  mesh = meshes.make_mesh(fsdp=pretrain.fsdp)
+  by_rules(convert.abstract_params(encoder, np.float32), mesh)
+  devices = mesh.size
+  if pretrain.spans < 4 or pretrain.spans % (2 * hosts.process_count()) or pretrain.spans % devices:
+    raise InputError(
+      f"pretrain.spans must be pairs that {hosts.process_count()} processes and {devices} devices can share evenly",
+      value=pretrain.spans,
+    )  # fmt: skip
+  chunk_count(pretrain.spans, devices, pretrain.chunk, "span")
 
 
 def make_batches(config: ConfigDict, stores: list[TokenStore], backbone: Backbone) -> SpanBatches:

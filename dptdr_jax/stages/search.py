@@ -87,8 +87,9 @@ def shared(
     if not done:
       found = [Run.open(one) for one in parts]
       Run(*(np.concatenate([getattr(run, name) for run in found]) for name in ("rows", "scores"))).save(directory)
+    a_part = re.compile(re.escape(directory.name) + r"\.\d+-of-\d+(\..*)?")  # another run may be named nearly so
     for one in directory.parent.iterdir():
-      if re.fullmatch(re.escape(directory.name) + r"\.\d+-of-\d+", one.name):  # another run may be named nearly so
+      if a_part.fullmatch(one.name):
         files.remove(one)
   meet(f"{directory.name}: searched")
 

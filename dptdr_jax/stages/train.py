@@ -30,6 +30,13 @@ from dptdr_jax.training.state import init_state
 _log = logging.getLogger(__name__)
 
 
+def check_devices(config: ConfigDict) -> None:
+  """Raises InputError where the devices that are here cannot share a batch in chunks."""
+  train = config.train
+  steps.check_chunk(train.queries, train.query_chunk, "query")
+  steps.check_chunk(train.queries * train.passages, train.passage_chunk, "passage")
+
+
 def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
   """Trains round `number` and writes DIR/trainN/retriever, metrics.jsonl and checkpoints."""
   layout = Layout.of(workdir)
@@ -54,9 +61,9 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
   try:
     loop.run(batches, checkpoints, directory)
   finally:
-    checkpoints.close()
     if generations is not None:
       generations.close()
+    checkpoints.close()
   if trial is None:
     last = loop.retriever()  # of all processes, where weights are divided
     if hosts.is_main():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data.batches import TrainBatches, blocked
+from dptdr_jax.data.batches import TrainBatches, blocked, load_ahead
 from dptdr_jax.data.groups import TrainGroups
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
@@ -96,7 +96,10 @@ def test_loader_ends_its_threads_and_passes_errors_on(make):
   next(loader)
   assert any(thread.name.startswith("batches") for thread in threading.enumerate())
   loader.close()
-  assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+  for thread in threading.enumerate():
+    if thread.name.startswith("batches"):
+      thread.join(60)
+      assert not thread.is_alive()
   with pytest.raises(IndexError):
     list(make(query_rows=np.array([6, 7])).load(0, 3))
 
@@ -152,3 +155,21 @@ def test_what_devices_cannot_share_evenly_is_filled_up(make, num_hosts, devices)
     np.testing.assert_array_equal(filled[count:], np.broadcast_to(whole[name][:1], filled[count:].shape))
   for name in ("targets", "blocked"):
     np.testing.assert_array_equal(slices[-1][name], whole[name])
+
+
+def test_an_error_waits_for_no_other_batch():
+  waits, goes_on = threading.Event(), threading.Event()
+
+  def make(step):
+    if step == 0:
+      waits.wait(60)  # for the other to be at its batch
+      raise ValueError("no batch")
+    waits.set()
+    goes_on.wait(60)  # for what comes only when the first has failed
+
+  try:
+    with pytest.raises(ValueError, match="no batch"):
+      next(load_ahead(make, 0, 9, workers=2, ahead=1))
+    assert not goes_on.is_set()
+  finally:
+    goes_on.set()

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import builders, downloads
 from dptdr_jax.data.downloads import Download, fetch, fetch_dataset
@@ -47,6 +48,14 @@ def test_fetches_once_and_checks(served, tmp_path):
   assert found == tmp_path / "d" / "qrels.train.tsv" and found.read_bytes() == b"1\t0\t2\t1\n"
   path.unlink()
   assert fetch("qrels.train.tsv", tmp_path / "d") == found
+
+
+def test_sigterm_ends_a_download(served, tmp_path, monkeypatch):
+  served("qrels.train.tsv", b"1\t0\t2\t1\n")
+  monkeypatch.setattr(preemption, "asked", lambda: True)
+  with pytest.raises(preemption.Preempted, match="will be fetched again"):
+    fetch("qrels.train.tsv", tmp_path / "d")
+  assert not list((tmp_path / "d").iterdir())
 
 
 @pytest.mark.parametrize(
