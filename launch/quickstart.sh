@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to a measured retriever: environment, install, run. No hub, no GPU; about ten minutes on 2 cores.
+# From a fresh machine to a measured retriever: environment, install, run. No hub, no GPU; ten to 25 minutes on 2 cores.
 # launch/quickstart.sh [WORKDIR] [--config.a.b=v ...]; started again, it goes on where it ended.
 set -euo pipefail
 cd "$(dirname "$0")/.."
