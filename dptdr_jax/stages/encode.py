@@ -47,10 +47,8 @@ def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retri
   for mined in places:
     if not (mined / "manifest.json").exists():
       continue
-    made, there = (
-      Embeddings(mined),
-      manifest.read(target / "manifest.json") or manifest.read(target / "begun.json") or {},
-    )
+    made = Embeddings(mined)
+    there = manifest.read(target / "manifest.json") or manifest.read(target / "begun.json") or {}
     if made.source == source and made.dtype == config.encode.dtype and there.get("source") != source:
       files.link_tree(mined, target)
 
