@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import shutil
 import threading
@@ -103,7 +104,7 @@ def test_another_process_waits_for_negatives_and_finds_them(directory, tmp_path,
   monkeypatch.setattr(hosts, "all_say", look)
   monkeypatch.setattr(Generations, "_draws_from", lambda self, which: f"generation {which}")
   waiting = Generations(config, layout, PreparedData(layout.prepared), 1, None)
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+  with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.closing(waiting):
     drawn = pool.submit(waiting.at, 3)  # by a thread that makes batches
     for step in range(4):
       waiting.wait_for(step)

@@ -18,7 +18,7 @@ from dptdr_jax import pipeline
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data.prepare import PreparedData
+from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool, Reason
@@ -230,6 +230,14 @@ def test_what_is_wrong_with_a_run_shows_before_any_search(prepared, tmp_path, mo
   config.mine.runs = (str(tmp_path / "other.trec"),)
   monkeypatch.setattr(search, "shared", lambda *arguments: pytest.fail("searched"))
   with pytest.raises(InputError, match="other.trec:1: unknown passage id: 'nowhere'"):
+    mine.run(config, layout.root)
+
+
+def test_a_split_without_positives_is_told_before_any_search(prepared, tmp_path, monkeypatch):
+  config, layout = prepared[0], begin(prepared, tmp_path / "work")
+  monkeypatch.setattr(PreparedSplit, "positives", lambda self, row: np.empty(0, np.int64))
+  monkeypatch.setattr(search, "shared", lambda *arguments: pytest.fail("searched"))
+  with pytest.raises(InputError, match="no training query left: none has a positive: 'train'"):
     mine.run(config, layout.root)
 
 

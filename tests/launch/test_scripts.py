@@ -1,6 +1,8 @@
 """Every script of launch/: shellcheck has nothing to say, and without arguments they tell their usage."""
 
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -21,3 +23,25 @@ def test_without_arguments_the_usage(name):
   done = subprocess.run(["bash", str(LAUNCH / name)], capture_output=True, text=True)
   assert done.returncode == 2
   assert name in done.stderr.splitlines()[0] and "#" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "workdir", "rest"),
+  [
+    ([], "runs/quickstart", []),
+    (["here"], "here", []),
+    (["--config.seed=1"], "runs/quickstart", ["--config.seed=1"]),
+    (["here", "--config.seed=1"], "here", ["--config.seed=1"]),
+  ],
+)
+def test_the_quickstart_takes_a_directory_overrides_or_both(tmp_path, arguments, workdir, rest):
+  (tmp_path / "launch").mkdir()
+  shutil.copy(LAUNCH / "quickstart.sh", tmp_path / "launch")
+  (tmp_path / "launch/environment.sh").write_text("make_environment() { :; }\n")
+  (tmp_path / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+  (tmp_path / "python").chmod(0o755)
+  environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+  script = ["bash", str(tmp_path / "launch/quickstart.sh"), *arguments]
+  done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
+  expected = ["-m", "dptdr_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *rest]
+  assert done.stdout.splitlines() == expected
