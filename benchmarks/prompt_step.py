@@ -63,6 +63,7 @@ def make_batch(config: EncoderConfig, args: argparse.Namespace) -> dict[str, np.
     "passage_lengths": np.full(passages, args.passage_tokens, np.int32),
     "targets": np.arange(0, passages, args.group, dtype=np.int32),
     "blocked": np.zeros((args.queries, passages), bool),
+    "repeated": np.zeros(passages, bool),
   }
 
 

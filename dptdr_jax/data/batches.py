@@ -108,10 +108,10 @@ class TrainBatches(GroupBatches):
   A batch, of B global examples and G passages each, on host p of n (M = B·G; b = B / n, m = M / n, both after filling):
     query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
     targets int32 [B]: column of each query's positive in the global batch,
-    blocked bool [B, M]: columns that must not count as negatives: the query's positives, and all but the first
-      occurrence of a passage; never the target.
-  The last two speak of all pairs, and every host has them whole. Slices of tokens of all hosts, one below the other,
-  are the global batch; what fills it up comes last.
+    blocked bool [B, M]: the query's positives, which must not count as its negatives; never the target,
+    repeated bool [M]: columns of passages that stand further left, too, and count once.
+  The last three speak of the global batch, and every host has them whole. Slices of tokens of all hosts, one below the
+  other, are the global batch; what fills it up comes last.
 
   Args:
     queries, passages: token stores.
@@ -146,13 +146,15 @@ class TrainBatches(GroupBatches):
     query_tokens, query_lengths = self._queries.batch(mine, self._query_tokens, width=query_width)
     mine = rows.passages.ravel()[self.own(rows.passages.size)[0]]
     passage_tokens, passage_lengths = self._passages.batch(mine, self._passage_tokens, width=width)
+    columns = rows.passages.ravel()
     return {
       "query_tokens": query_tokens,
       "query_lengths": query_lengths,
       "passage_tokens": passage_tokens,
       "passage_lengths": passage_lengths,
       "targets": targets,
-      "blocked": blocked(rows.passages.ravel(), [positives(int(query)) for query in rows.queries], targets),
+      "blocked": blocked(columns, [positives(int(query)) for query in rows.queries], targets),
+      "repeated": repeated(columns),
     }
 
 
@@ -180,7 +182,7 @@ def load_ahead(
 
 
 def blocked(passages: np.ndarray, positives: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
-  """Marks what must not count as a negative.
+  """Marks what must not count as a negative of a query.
 
   Args:
     passages: int64 [M], passage rows of the global batch.
@@ -188,15 +190,15 @@ def blocked(passages: np.ndarray, positives: list[np.ndarray], targets: np.ndarr
     targets: int [b], column of each query's positive.
 
   Returns:
-    bool [b, M]: True for the query's positives and for every occurrence of a row but the first; the target itself is
-    False (the same passage elsewhere is a positive, hence blocked).
+    bool [b, M]: True wherever a positive of the query stands, but at its target.
   """
-  unique, first, inverse = np.unique(passages, return_index=True, return_inverse=True)
-  result = np.ones((len(positives), len(passages)), bool)
-  result[:, first] = False
-  for query, rows in enumerate(positives):
-    place = np.minimum(np.searchsorted(unique, rows), len(unique) - 1)
-    for here in place[unique[place] == rows]:
-      result[query] |= inverse == here
+  result = np.stack([np.isin(passages, rows) for rows in positives])
   result[np.arange(len(positives)), targets] = False
+  return result
+
+
+def repeated(passages: np.ndarray) -> np.ndarray:
+  """Marks [M] the occurrences of a row but the first: passages int64 [M] of the global batch."""
+  result = np.ones(len(passages), bool)
+  result[np.unique(passages, return_index=True)[1]] = False
   return result

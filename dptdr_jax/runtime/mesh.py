@@ -13,6 +13,9 @@ from dptdr_jax.core.errors import InputError
 
 AXES = ("data", "fsdp")
 
+# The parts of a training batch that speak of all of it: every process has them in full.
+WHOLE = ("targets", "blocked", "repeated")
+
 
 def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Lays the devices out as `data` × `fsdp`.
@@ -78,9 +81,7 @@ def _place_parts(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.A
   return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
 
-def put_batch(
-  batch: Mapping[str, np.ndarray], mesh: Mesh, whole: Sequence[str] = ("targets", "blocked")
-) -> dict[str, Any]:
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, whole: Sequence[str] = WHOLE) -> dict[str, Any]:
   """Places a batch of numpy arrays on the mesh.
 
   Args:

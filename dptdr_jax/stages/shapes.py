@@ -43,6 +43,7 @@ def train(config: ConfigDict, encoder: EncoderConfig, mesh: Mesh) -> Lowered:
     "query_tokens": _ids(filled[0], text.query_length), "query_lengths": _ids(filled[0]),
     "passage_tokens": _ids(filled[1], text.passage_length), "passage_lengths": _ids(filled[1]),
     "targets": _ids(queries), "blocked": jax.ShapeDtypeStruct((queries, passages), bool),
+    "repeated": jax.ShapeDtypeStruct((passages,), bool),
   }  # fmt: skip
   frozen = {} if config.prompt.kind == "none" else backbone
   step, _, _ = steps.train_step(config, model, updates, state, frozen, mesh)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_all, on_data, share_inner, split
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
@@ -60,8 +61,8 @@ def make_train_step(
 
   The state is donated, the backbone never. `shardings` of the two, leaf by leaf; None: whole on every device. The batch
   (see `runtime.mesh.put_batch`): query_tokens [B, Tq] int32, query_lengths [B], passage_tokens [M, Tp] and
-  passage_lengths [M], rows sharded; targets [B] and blocked [B, M] bool, replicated. Rows of tokens beyond B and M fill
-  the devices up and count for nothing. It compiles once for each set of shapes.
+  passage_lengths [M], rows sharded; targets [B], blocked [B, M] bool and repeated [M] bool, replicated. Rows of tokens
+  beyond B and M fill the devices up and count for nothing. It compiles once for each set of shapes.
 
   Metrics are float32 scalars: loss, accuracy, positive_score, gradient_norm (before clipping), learning_rate. Where the
   loss or the norm is not finite the state comes back as it was, its step too: the caller stops and keeps what it had.
@@ -82,7 +83,7 @@ def make_train_step(
   batch = {f"{side}_{what}": rows for side in SIDES for what in ("tokens", "lengths")}
   jitted = jax.jit(
     step,
-    in_shardings=(whole, of_state, of_backbone, {**batch, "targets": whole, "blocked": whole}),
+    in_shardings=(whole, of_state, of_backbone, batch | dict.fromkeys(meshes.WHOLE, whole)),
     out_shardings=(of_state, whole),
     donate_argnums=1,
   )
@@ -106,14 +107,14 @@ def loss_and_gradient(
     vectors.append(encoded)
     pullbacks.append(pullback)
 
-  def loss_of(queries, passages, targets, blocked):
+  def loss_of(queries, passages, targets, blocked, repeated):
     queries, passages = queries[: blocked.shape[0]], passages[: blocked.shape[1]]  # without what fills the devices up
     options = {"temperature": config.temperature, "both_directions": config.both_directions}
-    return contrastive_loss(queries, passages, targets, blocked, **options)
+    return contrastive_loss(queries, passages, targets, blocked, repeated, **options)
 
   # The compiler would share it out by an all-to-all.
-  run = on_all(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True), mesh, 4)
-  (loss, metrics), cotangents = run(*vectors, batch["targets"], batch["blocked"])
+  run = on_all(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True), mesh, 5)
+  (loss, metrics), cotangents = run(*vectors, *(batch[name] for name in meshes.WHOLE))
   gradients = [pullback(cotangent) for pullback, cotangent in zip(pullbacks, cotangents, strict=True)]
   return loss, metrics, jax.tree.map(jnp.add, *gradients)
 

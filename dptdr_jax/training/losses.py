@@ -11,6 +11,7 @@ def contrastive_loss(
   passages: jax.Array,
   targets: jax.Array,
   blocked: jax.Array,
+  repeated: jax.Array | None = None,
   *,
   temperature: float,
   both_directions: bool = False,
@@ -21,8 +22,10 @@ def contrastive_loss(
     queries: [B, H] vectors.
     passages: [M, H] vectors.
     targets: [B] int32, the row in `passages` of each query's positive.
-    blocked: [B, M] bool, the pairs that must not count as negatives: other known positives of the query, duplicates
-      of its positive. Never true at a target.
+    blocked: [B, M] bool, the pairs that must not count as negatives: other known positives of the query, its own
+      positive where it stands again. Never true at a target.
+    repeated: [M] bool, passages that stood before in the batch: they count once, as the negatives of a query (its own
+      target is there all the same). None: none did.
     temperature: what scores are divided by; 1 in the original.
     both_directions: also each positive against the queries of the batch, blocked likewise; the mean of both.
 
@@ -33,14 +36,18 @@ def contrastive_loss(
   scores = jnp.matmul(
     queries.astype(jnp.float32), passages.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST
   )  # accelerators would otherwise multiply float32 in fewer bits
-  loss = _cross_entropy(scores / temperature, targets, blocked)
+  ignored = blocked
+  if repeated is not None:
+    ignored |= repeated & (jnp.arange(passages.shape[0]) != targets[:, None])
+  loss = _cross_entropy(scores / temperature, targets, ignored)
   if both_directions:
     # Row i: the positive of query i against query j, which is column targets[i] of the same scores.
     backward = jnp.take(scores, targets, axis=1).T / temperature
-    backward_blocked = jnp.take(blocked, targets, axis=1).T
-    loss = (loss + _cross_entropy(backward, jnp.arange(targets.shape[0]), backward_blocked)) / 2
+    # Not `ignored`: a positive that stood before in the batch has its negatives, the other queries, all the same.
+    others_too = jnp.take(blocked, targets, axis=1).T
+    loss = (loss + _cross_entropy(backward, jnp.arange(targets.shape[0]), others_too)) / 2
   positive = jnp.take_along_axis(scores, targets[:, None], axis=1)
-  is_rival = ~blocked & (jnp.arange(passages.shape[0]) != targets[:, None])
+  is_rival = ~ignored & (jnp.arange(passages.shape[0]) != targets[:, None])
   return loss, {
     "accuracy": jnp.mean(~jnp.any(is_rival & (scores >= positive), axis=1), dtype=jnp.float32),
     "positive_score": jnp.mean(positive),

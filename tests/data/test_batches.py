@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data.batches import TrainBatches, blocked, load_ahead
+from dptdr_jax.data.batches import TrainBatches, blocked, load_ahead, repeated
 from dptdr_jax.data.groups import TrainGroups
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.runtime.mesh import WHOLE
 
 POSITIVES = [[0, 5], [1], [2], [5, 3], [4], [6], [7]]
 
@@ -55,6 +56,7 @@ def test_shapes_and_contents(make, stores):
   assert {name: (value.shape[0], value.dtype) for name, value in batch.items()} == {
     "query_tokens": (4, np.int32), "query_lengths": (4, np.int32), "passage_tokens": (12, np.int32),
     "passage_lengths": (12, np.int32), "targets": (4, np.int32), "blocked": (4, np.bool_),
+    "repeated": (12, np.bool_),
   }  # fmt: skip
   np.testing.assert_array_equal(batch["targets"], [0, 3, 6, 9])
   tokens, lengths = stores[1].batch(rows.passages.ravel(), 48)
@@ -108,7 +110,7 @@ def test_loader_ends_its_threads_and_passes_errors_on(make):
 def test_slices_of_all_hosts_are_the_batch(make, num_hosts):
   for step in (0, 1, 6):
     slices = [make(host=host, num_hosts=num_hosts)[step] for host in range(num_hosts)]
-    whole = {name: slices[-1][name] for name in ("targets", "blocked")}
+    whole = {name: slices[-1][name] for name in WHOLE}
     shared = {name: np.concatenate([part[name] for part in slices]) for name in slices[0] if name not in whole}
     _same(shared | whole, make()[step])
 
@@ -119,12 +121,13 @@ def test_blocked_by_hand():
   positives = [np.array([0, 5]), np.array([1]), np.array([5, 3, 77])]
   expected = [
     # 0 8 9 1 8 5 5 3 0
-    [0, 0, 0, 0, 1, 1, 1, 0, 1],  # 5 is a positive too; the later 8 and 0 are duplicates
-    [0, 0, 0, 0, 1, 0, 1, 0, 1],
-    [0, 0, 0, 0, 1, 1, 0, 1, 1],  # the target is the later 5: its first occurrence is blocked instead
+    [0, 0, 0, 0, 0, 1, 1, 0, 1],  # 5 is a positive too; 0 is the target where it stands first
+    [0, 0, 0, 0, 0, 0, 0, 0, 0],
+    [0, 0, 0, 0, 0, 1, 0, 1, 0],  # the target is the later 5: its first occurrence is blocked instead
   ]
   found = blocked(passages, positives, np.array([0, 3, 6]))
   np.testing.assert_array_equal(found, np.array(expected, bool))
+  np.testing.assert_array_equal(repeated(passages), np.array([0, 0, 0, 0, 1, 0, 1, 0, 1], bool))
 
 
 def test_blocked_never_holds_the_target_and_counts_every_passage_once(make):
@@ -132,8 +135,10 @@ def test_blocked_never_holds_the_target_and_counts_every_passage_once(make):
     rows, batch = make().rows(step), make()[step]
     flat = rows.passages.ravel()
     for row, query in enumerate(rows.queries):
-      open_columns = np.flatnonzero(~batch["blocked"][row])
-      assert batch["targets"][row] in open_columns
+      target = batch["targets"][row]
+      is_open = ~batch["blocked"][row] & (~batch["repeated"] | (np.arange(len(flat)) == target))
+      open_columns = np.flatnonzero(is_open)
+      assert target in open_columns
       assert len(set(flat[open_columns])) == len(open_columns)
       assert not set(flat[open_columns]) & (set(POSITIVES[query]) - {rows.passages[row, 0]})
 
@@ -153,7 +158,7 @@ def test_what_devices_cannot_share_evenly_is_filled_up(make, num_hosts, devices)
     assert len(filled) % devices == 0 and len(filled) - count < devices
     np.testing.assert_array_equal(filled[:count], whole[name])
     np.testing.assert_array_equal(filled[count:], np.broadcast_to(whole[name][:1], filled[count:].shape))
-  for name in ("targets", "blocked"):
+  for name in WHOLE:
     np.testing.assert_array_equal(slices[-1][name], whole[name])
 
 

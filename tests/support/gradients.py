@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from training import test_contrastive, test_pretrain
 
 from dptdr_jax.runtime import hosts
-from dptdr_jax.runtime.mesh import make_mesh, place, put_batch
+from dptdr_jax.runtime.mesh import WHOLE, make_mesh, place, put_batch
 from dptdr_jax.runtime.shardings import by_rules, of_state
 
 
@@ -23,8 +23,7 @@ def of_training(mesh: Mesh) -> tuple:
   config = given.ContrastiveConfig(5, 0.5, False, 0, 0)
   state = given.init_state(model.init_trainable(jax.random.key(2), backbone, tied=tied), given.OPTIMIZER)
   placed = place(state, of_state(state, mesh)), place(backbone, by_rules(backbone, mesh))
-  whole = ("targets", "blocked")
-  batch = put_batch(_share(given.make_batch(), whole), mesh, whole)
+  batch = put_batch(_share(given.make_batch(), WHOLE), mesh)
   return jax.jit(lambda *values: given.loss_and_gradient(model, config, mesh, *values))(*placed, batch)
 
 

@@ -19,6 +19,7 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.runtime import shardings
+from dptdr_jax.runtime.mesh import WHOLE
 from dptdr_jax.training.contrastive import ContrastiveConfig, loss_and_gradient, make_train_step
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import make_optimizer, make_schedule
@@ -66,6 +67,7 @@ def make_batch(seed=0, queries=QUERIES):
     "passage_lengths": rng.integers(2, 11, passages, dtype=np.int32),
     "targets": targets,
     "blocked": blocked,
+    "repeated": np.arange(passages) % 7 == 6,
   }
 
 
@@ -117,7 +119,7 @@ def test_direct_gradient_is_that_of_the_plain_loss():
       options = {"keys": keys, "batch_key": batch_key}
       vectors.append(model.encode(side, trainable, backbone(), tokens, batch[f"{side}_lengths"], **options))
     options = {"temperature": 0.5, "both_directions": True}
-    return contrastive_loss(*vectors, batch["targets"], batch["blocked"], **options)[0]
+    return contrastive_loss(*vectors, *(batch[name] for name in WHOLE), **options)[0]
 
   expected_loss, expected = jax.jit(jax.value_and_grad(loss))(state.trainable)
   actual_loss, _, actual = gradient_of("tied", both_directions=True)
@@ -152,7 +154,7 @@ def test_rows_that_fill_the_devices_up_count_for_nothing():
   one, batch = gradient_of("tied"), make_batch()
   config, mesh = ContrastiveConfig(5, 0.5), mesh_of(5)
   for name, value in batch.items():
-    if name not in ("targets", "blocked"):
+    if name not in WHOLE:
       batch[name] = np.concatenate([value, np.repeat(value[:1], -len(value) % 5, 0)])
   run = jax.jit(functools.partial(loss_and_gradient, DEEP, config, mesh))
   loss, _, gradient = jax.device_get(run(make_state("tied", 5), put(backbone(), 5), batch))

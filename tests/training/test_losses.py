@@ -5,15 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dptdr_jax.data.batches import blocked as blocked_pairs
+from dptdr_jax.data.batches import repeated
 from dptdr_jax.training.losses import contrastive_loss
 
 
-def oracle(queries, passages, targets, blocked, temperature, both_directions):
+def oracle(queries, passages, targets, blocked, repeated, temperature, both_directions):
   """The definition, pair by pair, in float64."""
   queries, passages = queries.astype(np.float64), passages.astype(np.float64)
   forward, backward, hits = [], [], []
   for i, target in enumerate(targets):
-    scores = {j: queries[i] @ passages[j] / temperature for j in range(len(passages)) if not blocked[i, j]}
+    seen = [j for j in range(len(passages)) if not blocked[i, j] and (j == target or not repeated[j])]
+    scores = {j: queries[i] @ passages[j] / temperature for j in seen}
     forward.append(-scores[target] + np.log(sum(np.exp(s) for s in scores.values())))
     hits.append(all(s < scores[target] for j, s in scores.items() if j != target))
     scores = {k: queries[k] @ passages[target] / temperature for k in range(len(queries)) if not blocked[k, target]}
@@ -30,9 +33,11 @@ def test_equals_the_plain_loop(both_directions, temperature):
   targets = np.array([0, 3, 7, 9, 14])
   blocked = rng.random((5, 15)) < 0.3
   blocked[np.arange(5), targets] = False
+  again = rng.random(15) < 0.3
+  assert again[targets].any()
   options = {"temperature": temperature, "both_directions": both_directions}
-  loss, metrics = contrastive_loss(queries, passages, targets, blocked, **options)
-  expected, accuracy = oracle(queries, passages, targets, blocked, temperature, both_directions)
+  loss, metrics = contrastive_loss(queries, passages, targets, blocked, again, **options)
+  expected, accuracy = oracle(queries, passages, targets, blocked, again, temperature, both_directions)
   assert loss.dtype == jnp.float32
   np.testing.assert_allclose(loss, expected, rtol=2e-6)
   np.testing.assert_allclose(metrics["accuracy"], accuracy, rtol=1e-6)
@@ -63,6 +68,17 @@ def test_other_direction_by_hand():
   blocked[2, 0] = True  # passage 0 is a positive of query 2 as well
   loss, _ = contrastive_loss(SCORES, np.eye(3), np.arange(3), blocked, temperature=1.0, both_directions=True)
   forward, backward = [2 / 4, 1 / 8, 6 / 7], [2 / 5, 1 / 3, 6 / 11]
+  np.testing.assert_allclose(loss, -np.mean(np.log(forward + backward)), rtol=1e-6)
+
+
+def test_a_positive_that_stood_before_in_the_batch_has_its_negatives_in_the_other_direction():
+  passages, targets = np.array([7, 9, 9, 8]), np.array([0, 2])  # 9, a negative of query 0, is query 1's positive
+  known = [np.array([7]), np.array([9])]
+  masks = blocked_pairs(passages, known, targets), repeated(passages)
+  scores = np.log(np.array([[2, 1, 1, 5], [3, 4, 4, 1]], np.float32))
+  options = {"temperature": 1.0, "both_directions": True}
+  loss, _ = contrastive_loss(scores, np.eye(4), targets, *masks, **options)
+  forward, backward = [2 / 8, 4 / 8], [2 / 5, 4 / 5]
   np.testing.assert_allclose(loss, -np.mean(np.log(forward + backward)), rtol=1e-6)
 
 
