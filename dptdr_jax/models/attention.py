@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.models import dropout as drop
+from dptdr_jax.models.products import product
 
 Prompt = tuple[jax.Array, jax.Array]  # keys, values [P, N, D]
 
@@ -100,7 +101,7 @@ def _has_fused_kernel(query, key, prompt) -> bool:
 
 
 def _split(query, key, value, lengths, prompt, bias, noise, layer, *, scale, first_row):
-  scores = jnp.einsum("brnd,btnd->nbrt", query, key, preferred_element_type=jnp.float32) * scale
+  scores = product("brnd,btnd->nbrt", query, key) * scale
   if bias is not None:
     scores += bias
   hidden = jnp.arange(key.shape[1]) >= lengths[:, None]
@@ -112,7 +113,7 @@ def _split(query, key, value, lengths, prompt, bias, noise, layer, *, scale, fir
   prompt_keys = _prompt_for(prompt[0], query, noise, layer, drop.PROMPT_KEY)
   prompt_values = _prompt_for(prompt[1], query, noise, layer, drop.PROMPT_VALUE)
   equation = "brnd,npd->nbrp" if prompt_keys.ndim == 3 else "brnd,nbpd->nbrp"
-  prompt_scores = jnp.einsum(equation, query, prompt_keys, preferred_element_type=jnp.float32) * scale
+  prompt_scores = product(equation, query, prompt_keys) * scale
   over_prompt, over_tokens = _joint_softmax((prompt_scores, scores), value.dtype)
   equation = "nbrk,nkd->brnd" if prompt_values.ndim == 3 else "nbrk,nbkd->brnd"
   mixed = _weighted_sum(equation, over_prompt, prompt_values, noise, layer, first_row, 0)
@@ -139,14 +140,16 @@ def _prompt_for(part, query, noise, layer, site):
   """The prompt's keys or values in the dtype of the products: [N, P, D], or [N, B, P, D] under dropout by example.
 
   In this order the batched products read them as they are: a transpose would be one more copy of the prompt an example.
+  Its dtype changes last, so that the gradient is summed over the examples in float32.
   """
-  part = part.astype(query.dtype).transpose(1, 0, 2)
+  part = part.transpose(1, 0, 2)
   if noise is None or noise.prompt_rate <= 0:
-    return part
+    return part.astype(query.dtype)
   heads, length, size = part.shape
   part = jnp.broadcast_to(part[:, None], (heads, query.shape[0], length, size))
   strides = (size, 0, heads * size, 1)
-  return drop.dropout(part, noise.at(layer, site), noise.prompt_rate, batch_axis=1, strides=strides)
+  part = drop.dropout(part, noise.at(layer, site), noise.prompt_rate, batch_axis=1, strides=strides)
+  return part.astype(query.dtype)
 
 
 def _weighted_sum(equation, probabilities, values, noise, layer, first_row, first_key):
@@ -156,7 +159,7 @@ def _weighted_sum(equation, probabilities, values, noise, layer, first_row, firs
       probabilities, noise.at(layer, drop.ATTENTION), noise.rates.attention,
       batch_axis=1, strides=(_HEAD_STRIDE, 0, _ROW_STRIDE, 1), offset=first_row * _ROW_STRIDE + first_key,
     )  # fmt: skip
-  return jnp.einsum(equation, probabilities, values, preferred_element_type=jnp.float32)
+  return product(equation, probabilities, values)
 
 
 # A custom rule, so that the only thing stored is what the next product reads: the probabilities in the compute dtype.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.products import product
 
 
 def score_scale(config: EncoderConfig) -> float:
@@ -55,9 +56,9 @@ def relative_bias(
   """
   total = jnp.zeros((), jnp.float32)
   if "c2p" in config.pos_att_type:
-    scores = jnp.einsum("brnd,wnd->nbrw", query, position_keys, preferred_element_type=jnp.float32)
+    scores = product("brnd,wnd->nbrw", query, position_keys)
     total += jnp.take_along_axis(scores, index[None, None], axis=-1)
   if "p2c" in config.pos_att_type:
-    scores = jnp.einsum("btnd,wnd->nbwt", key, position_queries, preferred_element_type=jnp.float32)
+    scores = product("btnd,wnd->nbwt", key, position_queries)
     total += jnp.take_along_axis(scores, index[None, None], axis=-2)
   return total * score_scale(config)

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dptdr_jax.models import attention, deberta
 from dptdr_jax.models import dropout as drop
 from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.products import precision
 
 Array = jax.Array
 REMAT = ("none", "attention", "layer")
@@ -165,7 +166,8 @@ class Layer(nn.Module):
 
   def _dense(self, name: str, features: int | None = None, use_bias: bool = True) -> nn.Dense:
     init = nn.initializers.normal(self.config.initializer_range)
-    return nn.Dense(features or self.config.hidden_size, use_bias, self.dtype, kernel_init=init, name=name)
+    options = {"dtype": self.dtype, "precision": precision(self.dtype), "kernel_init": init, "name": name}
+    return nn.Dense(features or self.config.hidden_size, use_bias, **options)
 
   def _dropout(self, x, noise, layer, site):
     if noise is None:

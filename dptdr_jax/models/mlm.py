@@ -18,6 +18,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import Tensors
 from dptdr_jax.models.encoder import ACTIVATION, LayerNorm
+from dptdr_jax.models.products import precision, product
 from dptdr_jax.models.prompts import Params, unflatten
 
 # Our names in Hugging Face's layout; a family's bias and decoder stand beside them.
@@ -119,13 +120,14 @@ def logits(head: Params, words: jax.Array, hidden: jax.Array, config: EncoderCon
   Returns:
     […, V] float32.
   """
-  x = hidden.astype(compute_dtype) @ head["transform"]["kernel"].astype(compute_dtype)
+  kernel = head["transform"]["kernel"].astype(compute_dtype)
+  x = jnp.matmul(hidden.astype(compute_dtype), kernel, precision=precision(compute_dtype))
   x = x + head["transform"]["bias"].astype(compute_dtype)
   # RoBERTa's head has gelu whatever its hidden_act says.
   x = ACTIVATION[config.activation if config.family == "bert" else "gelu"](x)
   x = LayerNorm(config.layer_norm_eps).apply({"params": head["norm"]}, x)
-  scores = jnp.einsum("...h,vh->...v", x, words.astype(compute_dtype), preferred_element_type=jnp.float32)
-  return scores + head["bias"]
+  scores = product("rh,vh->rv", x.reshape(-1, x.shape[-1]), words.astype(compute_dtype))
+  return scores.reshape(*x.shape[:-1], -1) + head["bias"]
 
 
 def masked_loss(

@@ -159,10 +159,18 @@ def _from_words(spec, config, backbone_params, word_ids) -> Params:
     raise InputError(f"prompt init 'words' needs the backbone and {spec.length} token ids below {config.vocab_size}")
   if spec.kind == "shallow":
     return {"table": jnp.asarray(backbone_params["embeddings"]["word"])[ids].astype(jnp.float32)}
-  check_lengths(config, PromptSpec(kind="none"), spec.length)
+  check_words(spec, config)
   keys, values = _keys_and_values(config, backbone_params, ids)  # [L, P, N, D]
   table = jnp.stack([keys, values], axis=1)  # [L, 2, P, N, D]
   return {"table": jnp.moveaxis(table, 2, 0).reshape(spec.length, -1).astype(jnp.float32)}
+
+
+def check_words(spec: PromptSpec, config: EncoderConfig) -> None:
+  """Raises InputError where the backbone cannot read as many words at once as a prompt of init 'words' starts from."""
+  longest = longest_input(config, PromptSpec(kind="none"))
+  if spec.init == "words" and spec.kind == "deep" and longest and spec.length > longest:
+    raise InputError(f"prompt init 'words' reads as many words as the prompt is long, and the backbone takes {longest}",
+                     value=spec.length, fix="Lower the prompt's length, or set its init to normal")  # fmt: skip
 
 
 def _keys_and_values(config: EncoderConfig, params: Params, token_ids: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -197,7 +205,11 @@ def expand_prompt(spec: PromptSpec, params: Params | None, config: EncoderConfig
 
 
 def _dense(params: Params, x: jax.Array) -> jax.Array:
-  return x @ params["kernel"] + params["bias"]
+  return _matmul(x, params["kernel"]) + params["bias"]
+
+
+# In float32 whatever the compute dtype: prompts are, and so is the little that is computed of them alone.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _bidirectional_lstm(params: Params, x: jax.Array) -> jax.Array:
@@ -206,11 +218,11 @@ def _bidirectional_lstm(params: Params, x: jax.Array) -> jax.Array:
     outputs = []
     for direction in _DIRECTIONS:
       weights = params[f"{direction}_{layer}"]
-      gates = x @ weights["input_kernel"] + weights["input_bias"] + weights["hidden_bias"]
+      gates = _matmul(x, weights["input_kernel"]) + weights["input_bias"] + weights["hidden_bias"]
 
       def step(carry, gate, weights=weights):
         hidden, cell = carry
-        i, f, g, o = jnp.split(gate + hidden @ weights["hidden_kernel"], 4)
+        i, f, g, o = jnp.split(gate + _matmul(hidden, weights["hidden_kernel"]), 4)
         cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
         hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
         return (hidden, cell), hidden

@@ -18,9 +18,10 @@ from dptdr_jax.data.batches import TrainBatches
 from dptdr_jax.data.groups import Negatives, Sampling, TrainGroups
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.data.store import TokenStore
+from dptdr_jax.models import convert
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.encoder import REMAT
-from dptdr_jax.models.prompts import PromptSpec, check_lengths
+from dptdr_jax.models.prompts import PromptSpec, check_lengths, check_words
 from dptdr_jax.retrieval import measures
 from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool
@@ -54,7 +55,9 @@ def check(config: ConfigDict) -> None:
   if config.backbone.sha256 and not scratch.is_wanted(config):
     backbones.check_sha256(backbones.locate(config.backbone.path), config.backbone.sha256)
   encoder = encoder_config(config)
+  backbones.resolve_dtype(config.compute_dtype)
   check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
+  check_words(spec, encoder)
   for side in ("query", "passage") if has_queries(config) else ():
     wanted = settings.limit(side)
     if wanted - _SPECIAL > config.data.max_stored_tokens:
@@ -106,6 +109,13 @@ def load_backbone(config: ConfigDict, layout: Layout) -> Backbone:
   if config.pretrain.enabled:
     return Backbone.load(layout.pretrained.resolve(), compute_dtype=config.compute_dtype, fsdp=config.fsdp)
   return base_backbone(config, layout)
+
+
+def exact_weights(config: ConfigDict, layout: Layout) -> Any:
+  """The weights of `load_backbone`, on the host and in float32: what training of all of them starts from."""
+  directory = layout.pretrained.resolve() if config.pretrain.enabled else base_directory(config, layout)
+  tensors = convert.load_backbone_tensors(directory)
+  return Backbone.from_tensors(str(directory), directory, tensors, "float32", on_host=True).params
 
 
 def origin(config: ConfigDict, layout: Layout) -> str:

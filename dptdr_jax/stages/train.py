@@ -56,7 +56,10 @@ def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:
   if number > 1 and not config.train.restart:
     before = common.trained(config, layout, number - 1, backbone)
   words = common.frequent_tokens(config, layout)
-  loop = TrainLoop(config, backbone, num_steps, words, trial, directory, before, generations)
+  weights = None
+  if config.prompt.kind == "none" and backbone.compute_dtype != "float32":
+    weights = common.exact_weights(config, layout)
+  loop = TrainLoop(config, backbone, num_steps, words, trial, directory, before, generations, weights)
   checkpoints = Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints)
   try:
     loop.run(batches, checkpoints, directory)
@@ -78,11 +81,12 @@ class TrainLoop(Loop):
   def __init__(
     self, config: ConfigDict, backbone: Backbone, num_steps: int, word_ids: np.ndarray | None, trial: DevTrial | None,
     directory: pathlib.Path, before: Retriever | None = None, generations: Generations | None = None,
+    weights: Any = None,
   ):  # fmt: skip
     """Makes the jitted step and the first state, on the mesh.
 
     Prompts may start from `word_ids`, or from those of the retriever `before`; `generations` of negatives are mined as
-    training goes on.
+    training goes on. Where all weights are trained they start from `weights`, if the backbone's have been rounded.
     """
     train = config.train
     self._config, self._backbone, self._trial, self._directory = config, backbone, trial, directory
@@ -93,7 +97,8 @@ class TrainLoop(Loop):
     optimizer = steps.optimizer(train, num_steps)
     tied = config.prompt.tied or config.prompt.kind == "none"
     if before is None:
-      trainable = self._model.init_trainable(jax.random.key(config.seed), backbone.params, tied=tied, word_ids=word_ids)
+      first = backbone.params if weights is None else weights
+      trainable = self._model.init_trainable(jax.random.key(config.seed), first, tied=tied, word_ids=word_ids)
     else:
       trainable = _trainable_of(before, tied)
     state, frozen = init_state(trainable, optimizer), {} if "backbone" in trainable else backbone.params
