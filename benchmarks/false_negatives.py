@@ -151,7 +151,8 @@ def _crossed(args: argparse.Namespace, layout: Layout, pool, place: str) -> dict
   """The cross-encoder's thresholds."""
   encoder = CrossEncoder.load(args.cross_encoder)
   stores = TokenStore(layout.store(args.split)), TokenStore(layout.store("corpus"))
-  scores = cross.score_rows(encoder, *stores, np.asarray(pool.rows), pathlib.Path(place, "scores"))
+  logits = cross.score_rows(encoder, *stores, np.asarray(pool.rows), pathlib.Path(place, "scores"))
+  scores = cross.Probabilities(logits)
   return {f"cross-encoder ≥ {below}": CrossEncoderRule(scores, below, max(below, 0.9)) for below in (0.1, 0.5, 0.9)}
 
 

@@ -96,7 +96,7 @@ def _pretrain() -> dict:
     fsdp=1,  # devices over which parameters and optimiser are split; all devices split the batch
     learning_rate=1e-4,  # peak (coCondenser)
     schedule="linear",  # decay after the warm-up: 'linear', 'cosine' or 'constant'
-    warmup=0.1,  # share of the steps
+    warmup=0.1,  # share of the steps, or from 1 on their number, where `steps` is set
     weight_decay=0.01,  # AdamW; not on biases and norms
     clip=1.0,  # global norm of the gradient
     log_every=10,  # steps between two lines of metrics.jsonl
@@ -129,7 +129,7 @@ def _train() -> dict:
     queries=64,  # a step, over all devices
     passages=2,  # a query: its positive and passages - 1 negatives; 1: in-batch negatives alone
     positive="rotate",  # 'rotate' with the epoch, or 'first' always (NQ)
-    negatives="source",  # of round 1: 'source' (the data's own, else random), 'bm25' (mined before it) or 'random'
+    negatives="source",  # of round 1: 'source' (the data's own), 'bm25' (mined first, mine.runs too) or 'random'
     sampling="window",  # of negatives in an epoch: 'window' (the original's), 'random', 'top', 'simans' (by score,
     # and 'random' in a round whose negatives have no scores of simans_source)
     sample_first=0,  # only the negatives of a query from this place on, best first
@@ -147,7 +147,7 @@ def _train() -> dict:
     backbone_dropout=-1.0,  # -1: config.json's own rates, as the original; 0: none
     learning_rate=7e-3,  # peak (the paper's; runs of some hundred steps want 2e-2 and more)
     schedule="linear",  # decay after the warm-up: 'linear', 'cosine' or 'constant'
-    warmup=0.1,  # share of the steps
+    warmup=0.1,  # share of the steps, or from 1 on their number, where `steps` is set
     weight_decay=0.0,  # AdamW; not on biases and norms
     clip=1.0,  # global norm of the gradient
     log_every=10,  # steps between two lines of metrics.jsonl
@@ -195,7 +195,7 @@ def _mined_from(depth: int) -> dict:
 def _cross() -> dict:
   return dict(
     enabled=False,  # train a cross-encoder (prompts and a head on the same backbone): it denoises pools and reranks
-    negatives="bm25",  # 'source' (the data's own, else random), 'bm25' (those of mine0) or 'random'
+    negatives="bm25",  # 'source' (the data's own), 'bm25' (those of mine0) or 'random'
     epochs=2.0,  # passes over the training queries; ignored where steps > 0
     steps=0,  # optimiser steps; 0: from epochs
     queries=32,  # a step, over all devices
@@ -206,7 +206,7 @@ def _cross() -> dict:
     backbone_dropout=-1.0,  # -1: config.json's own rates; 0: none
     learning_rate=7e-3,  # peak, of prompt and head
     schedule="linear",  # decay after the warm-up: 'linear', 'cosine' or 'constant'
-    warmup=0.1,  # share of the steps
+    warmup=0.1,  # share of the steps, or from 1 on their number, where `steps` is set
     weight_decay=0.0,  # AdamW; not on biases
     clip=1.0,  # global norm of the gradient
     chunk=0,  # pairs a device at a time, gradients added up; 0: all at once

@@ -81,12 +81,13 @@ class CrossEncoder:
     about = files.read_json(path / _ABOUT)
     if about.get("format") != FORMAT:
       raise InputError(f"format {FORMAT} expected", path=path / _ABOUT, value=about.get("format"))
-    backbone = backbones.load_named(path / _ABOUT, about["backbone"], backbone, about["tokenizer"]["hash"])
-    spec = PromptSpec(**about["prompt"])
+    with files.fields_of(path / _ABOUT):
+      named, tokenizer, spec = about["backbone"], about["tokenizer"]["hash"], PromptSpec(**about["prompt"])
+      settings = PairSettings(**{field.name: about[field.name] for field in dataclasses.fields(PairSettings)})
+    backbone = backbones.load_named(path / _ABOUT, named, backbone, tokenizer)
     trainable = prompts.unflatten(convert.read_safetensors(path / _TENSORS))
     check_cross(spec, trainable, backbone.config, path / _TENSORS)
-    settings = {field.name: about[field.name] for field in dataclasses.fields(PairSettings)}
-    return cls(backbone, spec, trainable, PairSettings(**settings))
+    return cls(backbone, spec, trainable, settings)
 
   def save(self, path: files.Path) -> None:
     """Writes cross_encoder.json and prompts.safetensors, as a whole or not at all; the backbone is named and hashed."""
@@ -142,17 +143,21 @@ class CrossEncoder:
       TokenLists(tokenizer.encode(whole, settings.pair_length)),
     )
     rows = np.array([different[query] for query in asked], np.int64)
-    return self._score(Pairs(*lists, rows, np.arange(len(whole)), self.form))
+    return probabilities(self._logits(Pairs(*lists, rows, np.arange(len(whole)), self.form)))
 
-  def score_stored(
+  def logits_stored(
     self, queries: TokenStore, passages: TokenStore, query_rows: np.ndarray, passage_rows: np.ndarray, *,
     batch_tokens: int = buckets.BATCH_TOKENS, description: str = "",
   ) -> np.ndarray:  # fmt: skip
-    """The same for rows of token stores: query_rows and passage_rows int [n] → float32 [n].
+    """Logits of those probabilities (see `probabilities`, which saturate and tie) for rows of token stores.
 
     Args:
+      query_rows, passage_rows: int [n].
       batch_tokens: tokens a device takes at a time, padding included.
       description: of the progress bar; '' for none.
+
+    Returns:
+      float32 [n].
 
     Raises:
       InputError: a store of another tokenizer, or one that was cut shorter than pairs need.
@@ -161,19 +166,23 @@ class CrossEncoder:
       if store.tokenizer_hash != self.backbone.tokenizer.hash:
         raise InputError("tokens of another tokenizer than the cross-encoder's", path=store.path)
     rows = (np.asarray(part, np.int64) for part in (query_rows, passage_rows))
-    return self._score(Pairs(queries, passages, *rows, self.form), batch_tokens, description)
+    return self._logits(Pairs(queries, passages, *rows, self.form), batch_tokens, description)
 
-  def _score(self, pairs: Pairs, batch_tokens: int = buckets.BATCH_TOKENS, description: str = "") -> np.ndarray:
+  def _logits(self, pairs: Pairs, batch_tokens: int = buckets.BATCH_TOKENS, description: str = "") -> np.ndarray:
     backbone = self.backbone
     static = dict(config=backbone.config, spec=self.spec, compute_dtype=backbone.compute_dtype)
     return buckets.map_sequences(
-      lambda batch: probabilities_of(backbone.params, self.trainable, **batch, **static),
+      lambda batch: logits_of(backbone.params, self.trainable, **batch, **static),
       pairs, backbone.mesh, batch_tokens=batch_tokens, description=description, unit="pair",
     )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "compute_dtype"))
-def probabilities_of(params, trainable, tokens, lengths, *, config, spec, compute_dtype):
-  """A batch of pairs: tokens [B, T] and lengths [B] to probabilities [B] float32."""
-  logits = cross_logits(config, spec, params, trainable, tokens, lengths, compute_dtype=jnp.dtype(compute_dtype))
-  return jax.nn.sigmoid(logits)
+def logits_of(params, trainable, tokens, lengths, *, config, spec, compute_dtype):
+  """A batch of pairs: tokens [B, T] and lengths [B] to logits [B] float32."""
+  return cross_logits(config, spec, params, trainable, tokens, lengths, compute_dtype=jnp.dtype(compute_dtype))
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+  """Sigmoids, float32 of the same shape; NaN stays. From a logit of some 17 on they are 1 and tie: rank by logits."""
+  return (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)

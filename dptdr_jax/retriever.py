@@ -178,8 +178,10 @@ class Retriever:
     if ids.ndim != 2 or ids.shape != mask.shape:
       raise InputError("ids and mask are of one shape [n, T]", value=(ids.shape, mask.shape))
     lengths = mask.sum(1)
-    if (mask != (np.arange(ids.shape[1]) < lengths[:, None])).any() or not lengths.all():
-      raise InputError("the mask must have ones before zeros and a one in every row")
+    wrong = (mask != (np.arange(ids.shape[1]) < lengths[:, None])).any(1) | (lengths == 0)
+    if wrong.any():
+      row = int(np.flatnonzero(wrong)[0])
+      raise InputError(f"a mask has ones before zeros, and a one: row {row} has not", value=mask[row].astype(int))
     size = self.backbone_of(kind).config.vocab_size
     wrong = mask & ~((ids >= 0) & (ids < size))
     if wrong.any():
@@ -199,9 +201,6 @@ class Retriever:
     tokenizer = self.backbone.tokenizer
     if tokenizer is None:
       raise InputError("texts need a tokenizer, and this backbone has none", path=self.backbone.path)
-    for place, whole in enumerate(texts):
-      if not whole.strip():
-        raise InputError(f"text {place} is empty", value=whole)
     room = self.settings.limit(kind) - len(tokenizer.wrap([]))
     lists = [np.array(tokenizer.wrap(ids), np.int32) for ids in tokenizer.encode(texts, room)]
     return self._encode(_Lists(lists, tokenizer.pad_id, self.settings.limit(kind)), kind)
@@ -277,15 +276,19 @@ def _load_own(path: pathlib.Path, backbone: Backbone | None, options: dict[str, 
   if about.get("format") != FORMAT:
     raise InputError(f"format {FORMAT} expected", path=path / "retriever.json", value=about.get("format"))
   source = path / "retriever.json"
-  backbone = backbones.load_named(source, about["backbone"], backbone, about["tokenizer"]["hash"], **options)
-  second = about["passage_backbone"] and backbones.load_named(source, about["passage_backbone"], **options)
-  spec = PromptSpec(**about["prompt"])
+  with files.fields_of(source):
+    tied, named, other = about["tied"], about["backbone"], about["passage_backbone"]
+    tokenizer = about["tokenizer"]["hash"]
+  backbone = backbones.load_named(source, named, backbone, tokenizer, **options)
+  second = other and backbones.load_named(source, other, **options)
+  with files.fields_of(source):
+    spec = PromptSpec(**about["prompt"])
+    settings = VectorSettings(**{field.name: about[field.name] for field in dataclasses.fields(VectorSettings)})
   trees = prompts.unflatten(convert.read_safetensors(path / "prompts.safetensors"))
-  sides = {side: trees.get("prompt" if about["tied"] else side, {}) for side in ("query", "passage")}
+  sides = {side: trees.get("prompt" if tied else side, {}) for side in ("query", "passage")}
   for tree in sides.values():
     prompts.check_prompt(spec, tree, backbone.config, path / "prompts.safetensors")
-  settings = {field.name: about[field.name] for field in dataclasses.fields(VectorSettings)}
-  return Retriever(backbone, spec, sides, VectorSettings(**settings), second)
+  return Retriever(backbone, spec, sides, settings, second)
 
 
 def _load_original(path: pathlib.Path, backbone: Backbone | None, options: tuple[str, int]) -> Retriever:

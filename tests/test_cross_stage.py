@@ -18,6 +18,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.preemption import Preempted
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.reranker import probabilities
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.stages import common, cross
@@ -112,7 +113,7 @@ def test_a_pool_is_scored_by_shards(finished, monkeypatch, tmp_path):
   encoder = CrossEncoder.load(cross.model_of(layout))
   stores = [cross.TokenStore(layout.store(part)) for part in ("train", "corpus")]
   query, place = np.nonzero(scored)
-  direct = encoder.score_stored(*stores, query, pool.rows[query, place])
+  direct = probabilities(encoder.logits_stored(*stores, query, pool.rows[query, place]))
   np.testing.assert_allclose(whole[query, place], direct, rtol=1e-5)
 
   monkeypatch.setattr(cross, "_SHARD_PAIRS", 30)  # 6 queries

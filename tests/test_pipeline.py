@@ -182,6 +182,14 @@ def test_stages_by_name(tmp_path):
     ({"text__query_template": "query: {words}"}, "template"),
     ({"backbone__path": "package:no_such_package"}, "no such package is installed"),
     ({"backbone__sha256": "0" * 64}, "SHA-256"),
+    ({"seed": -1}, "seed must be at least 0: -1"),
+    ({"compute_dtype": "float16"}, "compute_dtype is 'auto', 'float32' or 'bfloat16': 'float16'"),
+    ({"text__query_length": 2}, "text.query_length must be at least 3: 2"),
+    ({"prompt__length": 100}, "reads as many words as the prompt is long, and the backbone takes 96: 100"),
+    ({"train__backbone_dropout": 1.5}, "train.backbone_dropout must be -1, or at least 0 and below 1: 1.5"),
+    ({"train__warmup": 3.0, "train__steps": 0}, "a warm-up of so many steps"),
+    ({"train__negatives": "source", "train__passages": 2}, "'source', and no negatives come with this data"),
+    ({"cross__enabled": True, "cross__epochs": 0.0}, "a cross-encoder's training has no steps"),
   ],
 )
 def test_what_cannot_work_is_said_before_any_work(tmp_path, fields, message):

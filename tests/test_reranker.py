@@ -17,7 +17,7 @@ from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.models.cross import init_cross
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states
-from dptdr_jax.reranker import PairSettings
+from dptdr_jax.reranker import PairSettings, probabilities
 
 SPEC = PromptSpec("deep", length=4)
 PASSAGES = [text for _, text in tiny.sentences(24, 14, seed=0)]
@@ -59,14 +59,14 @@ def test_stores_texts_and_order_agree(encoder, tmp_path):
 
   stores = write("queries", QUERIES), write("passages", PASSAGES)
   rows = np.random.default_rng(0).integers(0, 24, (2, 40))
-  stored = encoder.score_stored(*stores, *rows, batch_tokens=96, description="score")
+  stored = encoder.logits_stored(*stores, *rows, batch_tokens=96, description="score")
   texts = encoder.score([QUERIES[row] for row in rows[0]], [PASSAGES[row] for row in rows[1]])
-  np.testing.assert_allclose(stored, texts, rtol=1e-5)
-  np.testing.assert_allclose(encoder.score_stored(*stores, *rows[:, ::-1])[::-1], stored, rtol=1e-5)
+  np.testing.assert_allclose(probabilities(stored), texts, rtol=1e-5)
+  np.testing.assert_allclose(encoder.logits_stored(*stores, *rows[:, ::-1])[::-1], stored, rtol=1e-4, atol=1e-6)
   other = json.loads((tmp_path / "queries/store.json").read_text()) | {"tokenizer_hash": "another"}
   (tmp_path / "queries/store.json").write_text(json.dumps(other))
   with pytest.raises(InputError, match="another tokenizer"):
-    encoder.score_stored(type(stores[0])(tmp_path / "queries"), stores[1], *rows)
+    encoder.logits_stored(type(stores[0])(tmp_path / "queries"), stores[1], *rows)
 
 
 def test_saved_and_loaded_it_scores_the_same(encoder, tmp_path):

@@ -41,7 +41,7 @@ def test_what_is_no_list_of_texts(retriever):
     retriever.encode_queries(["merge", None])
   with pytest.raises(InputError, match=r"passage 1 \(float\) has no text.*: nan"):
     retriever.encode_passages(["merge", float("nan")])
-  with pytest.raises(InputError, match="text 1 is empty"):
+  with pytest.raises(InputError, match="1 is empty"):
     retriever.encode_passages(["merge", {"text": " "}])
 
 

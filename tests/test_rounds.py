@@ -39,7 +39,7 @@ def make_config(directory: pathlib.Path, **fields):
   config.backbone.path, config.data.dir = str(directory / "backbone"), str(directory / "data")
   config.prompt.length, config.text.passage_length, config.rounds = 4, 32, 2
   config.train.update({"steps": 4, "queries": 8, "evaluate_every": 2, "log_every": 1, "learning_rate": 0.01})
-  config.train.negatives = "source"
+  config.train.negatives = "random"
   config.mine.dense.update({"depth": 20, "relative_margin": 0.99})
   config.mine.bm25.depth = 10
   config.evaluate.update({"examples": 3, "measures": ("RR@10", "R@100"), "backbone": False})

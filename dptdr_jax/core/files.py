@@ -158,6 +158,15 @@ def read_json(path: Path) -> Any:
       raise InputError("not UTF-8", path=path, line=line, value=error.object[error.start : error.start + 8]) from error
 
 
+@contextlib.contextmanager
+def fields_of(path: Path) -> Iterator[None]:
+  """Turns an error about a field that is missing, or unknown, into an InputError that names the JSON file."""
+  try:
+    yield
+  except (KeyError, TypeError) as error:
+    raise InputError(f"a field is missing, unknown or of another kind ({error})", path=path) from error
+
+
 def sha256(path: Path) -> str:
   """SHA-256 of a file's bytes, in hexadecimal."""
   with open(path, "rb") as stream:

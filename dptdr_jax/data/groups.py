@@ -145,7 +145,7 @@ class TrainGroups:
       negatives = rows[self._ordered(allowed, query_row, epoch, count)]
     if len(negatives) >= count:
       return negatives[:count]
-    return self._fill(negatives, barred, count, self._generator("fill", epoch, query_row))
+    return self._fill(negatives, barred, count, query_row, epoch)
 
   def _ordered(self, places: np.ndarray, query_row: int, epoch: int, count: int) -> np.ndarray:
     """Puts places in the list of negatives into the order in which this epoch takes them."""
@@ -166,12 +166,14 @@ class TrainGroups:
     keys[known] -= self._sampling.a * np.square(distances)
     return places[np.lexsort((-keys, ~known))]
 
-  def _fill(self, negatives: np.ndarray, barred: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+  def _fill(self, negatives: np.ndarray, barred: np.ndarray, count: int, query_row: int, epoch: int) -> np.ndarray:
     """Adds random rows until there are `count`, none barred and, where the corpus allows, none twice."""
     forbidden = {int(row) for row in barred}
     allowed = self.num_passages - len(forbidden)
     if allowed < 1:
-      raise ValueError("every passage of the corpus is a positive of one query: there is nothing to contrast it with")
+      raise InputError("every passage of the corpus is a positive of a query: there is nothing to contrast it with",
+                       value=f"training query {query_row + 1}")  # fmt: skip
+    random = self._generator("fill", epoch, query_row)
     rows = [int(row) for row in negatives]
     used = forbidden | set(rows)
     while len(rows) < count:

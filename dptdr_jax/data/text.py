@@ -40,7 +40,8 @@ def passage_texts(passages: Iterable[GivenPassage], separator: str, template: st
       a title may be None.
 
   Raises:
-    InputError: something else, named by its place; or one passage that stands where a list of them is wanted.
+    InputError: something else, or an empty one, named by its place; or one passage that stands where a list of them is
+      wanted.
   """
   alone = isinstance(passages, tuple) and any(isinstance(part, str) for part in passages)
   _check_list(passages, "passage", alone)
@@ -51,13 +52,16 @@ def query_texts(queries: Iterable[str], template: str) -> list[str]:
   """Returns the texts to tokenize for queries as users give them.
 
   Raises:
-    InputError: what is no string, named by its place; or one query that stands where a list of them is wanted.
+    InputError: what is no string, or an empty one, named by its place; or one query that stands where a list of them is
+      wanted.
   """
   _check_list(queries, "query")
   texts = []
   for place, item in enumerate(queries):
     if not isinstance(item, str):
       raise InputError(f"query {place} ({type(item).__name__}) is no text", value=item)
+    if not item.strip():
+      raise InputError(f"query {place} is empty", value=item)
     texts.append(query_text(Query("", item), template))
   return texts
 
@@ -80,6 +84,8 @@ def _passage(item: GivenPassage, place: int) -> Passage:
     fix = "Give its text, (title, text), a Passage or {'title': …, 'text': …}"
     what = f"passage {place} ({type(item).__name__}) has no text, or a title that is none"
     raise InputError(what, value=item, fix=fix)
+  if not f"{title or ''}{body}".strip():
+    raise InputError(f"passage {place} is empty", value=item)
   return Passage("", title or "", body)
 
 

@@ -21,8 +21,8 @@ from dptdr_jax.data.pairs import PairBatches, PairFormat
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models.config import EncoderConfig
-from dptdr_jax.models.prompts import PromptSpec, check_lengths
-from dptdr_jax.reranker import CrossEncoder, PairSettings
+from dptdr_jax.models.prompts import PromptSpec, check_lengths, check_words
+from dptdr_jax.reranker import CrossEncoder, PairSettings, probabilities
 from dptdr_jax.retrieval.candidates import Pool, query_blocks
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.runtime import hosts, shardings
@@ -54,6 +54,8 @@ def check(config: ConfigDict, encoder: EncoderConfig) -> None:
   if cross.negatives not in common.NEGATIVES:
     fix = f"Use {', '.join(common.NEGATIVES)}"
     raise InputError("unknown cross.negatives", value=cross.negatives, fix=fix)
+  if not (cross.steps or cross.epochs):
+    raise InputError("a cross-encoder's training has no steps", fix="Set cross.steps or cross.epochs above 0")
   if cross.passages < 2 or cross.evaluate_passages < 2:
     fix = "Set cross.passages and cross.evaluate_passages to 2 at least"
     raise InputError("a cross-encoder learns and is tried on a positive and others beside it", fix=fix)
@@ -64,6 +66,7 @@ def check(config: ConfigDict, encoder: EncoderConfig) -> None:
     what = f"cross.pair_length leaves no room beside queries of {config.text.query_length} tokens"
     raise InputError(what, value=cross.pair_length)
   check_lengths(encoder, prompt_spec(config), cross.pair_length)
+  check_words(prompt_spec(config), encoder)
   steps.check_optimizer(cross)
 
 
@@ -202,7 +205,7 @@ class _FirstKept:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Probabilities [Q, K] by shards on disk: scores[start:stop] is float32, NaN where nothing was scored."""
+  """Logits [Q, K] by shards on disk: scores[start:stop] is float32, NaN where nothing was scored."""
 
   shape: tuple[int, int]
   paths: Sequence[pathlib.Path]
@@ -216,34 +219,51 @@ class Scores:
     return found[start - first * self.size : stop - first * self.size]
 
 
+@dataclasses.dataclass(frozen=True)
+class Probabilities:
+  """The probabilities [Q, K] that logits stand for, block by block."""
+
+  logits: Scores
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(Q, K)."""
+    return self.logits.shape
+
+  def __getitem__(self, block: slice) -> np.ndarray:
+    return probabilities(self.logits[block])
+
+
 def score_pool(
   config: ConfigDict, layout: Layout, pool: Pool, directory: files.Path, backbone: Backbone, together: bool = False
-) -> Scores | None:
+) -> Probabilities | None:
   """Probabilities of a pool's candidates for the training queries, NaN where not scored; `backbone` is the shared one.
 
   Scored are the first config.cross.depth candidates of a query that are still negatives; see `score_rows`.
   """
   encoder = CrossEncoder.load(model_of(layout), backbone)
   stores = TokenStore(layout.store(config.data.train_split)), TokenStore(layout.store("corpus"))
-  return score_rows(encoder, *stores, _FirstKept(pool, config.cross.depth), directory, together)
+  scores = score_rows(encoder, *stores, _FirstKept(pool, config.cross.depth), directory, together)
+  return None if scores is None else Probabilities(scores)
 
 
 def rerank(config: ConfigDict, layout: Layout, found: Run, split: str) -> Run:
-  """A split's run with its first config.cross.rerank passages by the cross-encoder's probability, the rest below."""
+  """A split's run with its first config.cross.rerank passages by the cross-encoder's logits, the rest below."""
   encoder = CrossEncoder.load(model_of(layout), common.load_backbone(config, layout))
   top = np.ascontiguousarray(found.rows[:, : config.cross.rerank])
   stores = TokenStore(layout.store(split)), TokenStore(layout.store("corpus"))
-  scores = score_rows(encoder, *stores, top, layout.stage("evaluate") / "scores" / split)
-  below = -1.0 - np.arange(found.depth - top.shape[1], dtype=np.float32)  # in their order, below any probability
+  scores = score_rows(encoder, *stores, top, layout.stage("evaluate") / "scores" / split)[:]
+  floor = np.nanmin(scores, initial=0) - 1
+  below = floor - np.arange(found.depth - top.shape[1], dtype=np.float32)  # in their order
   below = np.broadcast_to(below, (len(found), len(below)))
-  return Run.ranked(np.asarray(found.rows), np.concatenate([np.nan_to_num(scores[:], nan=-1.0), below], axis=1))
+  return Run.ranked(np.asarray(found.rows), np.concatenate([np.nan_to_num(scores, nan=floor), below], axis=1))
 
 
 def score_rows(
   encoder: CrossEncoder, queries: TokenStore, passages: TokenStore, rows: Rows, directory: files.Path,
   together: bool = False,
 ) -> Scores | None:  # fmt: skip
-  """Probabilities of passages for queries, by shards on disk: a killed run goes on at the first shard that is missing.
+  """Logits of passages for queries, by shards on disk: a killed run goes on at the first shard that is missing.
 
   Args:
     queries: of Q rows.
@@ -258,7 +278,10 @@ def score_rows(
   count, index = (hosts.process_count(), hosts.process_index()) if together else (1, 0)
   meet = hosts.barrier if together else lambda name: None
   count_of, digest = _look(rows)
-  about = {"cross_encoder": encoder.hash, "queries": queries.key, "passages": passages.key, "rows": digest}
+  about = {
+    "cross_encoder": encoder.hash, "compute_dtype": encoder.backbone.compute_dtype, "scores": "logits",
+    "queries": queries.key, "passages": passages.key, "rows": digest,
+  }  # fmt: skip
   begun = directory / "scores.json"
   if index == 0 and (not begun.is_file() or files.read_json(begun) != about):
     files.remove(directory)
@@ -278,7 +301,7 @@ def score_rows(
       block = rows[start : start + size]
       query, place = np.nonzero(block >= 0)
       part = np.full(block.shape, np.nan, np.float32)
-      part[query, place] = encoder.score_stored(queries, passages, start + query, block[query, place])
+      part[query, place] = encoder.logits_stored(queries, passages, start + query, block[query, place])
       with files.atomic_path(paths[start]) as partial, open(partial, "wb") as stream:
         np.save(stream, part)
       shown.advance(len(query))

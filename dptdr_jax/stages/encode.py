@@ -54,8 +54,9 @@ def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retri
 
 
 def _source(retriever: Retriever, kind: str) -> dict:
-  """What vectors depend on."""
-  return {"retriever": retriever.hash, "kind": kind, "tokens": retriever.settings.limit(kind)}
+  """What vectors depend on; the dtype of products too, so that what one machine began another does not mix with."""
+  about = {"retriever": retriever.hash, "kind": kind, "tokens": retriever.settings.limit(kind)}
+  return about | {"compute_dtype": retriever.backbone.compute_dtype}
 
 
 def encode(

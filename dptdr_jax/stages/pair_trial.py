@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
+from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.reranker import CrossEncoder
@@ -44,6 +45,8 @@ class PairTrial:
     judged = np.array([row for row, found in positives.items() if len(found)])
     rows = some(judged, cross.evaluate_queries, generator, name)
     most = max(len(positives[row]) for row in rows)
+    if most >= len(data.ids):
+      raise InputError("every passage of the corpus is a positive of a dev query", value=name)
     with hosts.first_goes_first("BM25 index"):
       index = common.bm25(layout, data)
     found = index.search([split.queries[int(row)].text for row in rows], others + most)
@@ -52,6 +55,9 @@ class PairTrial:
       random = generator.integers(len(data.ids), size=2 * (others + most))
       ranked = np.concatenate([found.rows[place][found.rows[place] >= 0], random])
       beside = ranked[~np.isin(ranked, positives[row])]
+      while len(beside) < others:  # a corpus of little more than positives
+        more = generator.integers(len(data.ids), size=others)
+        beside = np.concatenate([beside, more[~np.isin(more, positives[row])]])
       passages[place] = np.concatenate([positives[row][:1], beside[:others]])
     return cls(TokenStore(layout.store(name)), TokenStore(layout.store("corpus")), rows, passages)
 
@@ -63,12 +69,12 @@ class PairTrial:
       it beats, ties half; 'accuracy' at probability .5, both classes weighing the same. Chance is .5 for both.
     """
     queries = np.repeat(self.query_rows, self.passage_rows.shape[1])
-    scores = encoder.score_stored(self.queries, self.corpus, queries, self.passage_rows.ravel(), description="try dev")
+    scores = encoder.logits_stored(self.queries, self.corpus, queries, self.passage_rows.ravel(), description="try dev")
     scores = scores.reshape(self.passage_rows.shape)
     positive, others = scores[:, :1], scores[:, 1:]
     ranks = 1 + (others >= positive).sum(1)
     return {
       "RR@10": float(np.mean(np.where(ranks <= 10, 1 / ranks, 0))),
       "pairs": float(np.mean((positive > others) + 0.5 * (positive == others))),
-      "accuracy": float((np.mean(positive > 0.5) + np.mean(others < 0.5)) / 2),
+      "accuracy": float((np.mean(positive > 0) + np.mean(others < 0)) / 2),
     }

@@ -111,10 +111,21 @@ def outside_files(config: ConfigDict) -> dict[str, Any]:
   splits = source.splits()
   if common.has_queries(config):
     _check_splits(config, splits)
+    _check_negatives(config, source)
   found = {"corpus": source.files(), "splits": {name: source.files(name) for name in splits}}
   if scratch.is_wanted(config):
     return found | {"pretrain.corpora": corpora.outside_files(config)}
   return found | {"backbone": backbones.files_of(backbones.locate(config.backbone.path))}
+
+
+def _check_negatives(config: ConfigDict, source: Source) -> None:
+  asked = {"train.negatives": config.train.negatives} if config.train.passages > 1 else {}
+  asked |= {"cross.negatives": config.cross.negatives} if config.cross.enabled else {}
+  for field, named in asked.items():
+    if named == "source" and next(iter(source.negatives(config.data.train_split)), None) is None:
+      fix = f"Set {field} to bm25 or random; MS MARCO's are a file of their own, see configs/msmarco.py"
+      raise InputError(f"{field} is 'source', and no negatives come with this data", path=config.data.dir or None,
+                       fix=fix)  # fmt: skip
 
 
 def homes(config: ConfigDict) -> dict[str, pathlib.Path]:

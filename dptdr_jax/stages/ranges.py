@@ -11,6 +11,7 @@ from dptdr_jax.core.errors import InputError
 
 _TRAINED = ("train", "pretrain", "cross")
 _AT_LEAST = {
+  3: ("text.query_length", "text.passage_length"),  # a token between the special ones
   1: (
     *(f"{section}.{name}" for section in _TRAINED
       for name in ("log_every", "checkpoint_every", "keep_checkpoints", "loader_workers")),
@@ -20,13 +21,16 @@ _AT_LEAST = {
     "index.sample", "index.device_bytes", "evaluate.depth",
   ),
   0: (
+    "seed",
     *(f"{section}.{name}" for section in _TRAINED
       for name in ("steps", "epochs", "evaluate_every", "learning_rate", "warmup", "weight_decay", "clip")),
     "train.query_chunk", "train.passage_chunk", "train.refresh_every", "train.sample_first", "train.sample_last",
     "pretrain.tokens", "pretrain.chunk", "pretrain.contrast_weight", "pretrain.mlm_weight", "cross.chunk",
     "evaluate.examples",
   ),
+  -1: ("prompt.position_shift",),
 }  # fmt: skip
+_RATES = ("train.backbone_dropout", "pretrain.dropout", "cross.backbone_dropout")  # -1: config.json's own
 _ABOVE_0 = ("vector.temperature", "pretrain.temperature", "wait_seconds")
 
 
@@ -39,6 +43,9 @@ def check(config: ConfigDict) -> None:
   for name, value in _values(config, _ABOVE_0):
     if not value > 0:
       raise InputError(f"{name} must be above 0", value=value)
+  for name, value in _values(config, _RATES):
+    if value != -1 and not 0 <= value < 1:
+      raise InputError(f"{name} must be -1, or at least 0 and below 1", value=value)
 
 
 def _values(config: ConfigDict, names: tuple[str, ...]) -> Iterator[tuple[str, float]]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dptdr_jax import backbone as backbones
+from dptdr_jax.core.errors import InputError
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
@@ -66,6 +67,9 @@ def optimizer(section: ConfigDict, steps: int) -> Optimizer:
 
 def check_optimizer(section: ConfigDict) -> None:
   """Raises InputError for settings of an optimiser that do not go together."""
+  if section.warmup >= 1 and not section.steps:
+    raise InputError("a warm-up of so many steps, and how many there are in all is not known yet", value=section.warmup,
+                     fix="Set steps, or warmup to a share below 1")  # fmt: skip
   optimizer(section, section.steps or _MANY)
 
 

@@ -85,7 +85,7 @@ def test_without_negatives_random_or_none():
 def test_a_tiny_corpus_repeats_rows_but_never_a_positive():
   group = _groups(None, 6, positives={0: [0, 1]}, num_passages=4).group(0, 0)
   assert group[0] in (0, 1) and set(group[1:].tolist()) == {2, 3}
-  with pytest.raises(ValueError, match="every passage of the corpus is a positive"):
+  with pytest.raises(InputError, match="every passage of the corpus is a positive"):
     _groups(None, 2, positives={0: [0, 1]}, num_passages=2).group(0, 0)
 
 

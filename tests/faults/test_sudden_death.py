@@ -39,7 +39,7 @@ FLAGS = {
   "pretrain": ("pretrain.enabled=True", "pretrain.steps=12", "pretrain.spans=16", "pretrain.span_tokens=16",
                "pretrain.shortest=2", "pretrain.log_every=1", "pretrain.checkpoint_every=1",
                "pretrain.evaluate_every=6", "pretrain.learning_rate=1e-3"),
-  "train1": ("train.refresh_every=3", "train.passages=3", "train.negatives=source", "train.checkpoint_every=1",
+  "train1": ("train.refresh_every=3", "train.passages=3", "train.negatives=random", "train.checkpoint_every=1",
              "train.evaluate_every=0", "mine.dense.depth=12"),
 }  # fmt: skip
 MADE = {
