@@ -1,14 +1,16 @@
 """`python -m dptdr_jax.ablate --config=configs/NAME.py --workdir=DIR --arms=plain,rip,unm,dptdr`: runs compared.
 
-An arm is a run with some fields changed; stages that arms have in common are done once. DIR/ablation.{json,md,html} has
-the measures over all seeds with 95 % intervals, a paired randomisation test of every arm against the first, and quality
-against trained parameters; an arm with a cross-encoder (cross.enabled=True) stands there twice, before and after
-reranking. Started again, it goes on.
+An arm is a run with some fields changed; stages that arms have in common, with whatever run is in DIR/runs already, are
+done once. DIR/ablation.{json,md,html} has the measures over all seeds with 95 % intervals, the paired difference of
+every arm from the first with a randomisation test, and quality against trained parameters; an arm with a cross-encoder
+(cross.enabled=True) stands there twice, before and after reranking. Started again, it goes on. An arm whose loss is no
+longer finite is left out, and told at the end. It runs as one process. Other pairs, other measures:
+`python -m dptdr_jax.compare`.
 
 Arms by name: plain (prompts alone, one round), rip, unm, dptdr (both), finetune, finetune-unm, finetune-dptdr (all
-weights, the same steps); unm-bm25, unm-dense (one source alone), unm-raw (no denoising). Any other:
---arm="P8: prompt.length=8" --arm="16 negatives: train.passages=17, train.queries=16"; what it does not say is as in the
-config.
+weights, the same steps, at a rate of 3e-5, whatever train.learning_rate is); unm-bm25, unm-dense (one source alone),
+unm-raw (no denoising, of round 1's BM25 negatives neither). Any other: --arm="P8: prompt.length=8" --arm="16 negatives:
+train.passages=17, train.queries=16"; what it does not say is as in the config.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dptdr_jax import pipeline
-from dptdr_jax.core import commands, files, manifest, preemption, progress
+from dptdr_jax.core import commands, files, manifest, preemption, progress, remote
 from dptdr_jax.core.errors import DptdrError, InputError, PassingError
-from dptdr_jax.stages import common, comparison, evaluate, order, sources
+from dptdr_jax.stages import common, comparison, evaluate, order, prepare, sources
 
-_PLAIN = {"pretrain.enabled": False, "rounds": 1}
+_PLAIN = {"pretrain.enabled": False, "rounds": 1, "train.refresh_every": 0}
 _TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
 ARMS: dict[str, dict] = {
   "plain": _PLAIN,
-  "rip": {"pretrain.enabled": True, "rounds": 1},
+  "rip": _PLAIN | {"pretrain.enabled": True},
   "unm": {"pretrain.enabled": False, "rounds": 2},
   "dptdr": {"pretrain.enabled": True, "rounds": 2},
   "finetune": _PLAIN | _TUNED,
@@ -53,6 +55,8 @@ def main(_: list[str]) -> int:
   preemption.install()
   given = flags.FLAGS
   try:
+    if remote.is_remote(given.workdir):
+      raise InputError("an ablation works on local files", path=given.workdir, fix="Name a local --workdir")
     arms, seeds = chosen(given.arms, given.arm), seeds_of(given.seeds)
     ablate(given.config, pathlib.Path(given.workdir), arms, seeds, given.one_seed, given.measure)
   except preemption.Preempted as stop:
@@ -87,12 +91,18 @@ def chosen(names: list[str], own: list[str]) -> dict[str, dict]:
   """
   if unknown := [name for name in names if name not in ARMS]:
     raise InputError("no such arm", value=unknown, fix=f"Known: {', '.join(ARMS)}; or --arm='NAME: field=value'")
+  if len(set(names)) < len(names):
+    raise InputError("an arm is named twice", value=names)
   found = {name: ARMS[name] for name in names}
   for text in own:
     name, colon, fields = text.partition(":")
     if not colon or name.strip() in found:
       raise InputError("an arm is 'NAME: field=value, …', with a name of its own", value=text)
+    if name.strip() in comparison.BASELINES.values() or name.strip().endswith(comparison.RERANKED):
+      raise InputError("the table has a row of this name", value=name.strip(), fix="Give the arm another one")
     found[name.strip()] = _fields(fields, text)
+    if "seed" in found[name.strip()]:
+      raise InputError("an arm has the seeds of --seeds", value=text)
   if not found:
     raise InputError("no arms", fix="Name some: --arms=plain,rip,unm,dptdr")
   return found
@@ -136,8 +146,11 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
     changed.update_from_flattened_dict(fields)
   except (KeyError, TypeError) as error:
     raise InputError(f"an arm's field cannot be set ({error})", value=fields) from None
-  if changed.rounds == 1 and not changed.train.refresh_every:  # nothing is mined that these could denoise
-    changed.mine.cross_encoder = changed.mine.pseudo_positives = False
+  if not sources.mines_with_retriever(changed):  # nothing is mined that these could denoise
+    for name in ("cross_encoder", "pseudo_positives"):
+      changed.mine[name] &= f"mine.{name}" in fields  # what the arm itself says is checked
+    changed.mine.runs = changed.mine.runs if common.mines_first(changed) else ()
+  sources.check_names(changed.mine.retrievers)
   there, asked = sources.retrievers(changed), changed.mine.retrievers
   changed.mine.retrievers = tuple(name for name in asked if name in there)
   if changed.train.simans_source in set(asked) - set(changed.mine.retrievers):
@@ -183,24 +196,51 @@ def ablate(
     if seed == seeds[0] or name not in one_seed
   ]
   done: list[comparison.Done] = []
-  directories = [workdir / "runs" / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
+  runs = workdir / "runs"
+  directories = [runs / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
   _baselines_once([changed for _, _, changed in planned], directories)
   if len(set(directories)) < len(directories):
     raise InputError("two arms have names that are the same but for signs", value=list(arms))
   named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
-  for _, _, changed in planned:
-    order.check(changed)
-    if not common.has_queries(changed):
-      raise InputError("arms are compared by queries, and this data has none", value=changed.data.source)
-  for (name, seed, changed), directory in zip(planned, directories, strict=True):
-    progress.say(f"{name}, seed {seed} ({len(done) + 1} of {len(planned)})")
-    linked = pipeline.share(changed, directory, [other for other in directories if other != directory])
-    if linked:
+  for (name, _, changed), directory in zip(planned, directories, strict=True):
+    try:
+      _check(changed, directory, measure, named)
+    except InputError as error:
+      raise InputError(f"arm {name}: {error}") from error
+  failed: dict[str, DptdrError] = {}
+  for number, ((name, seed, changed), directory) in enumerate(zip(planned, directories, strict=True), 1):
+    progress.say(f"{name}, seed {seed} ({number} of {len(planned)})")
+    others = [other for other in sorted({*directories, *runs.glob("*")}) if other != directory]
+    if linked := pipeline.share(changed, directory, others):
       progress.say(f"  shared with other arms: {', '.join(linked)}")
-    pipeline.run(changed, directory)
+    try:
+      pipeline.run(changed, directory)
+    except (InputError, PassingError):
+      raise
+    except DptdrError as error:  # a loss that is not finite, say: no reason for the others to wait
+      failed[f"{name}, seed {seed}"] = error
+      progress.say(f"  failed: {error}")
+      continue
     done.append(comparison.Done(name, seed, changed.rounds, directory))
-    comparison.write(workdir, done, named)
-  progress.say(files.open_text(workdir / "ablation.md").read())
+    comparison.write(workdir, done, named, arms)
+  if done:
+    progress.say(files.open_text(workdir / "ablation.md").read())
+  if failed:
+    raise DptdrError("; ".join(f"{name} failed: {error}" for name, error in failed.items()))
+
+
+def _check(config: ConfigDict, directory: pathlib.Path, measure: str, named: dict[str, str]) -> None:
+  """Raises InputError for what can be known to fail in an arm, or cannot be compared."""
+  order.check(config)
+  if not common.has_queries(config):
+    raise InputError("arms are compared by queries, and this data has none", value=config.data.source)
+  prepare.outside_files(config)
+  for split, name in named.items():
+    if split not in config.evaluate.splits or evaluate.name_on(config, split, measure) != name:
+      raise InputError(f"the comparison is by {name} on {split}, which the arm does not measure")
+  if manifest.read(directory / "evaluate" / manifest.NAME) is None:  # what is done needs none of these devices
+    for stage in order.stages(config):
+      stage.fits(config)
 
 
 def _safe(name: str) -> str:

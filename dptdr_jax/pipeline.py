@@ -12,10 +12,13 @@ import importlib.metadata
 import itertools
 import logging
 import pathlib
+import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, lock, manifest, progress, remote
@@ -27,6 +30,8 @@ from dptdr_jax.stages.layout import Layout
 from dptdr_jax.stages.order import Planned, Stage
 
 _log = logging.getLogger(__name__)
+
+_SEEN_WITHIN_S = 90  # what one process writes by all others; NFS looks up what it knows of a directory once a minute
 
 
 def run(
@@ -63,6 +68,7 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, 
     return [[item.made_from, item.key] for item in planned]
 
   said = hosts.first_says(made_from)
+  _agree_on_directory(config, layout)
   planned = [Planned(stage, *named) for stage, named in zip(order.stages(config), said, strict=True)]
   chosen = _choose([item.stage.name for item in planned], only)
   for item in planned:
@@ -87,6 +93,28 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, 
     progress.say(report.table(config, layout, seconds(layout, config)))
 
 
+def _agree_on_directory(config: ConfigDict, layout: Layout) -> None:
+  """Writes DIR/run.json: the whole config of the latest start, and where it ran.
+
+  Raises:
+    InputError: what the first process writes is not what this one finds there.
+  """
+  start, path = uuid.uuid4().hex, layout.root / "run.json"
+
+  def written() -> str:
+    where = {"processes": hosts.process_count(), "devices": jax.device_count(), "kind": jax.devices()[0].device_kind}
+    about = {"start": start, "versions": _versions(), **where, "command": sys.argv, "config": config.to_dict()}
+    files.write_json(path, about)
+    return start
+
+  said, deadline = hosts.first_says(written), time.monotonic() + _SEEN_WITHIN_S
+  while not (seen := path.is_file() and files.read_json(path)["start"] == said) and time.monotonic() < deadline:
+    time.sleep(0.5)
+  if not seen:
+    raise InputError(f"process {hosts.process_index()} does not see the first one's --workdir", path=layout.root,
+                     fix="Name one directory that all processes share")  # fmt: skip
+
+
 def share(config: ConfigDict, workdir: files.Path, others: Sequence[files.Path]) -> list[str]:
   """Links the stages that other runs have done and this one would do the same; returns their names.
 
@@ -105,20 +133,33 @@ def share(config: ConfigDict, workdir: files.Path, others: Sequence[files.Path])
     if same:
       files.link_tree(same[0], directory)
       shared.append(stage.name)
-    elif alike and not directory.exists():
-      parts = _link_kept(item, alike[0], directory)
-      shared.append(f"{' and '.join(parts)} of {stage.name}")
+    elif not directory.exists() and (found := _kept_elsewhere(item, {source: made[source] for source in alike})):
+      _link_kept(item, found, directory)
+      shared.append(f"{' and '.join(found)} of {stage.name}")
   return shared
 
 
-def _link_kept(item: Planned, source: pathlib.Path, directory: pathlib.Path) -> list[str]:
-  """Begins a stage with what it keeps of another run's; returns the names of these parts."""
-  parts = [part for part in item.stage.kept if (source / part).exists()]
+def _kept_elsewhere(item: Planned, made: Mapping[pathlib.Path, Mapping[str, Any]]) -> dict[str, pathlib.Path]:
+  """Where each part is that a stage keeps; what a stage of its name made (train1/corpus), where that has the same key.
+
+  Args:
+    made: manifests of the same stage, by directory.
+  """
+  found: dict[str, pathlib.Path] = {}
+  ours = item.made_from["stages"]
+  for part, source in itertools.product(item.stage.kept, made):
+    maker = part.partition("/")[0]
+    if (source / part).exists() and made[source]["made_from"]["stages"].get(maker) == ours.get(maker):
+      found.setdefault(part, source)
+  return found
+
+
+def _link_kept(item: Planned, found: Mapping[str, pathlib.Path], directory: pathlib.Path) -> None:
+  """Begins a stage with the parts that it keeps, each of the directory of another run's."""
   with files.atomic_directory(directory) as partial:
-    for part in parts:
+    for part, source in found.items():
       files.link_tree(source / part, partial / part)
     files.write_json(partial / manifest.BEGUN, _record(item.stage, item.key, item.made_from, 0.0))
-  return parts
 
 
 def seconds(layout: Layout, config: ConfigDict) -> dict[str, float]:
@@ -238,4 +279,6 @@ def _set_back(error: InputError, reader: Stage, config: ConfigDict, layout: Layo
 
 
 def _versions() -> dict[str, str]:
-  return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "faiss-cpu", "numpy")}
+  return {
+    name: importlib.metadata.version(name) for name in ("dptdr_jax", "jax", "flax", "optax", "faiss-cpu", "numpy")
+  }

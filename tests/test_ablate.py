@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_rounds import make_config
 
-from dptdr_jax import ablate
+from dptdr_jax import ablate, compare
 from dptdr_jax.core import files
-from dptdr_jax.core.errors import InputError
+from dptdr_jax.core.errors import DptdrError, InputError
 from dptdr_jax.retrieval import measures
 from dptdr_jax.stages import order
 
@@ -29,7 +29,9 @@ def finished(tmp_path_factory):
 
 def test_the_table_is_what_the_runs_measured(finished):
   _, _, workdir = finished
-  found = json.loads((workdir / "ablation.json").read_text())["dev"]
+  written = json.loads((workdir / "ablation.json").read_text())
+  assert written["reference"] == "plain" and written["arms"]["P 2"]["prompt.length"] == 2
+  found = written["dev"]
   assert list(found) == ["BM25", "untuned backbone", "pretrained backbone", "plain", "unm", "P 2", "P 2, reranked"]
   assert [found[arm]["seeds"] for arm in ("plain", "unm", "P 2", "P 2, reranked")] == [2, 2, 1, 1]
   per_query = {}
@@ -38,7 +40,12 @@ def test_the_table_is_what_the_runs_measured(finished):
     per_query[arm] = np.mean(runs, axis=0)
     assert found[arm]["means"]["RR@10"] == pytest.approx(per_query[arm].mean())
     assert found[arm]["spread"] == pytest.approx(sorted(run.mean() for run in runs))
-  assert found["unm"]["p"] == measures.randomisation_test(per_query["unm"], per_query["plain"])
+  difference = found["unm"]["difference"]
+  assert difference["p"] == measures.randomisation_test(per_query["unm"], per_query["plain"])
+  assert difference["mean"] == pytest.approx(found["unm"]["means"]["RR@10"] - found["plain"]["means"]["RR@10"])
+  assert difference["seeds"] == 2 and found["P 2"]["difference"]["seeds"] == 1 and "difference" not in found["plain"]
+  of_one = [np.load(workdir / f"runs/{run}/evaluate/per_query/train1.dev.npz")["RR@10"] for run in ("P-2-0", "plain-0")]
+  assert found["P 2"]["difference"]["mean"] == pytest.approx(np.mean(of_one[0] - of_one[1])), "by the seed of both"
   assert found["plain"]["parameters"] > found["P 2"]["parameters"] > 0
   head = found["P 2, reranked"]["parameters"] - found["P 2"]["parameters"] - found["plain"]["parameters"]  # P is 4 too
   assert 32 <= head < 32 * 40, "the cross-encoder's prompt and head count"
@@ -46,6 +53,7 @@ def test_the_table_is_what_the_runs_measured(finished):
   baselines = {(system, run) for system, run in measured if not system.startswith(("train", "reranked"))}
   assert baselines == {("bm25", "plain-0"), ("backbone", "P-2-0"), ("pretrain", "P-2-0")}
   table = (workdir / "ablation.md").read_text()
+  assert "are against plain, query by query" in table
   assert "| unm |" in table and f"{found['unm']['means']['RR@10']:.4f}" in table
   assert "<svg" in (workdir / "ablation.html").read_text()
 
@@ -60,6 +68,38 @@ def test_shared_stages_are_done_once(finished):
   ):
     assert (runs / one).samefile(runs / other), one
   assert not (runs / "plain-0/train1/metrics.jsonl").samefile(runs / "plain-1/train1/metrics.jsonl")
+
+
+def test_an_arm_that_fails_keeps_no_other_from_running_and_finds_what_earlier_ones_have_done(finished):
+  config, arms, workdir = finished
+  named = ablate.chosen(["plain"], ["hot: rounds=1, train.learning_rate=1e30, train.clip=0.0, train.schedule=constant"])
+  three = {"again": arms["plain"], "hot": named["hot"] | {"pretrain.enabled": False}, "once more": arms["plain"]}
+  with pytest.raises(DptdrError, match="hot, seed 0 failed: step .* loss nan"):
+    ablate.ablate(config, workdir, three, [0], [], "RR@10")
+  shown = json.loads((workdir / "ablation.json").read_text())["dev"]
+  assert list(shown) == ["BM25", "untuned backbone", "again", "once more"]
+  name = "train1/retriever/prompts.safetensors"
+  assert (workdir / "runs/again-0" / name).samefile(workdir / "runs/plain-0" / name)
+  ablate.ablate(config, workdir, arms, [0, 1], ["P 2"], "RR@10")
+
+
+def test_two_systems_beside_each_other(finished):
+  _, _, workdir = finished
+  plain, unm = (str(workdir / "runs" / name) for name in ("plain-0", "unm-0"))
+  lines = compare.compare([plain, unm, f"{plain}:bm25"], "dev", ["RR@10"]).splitlines()
+  found = [np.load(f"{run}/evaluate/per_query/{system}.dev.npz")["RR@10"]
+           for run, system in ((plain, "train1"), (unm, "train2"))]  # fmt: skip
+  assert len(lines) == 4 and lines[2].startswith(f"| {unm} | RR@10 | {found[0].mean():.4f} | {found[1].mean():.4f} | ")
+  assert f"| {measures.randomisation_test(found[1], found[0]):.4f} |" in lines[2]
+  assert len(compare.compare([plain, unm], "dev", []).splitlines()) == 4, "both measures"
+  for named, split, wanted, message in (
+    ([plain], "dev", [], "two systems at least"),
+    ([plain, f"{unm}:train7"], "dev", [], "train7.*no such system"),
+    ([plain, unm], "dev", ["R@3"], r"not measured in both: \['R@3'\]"),
+    ([plain, str(workdir)], "dev", [], "no evaluated run here"),
+  ):
+    with pytest.raises(InputError, match=message):
+      compare.compare(named, split, wanted)
 
 
 def test_a_rerun_does_nothing(finished):
@@ -120,6 +160,9 @@ def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
     (["plain"], ["plain: rounds=1"], "a name of its own"),
     ([], ["P8 prompt.length=8"], "NAME: field=value"),
     ([], ["P8: prompt.length"], "field=value"),
+    (["plain", "plain"], [], "named twice"),
+    ([], ["BM25: rounds=1"], "the table has a row of this name"),
+    ([], ["s: seed=3"], "the seeds of --seeds"),
   ],
 )
 def test_arms_that_cannot_be_read(names, own, message):

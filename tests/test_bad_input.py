@@ -310,7 +310,7 @@ def test_flags_and_configs_that_are_wrong(tmp_path, flags, message):
   assert status == 2 and len(said.splitlines()) == 1 and re.match(f"error: .*{message}", said), said
 
 
-@pytest.mark.parametrize("command", ["ablate", "plan", "negatives"])
+@pytest.mark.parametrize("command", ["ablate", "compare", "plan", "negatives"])
 def test_every_command_refuses_in_the_same_way(command):
   status, said = call(command, "--no_such_flag=1")
   assert status == 2 and len(said.splitlines()) == 1 and "no_such_flag" in said

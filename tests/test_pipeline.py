@@ -18,7 +18,7 @@ from support import tiny
 from dptdr_jax import pipeline
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import DptdrError, InputError
-from dptdr_jax.stages import common
+from dptdr_jax.stages import common, evaluate
 from dptdr_jax.stages.trial import DevTrial
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -143,6 +143,36 @@ def test_sigterm_during_a_trial_saves_and_the_trial_comes_again(finished, monkey
   pipeline.run(config, tmp_path, ["train"])
   for name in ("retriever/prompts.safetensors", "metrics.jsonl"):
     assert (tmp_path / "train1" / name).read_bytes() == (workdir / "train1" / name).read_bytes(), name
+
+
+def test_another_measure_searches_nothing_again(finished, monkeypatch, tmp_path):
+  config, workdir = finished
+  shutil.copytree(workdir, tmp_path / "work")
+  config = config.copy_and_resolve_references()
+  config.evaluate.measures = (*config.evaluate.measures, "R@5")
+  with monkeypatch.context() as watched:
+    watched.setattr(evaluate.search, "dense", lambda *arguments: pytest.fail("searched again"))
+    pipeline.run(config, tmp_path / "work")
+  results = json.loads((tmp_path / "work/results.json").read_text())
+  before = json.loads((workdir / "results.json").read_text())
+  for system, measured in results.items():
+    assert 0 <= measured["dev"].pop("R@5") <= measured["dev"]["R@20"]
+    assert measured == before[system]
+  config.evaluate.depth, config.evaluate.measures = 30, ("R@5",)
+  pipeline.run(config, tmp_path / "work")
+  runs = [(tmp_path / "work/evaluate/runs" / path.name).read_text() for path in (workdir / "evaluate/runs").iterdir()]
+  assert max(int(line.split()[3]) for run in runs for line in run.splitlines()) == 30, "another depth is searched"
+
+
+def test_a_start_writes_what_it_was_and_processes_see_one_directory(finished, monkeypatch):
+  config, workdir = finished
+  about = json.loads((workdir / "run.json").read_text())
+  assert about["config"]["train"]["negatives"] == "bm25" and about["config"]["data"]["dir"] == config.data.dir
+  assert about["processes"] == 1 and about["devices"] == 8 and about["versions"]["jax"]
+  monkeypatch.setattr(pipeline, "_SEEN_WITHIN_S", 0)
+  monkeypatch.setattr(pipeline.hosts, "first_says", lambda make: "written elsewhere")
+  with pytest.raises(InputError, match=f"{workdir}: process 0 does not see the first one's --workdir"):
+    pipeline._agree_on_directory(config, pipeline.Layout.of(workdir))
 
 
 def test_stages_by_name(tmp_path):

@@ -11,6 +11,7 @@ DOORS = {
   "main": {"pipeline", "runtime", "core"},
   "plan": {"stages", "runtime", "core"},
   "ablate": {"pipeline", "stages", "core"},
+  "compare": {"stages", "data", "core"},
   "negatives": {"stages", "core"},
   "pipeline": {"stages", "runtime", "core"},
   "stages": {

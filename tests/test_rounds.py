@@ -123,7 +123,7 @@ def test_a_rerun_does_nothing_and_another_margin_only_what_follows(finished, tmp
   reasons = [np.load(path / "mine1/pool/reasons.npy") for path in (workdir, tmp_path / "alone", finished[1])]
   np.testing.assert_array_equal(reasons[0], reasons[1])
   assert (reasons[0] != reasons[2]).any()
-  changed.mine.dense.depth, encoded = 10, "train1/corpus and train2/corpus of encode"
+  changed.mine.dense.depth, encoded = 10, "train1/corpus of encode"  # train2 will be another
   assert pipeline.share(changed, tmp_path / "deeper", [workdir]) == ["prepare", "train1", encoded]
   changed.mine.dense.update({"depth": 20, "relative_margin": 0.5})
   shared = pipeline.share(changed, tmp_path / "other", [workdir])
@@ -140,6 +140,28 @@ def test_a_round_on_bm25_alone_does_not_depend_on_the_retriever_to_come(director
   usual, later = keys(), keys(mine__dense__relative_margin=0.5, mine__sources=("dense",), mine__cross_encoder=False)
   assert [name for name in usual if usual[name] == later[name]] == ["prepare", "mine0", "train1"]
   assert keys(mine__bm25__depth=5)["mine0"] != usual["mine0"]
+
+
+def test_what_a_training_does_not_read_is_not_in_its_key(directory):
+  def keys(**fields) -> dict[str, str]:
+    config = make_config(directory, cross__pair_length=48, cross__length=4, **fields)
+    return {item.stage.name: item.key for item in order.plan(config, Layout.of(directory / "planned"))}
+
+  def same(**fields) -> set[str]:
+    there = keys(**fields)
+    return {name for name, key in keys(cross__enabled=True).items() if there.get(name) == key}
+
+  crossed = {"cross__enabled": True}
+  training, later = {"prepare", "mine0", "cross", "train1", "mine1", "train2"}, {"encode", "evaluate", "report"}
+  assert keys()["train1"] == keys(**crossed)["train1"], "random negatives: mine0 is the cross-encoder's alone"
+  assert same(**crossed, train__restart=False) == training - {"train2"}
+  assert same(**crossed, train__simans_source="bm25") == training | later
+  assert same(**crossed, mine__bm25__quota=3) == {"prepare", "train1"}
+  assert same(**crossed, vector__temperature=0.1) == {"prepare", "mine0", "cross"}
+  denoised = {"mine__cross_encoder": True}
+  assert {"train1", "cross"} <= same(**crossed, **denoised, mine__pseudo_positives=True)
+  drawn = {"train__sampling": "simans", "train__simans_source": "bm25"}
+  assert keys(**drawn)["train1"] != keys(**drawn, train__simans_a=3.0)["train1"]
 
 
 def test_a_round_may_go_on_with_the_prompts_of_the_one_before(finished, directory, tmp_path, monkeypatch):
@@ -312,6 +334,8 @@ def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_p
     ({"mine__negative_below": 0.95}, "in this order"),
     ({"train__refresh_every": 2, "mine__dense__depth": 0}, "refresh_every mines with the retriever"),
     ({"fsdp": 3}, "does not fit 8 devices"),
+    ({"mine__runs": (__file__,), "rounds": 1}, "mine.runs, and nothing is mined"),
+    ({"mine__retrievers": ("backbone",), "rounds": 1}, "no pool is mined after round 1"),
     ({"train__steps": 0, "train__epochs": 0.0}, "training has no steps"),
     ({"mine__bm25__depth": 0, "mine__dense__depth": 0}, "nothing to mine from"),
     ({"index__backend": "gpu"}, "unknown index.backend"),
@@ -353,6 +377,7 @@ def test_the_cross_encoder_denoises_and_reranks(directory, tmp_path):
   assert crossed["CROSS_ENCODER"]["all"] > 0 and crossed["PSEUDO_POSITIVE"]["all"] > 0
   page = (tmp_path / "work/report.html").read_text()
   assert "taken out by cross-encoder: pseudo positive (" in page and "by cross-encoder: not scored (" in page
+  assert "<h2>Cross-encoder</h2>" in page
   assert "Negatives of the cross-encoder" in page and "Negatives of round 1" not in page
   assert crossed["NOT_SCORED"]["all"] > 0
 

@@ -76,7 +76,7 @@ class Index:
           preemption.check("the index will be built again")
     manifest = {
       "format": _FORMAT, "kind": "index", "factory": factory, "count": len(embeddings), "width": embeddings.width,
-      "sample": sample, "seed": seed, "source": embeddings.source,
+      "sample": sample, "seed": seed, "source": embeddings.source, "dtype": embeddings.dtype,
     }  # fmt: skip
     return cls(index, manifest)
 

@@ -14,6 +14,9 @@ from dptdr_jax.retrieval import measures
 from dptdr_jax.stages import drawing, evaluate
 from dptdr_jax.stages.layout import Layout
 
+BASELINES = {"bm25": "BM25", "backbone": "untuned backbone", "pretrain": "pretrained backbone"}
+RERANKED = ", reranked"
+
 
 @dataclasses.dataclass(frozen=True)
 class Done:
@@ -25,7 +28,7 @@ class Done:
   workdir: pathlib.Path
 
 
-def write(directory: pathlib.Path, runs: Sequence[Done], named: Mapping[str, str]) -> None:
+def write(directory: pathlib.Path, runs: Sequence[Done], named: Mapping[str, str], arms: Mapping[str, dict]) -> None:
   """Writes ablation.json, ablation.md and ablation.html of the runs so far.
 
   An arm's value of a query is its mean over the arm's seeds: intervals and tests are over queries, and say nothing of
@@ -33,41 +36,57 @@ def write(directory: pathlib.Path, runs: Sequence[Done], named: Mapping[str, str
 
   Args:
     named: by split, the measure that the tests and the plot are about, as it is called there.
+    arms: what was changed for each.
   """
   found = {split: _compare(runs, measure, split) for split, measure in named.items()}
-  files.write_json(directory / "ablation.json", found)
-  tables = {split: _table(arms, named[split]) for split, arms in found.items()}
+  files.write_json(directory / "ablation.json", {**found, "arms": arms, "reference": runs[0].arm})
+  tables = {split: f"{_table(systems, named[split])}\n\n{_caption(runs)}" for split, systems in found.items()}
   with files.atomic_path(directory / "ablation.md") as partial:
     partial.write_text("\n\n".join(f"{split}\n\n{table}" for split, table in tables.items()) + "\n", encoding="utf-8")
-  parts = [f"<h2>{html.escape(split)}</h2>{_plot(arms, named[split])}<pre>{html.escape(tables[split])}</pre>"
-           for split, arms in found.items()]  # fmt: skip
+  parts = [f"<h2>{html.escape(split)}</h2>{_plot(systems, named[split])}<pre>{html.escape(tables[split])}</pre>"
+           for split, systems in found.items()]  # fmt: skip
   with files.atomic_path(directory / "ablation.html") as partial:
     partial.write_text(f"<!doctype html><meta charset=utf-8><title>ablation</title>{''.join(parts)}", encoding="utf-8")
 
 
 def _compare(runs: Sequence[Done], measure: str, split: str) -> dict[str, dict]:
-  """By system: {'seeds', 'parameters', 'means', 'interval' and 'spread' of the measure, 'p' against the first arm}."""
+  """By system: 'seeds', 'parameters', 'means', 'interval' and 'spread' of the measure, and against the first arm, over
+  the seeds that both have: 'difference' (see `paired`)."""
   found, layouts = {}, [Layout.of(run.workdir) for run in runs]
-  for system, label in (("bm25", "BM25"), ("backbone", "untuned backbone"), ("pretrain", "pretrained backbone")):
+  for system, label in BASELINES.items():
     measured = [(layout, system) for layout in layouts if layout.per_query(system, split).exists()]
     if measured:
       found[label] = _system(measured[:1], split, measure) | {"parameters": 0}
-  reference = None
+  reference: dict[int, tuple[Layout, str]] = {}
   for arm in dict.fromkeys(run.arm for run in runs):
-    mine = [(layout, f"train{run.rounds}") for layout, run in zip(layouts, runs, strict=True) if run.arm == arm]
-    summary = files.read_json(mine[0][0].summary)
+    mine = {
+      run.seed: (layout, f"train{run.rounds}") for layout, run in zip(layouts, runs, strict=True) if run.arm == arm
+    }
+    summary = files.read_json(next(iter(mine.values()))[0].summary)
     ranked = {arm: (mine, summary["trained_parameters"])}
     if crossed := summary.get("cross_parameters"):
-      again = [(layout, evaluate.RERANKED) for layout, _ in mine]
-      ranked[f"{arm}, reranked"] = again, summary["trained_parameters"] + crossed
+      again = {seed: (layout, evaluate.RERANKED) for seed, (layout, _) in mine.items()}
+      ranked[f"{arm}{RERANKED}"] = again, summary["trained_parameters"] + crossed
     for name, (systems, parameters) in ranked.items():
-      found[name] = _system(systems, split, measure) | {"parameters": parameters}
-      values = _mean(systems, split, measure)
-      if reference is None:
-        reference = values
-      else:
-        found[name]["p"] = measures.randomisation_test(values, reference)
+      found[name] = _system(list(systems.values()), split, measure) | {"parameters": parameters}
+      if seeds := [seed for seed in systems if seed in reference]:
+        pair = ([of[seed] for seed in seeds] for of in (systems, reference))
+        found[name]["difference"] = paired(*(_mean(each, split, measure) for each in pair)) | {"seeds": len(seeds)}
+      reference = reference or systems
   return found
+
+
+def paired(values: np.ndarray, reference: np.ndarray) -> dict[str, float | tuple[float, float]]:
+  """How far a system is above another, from a measure of each query, float [J] both.
+
+  Returns:
+    'mean' of the differences, 'interval' (95 %, bootstrap over queries), 'p' of a randomisation test over queries.
+  """
+  return {
+    "mean": float(np.mean(values - reference)),
+    "interval": measures.bootstrap_interval(values - reference),
+    "p": measures.randomisation_test(values, reference),
+  }
 
 
 def _system(runs: Sequence[tuple[Layout, str]], split: str, measure: str) -> dict:
@@ -90,18 +109,34 @@ def _mean(runs: Sequence[tuple[Layout, str]], split: str, measure: str) -> np.nd
 def _table(arms: dict[str, dict], measure: str) -> str:
   """Markdown."""
   names = [measure, *(name for name in next(iter(arms.values()))["means"] if name != measure)]
-  head = f"| | parameters | seeds | {names[0]} [95 %] | {' | '.join(names[1:])} | over seeds | p |"
-  lines = [head, "|---" * (len(names) + 5) + "|"]
+  head = f"| | parameters | seeds | {names[0]} [95 %] | {' | '.join(names[1:])} | over seeds | difference [95 %] | p |"
+  lines = [head, "|---" * (len(names) + 6) + "|"]
   for arm, about in arms.items():
     low, high = about["interval"]
     others = " | ".join(f"{about['means'][name]:.4f}" for name in names[1:])
     spread = f"{about['spread'][0]:.4f} to {about['spread'][1]:.4f}" if about["seeds"] > 1 else ""
-    test = f"{about['p']:.4f}" if "p" in about else ""
+    test = shown(about["difference"]) if "difference" in about else " | "
     lines.append(
       f"| {arm} | {about['parameters']:,} | {about['seeds']} | {about['means'][measure]:.4f} [{low:.3f}, {high:.3f}] "
       f"| {others} | {spread} | {test} |"
     )
   return "\n".join(lines)
+
+
+def shown(difference: Mapping) -> str:
+  """What `paired` gives, as two cells of a table: the difference with its interval, and p."""
+  low, high = difference["interval"]
+  return f"{difference['mean']:+.4f} [{low:+.4f}, {high:+.4f}] | {difference['p']:.4f}"
+
+
+def _caption(runs: Sequence[Done]) -> str:
+  return (
+    f"Differences and p (randomisation test over queries, two-sided, not corrected for several tests) are against "
+    f"{runs[0].arm}, query by query, over the seeds that both have. Intervals and p are over queries: what another "
+    f"seed would give is in none of them, and of two runs that differ in their seeds alone p is below .05 in more than "
+    f"one case of twenty. Parameters are those that are trained for the task: pretraining's, of the backbone that "
+    f"tasks share, do not count."
+  )
 
 
 def _plot(arms: dict[str, dict], measure: str) -> str:

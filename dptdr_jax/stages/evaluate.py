@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dptdr_jax.core import files, preemption
+from dptdr_jax.core import files, manifest, preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
+from dptdr_jax.data.store import TokenStore
 from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval import answers, measures, runs
 from dptdr_jax.retrieval.embeddings import Embeddings
@@ -22,9 +23,12 @@ from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
+FOUND = ("found", "index", "scores")  # of its directory, what says itself from what it was made
 RERANKED = "reranked"  # the cross-encoder over the last round's retriever
 _ORIGINS = {"backbone": "untuned backbone", "pretrain": "pretrained backbone"}
-_BINARY = re.compile(r"(RR|R|AP|P|Success)(@\d+)?")  # measures that need to know which grades are relevant
+_BINARY = re.compile(
+  r"(RR|R|AP|P|Success|Rprec|Bpref|SetP|SetR|SetF|SetAP)(@\d+)?"
+)  # measures that need to know which grades are relevant
 
 
 def run(config: ConfigDict, workdir: files.Path) -> None:
@@ -73,13 +77,25 @@ def _evaluate(config: ConfigDict, layout: Layout, data: PreparedData, system: st
 
 
 def _search(config: ConfigDict, layout: Layout, data: PreparedData, system: str, split: str, depth: int) -> Run:
-  if system == "bm25":
-    return common.bm25(layout, data).search([query.text for query in data.splits[split].queries.read()], depth)
+  """The run of a system; what was found by the same search before is not searched again."""
   if system == RERANKED:
     found = _search(config, layout, data, f"train{config.rounds}", split, depth)
     return cross.rerank(config, layout, found, split)
-  queries, passages = (Embeddings(layout.embeddings(system, part)) for part in (split, "corpus"))
-  return search.dense(config, queries, passages, depth, layout.index(system))
+  about: dict = {"depth": depth, "stores": [TokenStore(layout.store(part)).key for part in (split, "corpus")]}
+  vectors = []
+  if system != "bm25":
+    vectors = [Embeddings(layout.embeddings(system, part)) for part in (split, "corpus")]
+    about |= {"vectors": [each.manifest for each in vectors], "index": config.index.to_dict()}
+  kept = layout.found(system, split)
+  if manifest.read(kept / "about.json") != about:
+    if vectors:
+      made = search.dense(config, *vectors, depth, layout.index(system))
+    else:
+      made = common.bm25(layout, data).search([query.text for query in data.splits[split].queries.read()], depth)
+    with files.atomic_directory(kept) as partial:
+      made.save(partial / "run")
+      files.write_json(partial / "about.json", about)
+  return Run.open(kept / "run")
 
 
 def _measure(

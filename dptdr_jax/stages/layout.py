@@ -102,6 +102,10 @@ class Layout:
     """Queries with their top passages, for the report."""
     return self.root / "evaluate" / "examples.json"
 
+  def found(self, system: str, split: str) -> pathlib.Path:
+    """What a system's search found for a split, by row, and what it was made from."""
+    return self.root / "evaluate" / "found" / f"{system}.{split}"
+
   def per_query(self, system: str, split: str) -> pathlib.Path:
     """Measures of every query, .npz: what significance tests read."""
     return self.root / "evaluate" / "per_query" / f"{system}.{split}.npz"

@@ -34,7 +34,7 @@ AFTER_SEARCH = frozenset((
   *(f"config.mine.{source}.{field}" for source in ("bm25", "dense", "outside")
     for field in ("first", "quota", "relative_margin", "absolute_margin")),
   *(f"config.mine.{field}" for field in ("same_text", "near_duplicate", "cross_encoder", "negative_below",
-                                         "positive_above", "pseudo_positives", "width", "retrievers")),
+                                         "positive_above", "pseudo_positives", "width", "retrievers", "sources")),
   "config.cross.depth", "stages.cross",
 ))  # fmt: skip
 

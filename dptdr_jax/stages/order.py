@@ -40,6 +40,7 @@ class Stage:
   Attributes:
     run: its function (config, workdir).
     fields: the config fields it reads.
+    unread: of a section that it reads, the fields that it does not.
     inputs: the stages whose files it reads.
     files: the files from outside that it depends on, in groups by name, which may nest.
     splits: those whose queries it reads of what is prepared; the corpus it may always read.
@@ -56,6 +57,7 @@ class Stage:
   name: str
   run: Callable[[ConfigDict, files.Path], None]
   fields: tuple[str, ...]
+  unread: tuple[str, ...] = ()
   inputs: tuple[str, ...] = ()
   files: Callable[[ConfigDict], Mapping[str, Any]] = lambda config: {}
   splits: tuple[str, ...] = ()
@@ -117,21 +119,22 @@ def stages(config: ConfigDict) -> list[Stage]:
     tokens = {"kept": ("tokens",), "after": frozenset(f"config.{name}" for name in ("seed", "compute_dtype", *beside))}
     first.append(
       Stage(
-        "pretrain", pretrain.run, fields, ("prepare",), files=_corpora, text_alone=True, fits=pretrain.check_devices,
-        **tokens,
+        "pretrain", pretrain.run, fields, inputs=("prepare",), files=_corpora, text_alone=True,
+        fits=pretrain.check_devices, **tokens,
       )
     )  # fmt: skip
   names = tuple(stage.name for stage in first)
   if not common.has_queries(config):
-    return [*first, Stage("report", report.run, (), names, together=False, beside=("report.html",))]
+    return [*first, Stage("report", report.run, (), inputs=names, together=False, beside=("report.html",))]
   rounds = list(_rounds(config, names, model))
   names = ("prepare", *(stage.name for stage in rounds))
+  trained = ("prepare", *(name for name in names if name.startswith("train")))
   judged = tuple(config.evaluate.splits)
   return [
     *first,
     *rounds,
     Stage(
-      "encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), names, splits=judged,
+      "encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), inputs=trained, splits=judged,
       kept=tuple(f"{system}/corpus" for system in common.dense_systems(config)), after=encode.BESIDE_CORPUS,
       repair="file",
     ),
@@ -139,12 +142,16 @@ def stages(config: ConfigDict) -> list[Stage]:
       "evaluate",
       evaluate.run,
       ("evaluate", "index", "rounds", "cross.enabled", "cross.rerank"),
-      (*names, "encode"),
+      inputs=(*trained, *(["cross"] if config.cross.enabled else []), "encode"),
       splits=judged,
       together=False,
       beside=("results.json",),
+      kept=evaluate.FOUND,
+      after=frozenset(("config", "corpus", "files", "stages")),
     ),
-    Stage("report", report.run, (), (*names, "evaluate"), splits=judged, together=False, beside=("report.html",)),
+    Stage(
+      "report", report.run, (), inputs=(*names, "evaluate"), splits=judged, together=False, beside=("report.html",)
+    ),
   ]  # fmt: skip
 
 
@@ -160,26 +167,33 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
   """Training, and before each round (but the first, unless it wants BM25's negatives) mining; the cross-encoder."""
   inputs, learned = before, (config.data.train_split,)
   tried = (*learned, config.data.dev_split)
+  refreshed = config.train.refresh_every > 0
   for number in range(1, config.rounds + 1):
     if number > 1 or common.mines_first(config):
       fields = ("mine", "encode", "index", "cross.depth", *model) if number > 1 else MINED_FIRST
       fields += ("data.train_split",)
       mined = functools.partial(mine.run, number=number - 1)
       parts = {"kept": sources.FOUND, "after": mine.AFTER_SEARCH}
-      yield Stage(f"mine{number - 1}", mined, fields, inputs, _runs, learned, **parts)
+      yield Stage(f"mine{number - 1}", mined, fields, inputs=inputs, files=_runs, splits=learned, **parts)
       inputs = (*inputs, f"mine{number - 1}")
     if number == 1 and config.cross.enabled:
-      fields = ("seed", "cross", "data.train_split", "data.dev_split", *model)
-      crossed = Stage("cross", cross.run, fields, inputs, splits=tried, fits=cross.check_devices, repair="")
-    early = number == 1 and config.cross.enabled and config.mine.cross_encoder and bool(config.train.refresh_every)
+      fields = ("seed", "cross", "data.train_split", "data.dev_split", *(name for name in model if name != "vector"))
+      drawn = inputs if config.cross.negatives == "bm25" else before
+      crossed = Stage("cross", cross.run, fields, inputs=drawn, splits=tried, fits=cross.check_devices, repair="")
+    early = number == 1 and config.cross.enabled and config.mine.cross_encoder and refreshed
     if early:  # it denoises what is mined while round 1 trains
       yield crossed
       inputs = (*inputs, "cross")
-    fields = ("seed", "train", "prompt", "mine.pseudo_positives", "data.train_split", "data.dev_split", *model)
-    fields += ("mine", "encode", "index", "cross.depth") if config.train.refresh_every else ()
-    outside = {"files": _runs} if config.train.refresh_every else {}
-    trained = functools.partial(train.run, number=number)
-    yield Stage(f"train{number}", trained, fields, inputs, splits=tried, fits=train.check_devices, repair="", **outside)
+    fields = ("seed", "train", "prompt", "data.train_split", "data.dev_split", *model)
+    fields += ("mine", "encode", "index", "cross.depth") if refreshed else ()
+    first = number == 1 and not refreshed  # before anything is mined by a retriever
+    fields += () if first else ("mine.pseudo_positives",)
+    yield Stage(
+      f"train{number}", functools.partial(train.run, number=number), fields,
+      unread=("train.restart",) if number == 1 else (),
+      inputs=inputs if not first or config.train.negatives == "bm25" else before,
+      files=_runs if refreshed else lambda config: {}, splits=tried, fits=train.check_devices, repair="",
+    )  # fmt: skip
     inputs = (*inputs, f"train{number}")
     if number == 1 and config.cross.enabled and not early:
       yield crossed
@@ -248,7 +262,7 @@ def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Plann
 
 
 def _describe(stage: Stage, config: ConfigDict, before: Sequence[Planned], outside: Outside) -> dict[str, Any]:
-  plain, unread = config.to_dict(), {*NEUTRAL, *_overruled(config)}
+  plain, unread = config.to_dict(), {*NEUTRAL, *_overruled(config), *stage.unread}
   fields = {}
   for name in stage.fields:
     value = functools.reduce(lambda at, part: at[part], name.split("."), plain)
@@ -278,6 +292,8 @@ def _overruled(config: ConfigDict) -> Iterator[str]:
       yield from (f"{section}.epochs", f"{section}.tokens")
   if config.pretrain.tokens:
     yield "pretrain.epochs"
+  if config.train.sampling != "simans":
+    yield from ("train.simans_source", "train.simans_a", "train.simans_b")
   if config.data.source != "beir":
     yield "data.empty_text"
   if not scratch.is_wanted(config):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dptdr_jax.core import files, preemption
+from dptdr_jax.core import files, manifest, preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval.device import DTYPES, search_devices
 from dptdr_jax.retrieval.embeddings import Embeddings
@@ -48,8 +48,13 @@ def dense(
 
 
 def build(config: ConfigDict, passages: Embeddings, index: pathlib.Path) -> None:
-  """Builds the FAISS index in `index`, where the config wants one and it is missing."""
-  if config.index.backend == "faiss" and config.index.factory != "Flat" and not (index / "manifest.json").exists():
+  """Builds the FAISS index in `index`, where the config wants one and it is missing, or of other vectors."""
+  if config.index.backend != "faiss" or config.index.factory == "Flat":
+    return
+  wanted = {"factory": config.index.factory, "sample": config.index.sample}
+  wanted |= {"source": passages.source, "dtype": passages.dtype}
+  there = manifest.read(index / "manifest.json") or {}
+  if {name: there.get(name) for name in wanted} != wanted:
     Index.build(passages, config.index.factory, sample=config.index.sample).save(index)
 
 

@@ -8,7 +8,7 @@ import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -52,6 +52,9 @@ def check(config: ConfigDict) -> None:
       raise InputError(f"mine.{name}.depth is beyond the {MAX_DEPTH:,} ranks that a pool holds", value=options.depth)
   if (number := max(len(names(config, number)) for number in (0, config.rounds))) > MAX_SOURCES:
     raise InputError(f"a pool takes {MAX_SOURCES} sources at most", value=number, fix="Name fewer mine.runs")
+  if mine.runs and not (common.mines_first(config) or mines_with_retriever(config)):
+    raise InputError("mine.runs, and nothing is mined", value=mine.runs,
+                     fix="Set train.negatives to bm25, or rounds to 2")  # fmt: skip
   taken = [BM25, DENSE, *mine.retrievers]
   for path in mine.runs:
     if not pathlib.Path(path).is_file():
@@ -63,10 +66,11 @@ def check(config: ConfigDict) -> None:
 
 def _check_retrievers(config: ConfigDict) -> None:
   found, known = config.mine.retrievers, retrievers(config)
-  if wrong := [name for name in found if not _RETRIEVER.fullmatch(name)]:
-    fix = "There are backbone, pretrain, train1, train2, …"
-    raise InputError("mine.retrievers names what is no retriever", value=wrong, fix=fix)
-  if found and mines_with_retriever(config) and not (config.mine.dense.depth and DENSE in config.mine.sources):
+  check_names(found)
+  if found and not mines_with_retriever(config):
+    raise InputError("mine.retrievers, and no pool is mined after round 1 or while it trains", value=found,
+                     fix="Set rounds to 2, or train.refresh_every above 0")  # fmt: skip
+  if found and not (config.mine.dense.depth and DENSE in config.mine.sources):
     raise InputError("mine.retrievers are asked as the dense source is, and it is not", value=found,
                      fix="Set mine.dense.depth above 0, and name dense in mine.sources")  # fmt: skip
   if unknown := [name for name in found if known and name not in known]:
@@ -74,6 +78,13 @@ def _check_retrievers(config: ConfigDict) -> None:
                      fix=f"There are {', '.join(known)}; that of a pool's own round is in it by itself")  # fmt: skip
   if len(set(found)) < len(found):
     raise InputError("mine.retrievers names one twice", value=found)
+
+
+def check_names(found: Sequence[str]) -> None:
+  """Raises InputError for a name in mine.retrievers that no run has."""
+  if wrong := [name for name in found if not _RETRIEVER.fullmatch(name)]:
+    fix = "There are backbone, pretrain, train1, train2, …"
+    raise InputError("mine.retrievers names what is no retriever", value=wrong, fix=fix)
 
 
 def retrievers(config: ConfigDict) -> list[str]:
