@@ -51,8 +51,8 @@ def _data() -> dict:
 
 def _text() -> dict:
   return dict(
-    query_length=32,  # tokens, special tokens included (method: 32 for MS MARCO and NQ)
-    passage_length=128,  # tokens, special tokens included (method: 128)
+    query_length=32,  # tokens, special tokens included (the paper: 32 for MS MARCO and NQ)
+    passage_length=128,  # tokens, special tokens included (the paper: 128)
     separator=" ",  # between title and text; RoBERTa's original recipe: '</s>'
     query_template="{text}",  # E5: 'query: {text}'; BGE: 'Represent this sentence … passages: {text}'
     passage_template="{title}{separator}{text}",  # E5: 'passage: {title}{separator}{text}'
@@ -80,7 +80,7 @@ def _pretrain() -> dict:
     steps=0,  # optimiser steps
     tokens=0,  # budget of tokens, padding not counted; ignored where steps > 0
     spans=2048,  # a step, over all devices; two a passage (coCondenser)
-    span_tokens=128,  # limit of a span, special tokens included (method: 80-128)
+    span_tokens=128,  # limit of a span, special tokens included (coCondenser: 128)
     shortest=8,  # fewest tokens of text in a span
     short_share=0.1,  # spans that aim at a random shorter length (coCondenser's 10 %)
     overlap=False,  # spans may overlap (Contriever's cropping); wants passages longer than span_tokens (MS MARCO's: 70)

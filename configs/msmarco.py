@@ -11,7 +11,7 @@ from configs import base
 
 
 def get_config():
-  """RIP, stage 1 on BM25 negatives, UNM, stage 2 from fresh prompts (method: recipes)."""
+  """RIP, stage 1 on BM25 negatives, UNM, stage 2 from fresh prompts."""
   c = base.get_config()
   c.backbone.path = "roberta-large"
   c.data.source = "msmarco"

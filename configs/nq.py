@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config():
-  """RIP, stage 1 on the BM25 negatives of DPR's files, UNM, stage 2 from fresh prompts (method: recipes)."""
+  """RIP, stage 1 on the BM25 negatives of DPR's files, UNM, stage 2 from fresh prompts."""
   c = base.get_config()
   c.backbone.path = "roberta-large"
   c.data.source = "nq"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
+
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start(main: Callable[[list[str]], int], required: Sequence[str] = (), words: Sequence[str] = ()) -> None:
@@ -19,6 +22,8 @@ def start(main: Callable[[list[str]], int], required: Sequence[str] = (), words:
     required: flags without which nothing can begin.
     words: of which one has to stand beside the flags; none: nothing may.
   """
+  if (_ROOT / "configs").is_dir():
+    sys.path.append(str(_ROOT))  # a config of one's own imports configs.base wherever it lies and is asked for
   flags.mark_flags_as_required(required)
   app.run(main, flags_parser=functools.partial(_parse, words=words))
 
@@ -44,6 +49,8 @@ def _parse(argv: list[str], words: Sequence[str]) -> list[str]:
 def _told(error: Exception) -> str:
   """What is wrong with a flag, or with the config, in one line; how that came about is left out."""
   lines = [line.strip().rstrip(" .?") for line in str(error).splitlines() if line.strip()]
+  if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+    return f"--{error.flagname}, and no --config that it could change. See --help"
   if isinstance(error, flags.Error):  # which quotes the traceback of some errors of a config
     return f"config: {lines[-1]}" if "Traceback" in str(error) else f"{'; '.join(lines)}. See --help"
   if isinstance(error, AttributeError) and error.args and isinstance(error.args[0], KeyError):  # as ml_collections does

@@ -1,4 +1,4 @@
-"""Training groups: for a query one positive and G − 1 negatives, by passage row (method.md, "passages for a query").
+"""Training groups: for a query one positive and G − 1 negatives, by passage row.
 
 Every choice is drawn from a counter-based generator keyed by what it belongs to, so that a group is a function of
 (seed, stage, epoch, query row) and nothing else: no global state, no order of calls.

@@ -19,6 +19,7 @@ from dptdr_jax.core.files import Path, atomic_path, read_json, remove, write_jso
 
 _FORMAT = 1
 _DTYPES = ("float32", "float16")
+_BLOCK = 65_536  # ids that are in memory at a time
 _AGAIN = "Remove it and encode again: the whole shards are kept."
 
 
@@ -100,13 +101,18 @@ class EmbeddingWriter:
     return vectors.shape == (len(self.rows(shard)), self.plan["width"])
 
   def finish(self, ids: Sequence[str]) -> Embeddings:
-    """Writes the ids [C] and the manifest, which says that all is whole."""
+    """Writes the ids [C], a block at a time, and the manifest, which says that all is whole."""
     missing = self.missing()
     if missing or len(ids) != self.plan["count"]:
       raise ValueError(f"missing shards {missing[:8]}, {len(ids)} ids for {self.plan['count']} vectors")
     if (self.directory / "begun.json").is_file():
-      with atomic_path(self.directory / "ids.npy") as partial, open(partial, "wb") as stream:
-        np.save(stream, np.array([name.encode() for name in ids], np.bytes_))
+      with atomic_path(self.directory / "ids.npy") as partial:
+        kind = np.dtype((np.bytes_, max((len(name.encode()) for name in ids), default=1)))
+        table = np.lib.format.open_memmap(partial, "w+", kind, (len(ids),))
+        for start in range(0, len(ids), _BLOCK):
+          stop = min(start + _BLOCK, len(ids))
+          table[start:stop] = [ids[row].encode() for row in range(start, stop)]
+        table.flush()
       files.rename(self.directory / "begun.json", self.directory / "manifest.json")
     return Embeddings(self.directory)
 

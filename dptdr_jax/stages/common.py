@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -174,20 +174,17 @@ def load_retriever(config: ConfigDict, directory: files.Path, shared: Backbone |
   return Retriever.load(directory, shared, compute_dtype=config.compute_dtype, fsdp=config.fsdp)
 
 
-def retrievers(config: ConfigDict, layout: Layout) -> dict[str, Retriever]:
-  """Every dense system that is evaluated; they share backbones in memory, unless the weights were tuned."""
-  shared = load_backbone(config, layout)
-  untuned = untuned_systems(config)
-  origins = {"backbone": shared, "pretrain": shared}
-  if untuned and config.pretrain.enabled:
-    origins["backbone"] = base_backbone(config, layout)
-  found = {}
-  for system, (origin, pooling) in untuned.items():
-    vector = {**config.vector, "pooling": pooling}
-    found[system] = Retriever.untuned(origins[origin], **vector, **config.text)
+def retrievers(config: ConfigDict, layout: Layout) -> Iterator[tuple[str, Retriever]]:
+  """Every dense system that is evaluated; on the backbone that they share, unless they have weights of their own, which
+  are read when it is their turn."""
+  shared, before = load_backbone(config, layout), None
+  for system, (origin, pooling) in untuned_systems(config).items():
+    backbone, vector = shared, {**config.vector, "pooling": pooling}
+    if origin == "backbone" and config.pretrain.enabled:
+      backbone = before = before or base_backbone(config, layout)
+    yield system, Retriever.untuned(backbone, **vector, **config.text)
   for number in range(1, config.rounds + 1):
-    found[f"train{number}"] = trained(config, layout, number, shared)
-  return found
+    yield f"train{number}", trained(config, layout, number, shared)
 
 
 def train_batches(

@@ -72,7 +72,7 @@ def check(config: ConfigDict, encoder: EncoderConfig) -> None:
 
 def check_devices(config: ConfigDict) -> None:
   """Raises InputError where the devices that are here cannot share a batch in chunks."""
-  steps.check_chunk(config.cross.queries * config.cross.passages, config.cross.chunk, "pair")
+  steps.check_chunk(config, "cross.chunk", config.cross.queries * config.cross.passages)
 
 
 def prompt_spec(config: ConfigDict) -> PromptSpec:

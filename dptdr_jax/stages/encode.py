@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   """Writes DIR/encode/SYSTEM/{corpus,SPLIT}: .npy shards, ids and a manifest; goes on at the first missing shard."""
   layout = Layout.of(workdir)
   data = PreparedData(layout.prepared)
-  for system, retriever in common.retrievers(config, layout).items():
+  for system, retriever in common.retrievers(config, layout):
     for split in config.evaluate.splits:
       encode(config, layout, layout.embeddings(system, split), split, retriever, "query", data.splits[split].ids)
     if hosts.is_main():
@@ -85,5 +85,5 @@ def encode(
     preemption.check(f"encoding stands after shard {shard + 1} of {writer.num_shards} in {directory}")
   meet(f"encode {part}: all shards")
   if index == 0:
-    writer.finish(ids.ids(range(len(ids))))
+    writer.finish(ids)
   meet(f"encode {part}: done")

@@ -33,7 +33,9 @@ def export(workdir: files.Path, number: int, out: files.Path, form: str, count: 
   """
   layout = Layout.of(workdir)
   if not (layout.pool(number) / "manifest.json").exists():
-    raise InputError(f"round {number} of mining is not done here", path=layout.pool(number))
+    there = [one.parent.parent.name for one in sorted(layout.root.glob("mine*/pool/manifest.json"))]
+    fix = f"There are {', '.join(there)}: --round takes the number" if there else "Nothing is mined in this run yet"
+    raise InputError(f"round {number} of mining is not done here", path=layout.pool(number), fix=fix)
   data = PreparedData(layout.prepared)
   split = data.splits[files.read_json(layout.mining(number))["split"]]
   examples = exports.training_examples(

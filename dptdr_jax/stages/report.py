@@ -50,6 +50,7 @@ def _measured(config: ConfigDict, layout: Layout, pretrained: list[str]) -> list
     _measures(results, summary),
     *pretrained,
     *(_curves(layout.train(number), f"Training, round {number}") for number in range(1, summary["rounds"] + 1)),
+    *([_curves(layout.stage("cross"), "Cross-encoder")] if config.cross.enabled else []),
     *(part for number in range(1, config.rounds + 1) for part in negatives(config, layout, number)),
     _examples(files.read_json(layout.examples)),
   ]

@@ -73,10 +73,14 @@ def check_optimizer(section: ConfigDict) -> None:
   optimizer(section, section.steps or _MANY)
 
 
-def check_chunk(rows: int, chunk: int, side: str) -> None:
-  """Raises InputError for a chunk that does not divide a device's share of a batch of `rows`, filled up evenly."""
-  devices = jax.device_count()
-  chunk_count(-(-rows // devices) * devices, devices, chunk, side)
+def check_chunk(config: ConfigDict, field: str, rows: int) -> None:
+  """Raises InputError where the chunk in `field` does not divide a device's share of `rows`, filled up evenly."""
+  devices, (section, name) = jax.device_count(), field.split(".")
+  side = "pair" if section == "cross" else name.removesuffix("_chunk")
+  try:
+    chunk_count(-(-rows // devices) * devices, devices, config[section][name], side)
+  except InputError as error:
+    raise InputError(f"{field}: {error}; or 0: all at once") from None
 
 
 @functools.lru_cache(maxsize=4)  # equal ones are one: a step is known by it

@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 def check_devices(config: ConfigDict) -> None:
   """Raises InputError where the devices that are here cannot share a batch in chunks."""
   train = config.train
-  steps.check_chunk(train.queries, train.query_chunk, "query")
-  steps.check_chunk(train.queries * train.passages, train.passage_chunk, "passage")
+  steps.check_chunk(config, "train.query_chunk", train.queries)
+  steps.check_chunk(config, "train.passage_chunk", train.queries * train.passages)
 
 
 def run(config: ConfigDict, workdir: files.Path, number: int = 1) -> None:

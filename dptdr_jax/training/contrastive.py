@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_all, on_data, share_inner, split
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
 from dptdr_jax.training.seeded import SeededStep
 from dptdr_jax.training.state import TrainState, apply_gradient
 from dptdr_jax.training.towers import SIDES, TowerModel
+
+_OF_ALL = ("targets", "blocked", "repeated")  # of a batch, what speaks of its pairs, whole on every device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def make_train_step(
   batch = {f"{side}_{what}": rows for side in SIDES for what in ("tokens", "lengths")}
   jitted = jax.jit(
     step,
-    in_shardings=(whole, of_state, of_backbone, batch | dict.fromkeys(meshes.WHOLE, whole)),
+    in_shardings=(whole, of_state, of_backbone, batch | dict.fromkeys(_OF_ALL, whole)),
     out_shardings=(of_state, whole),
     donate_argnums=1,
   )
@@ -114,7 +115,7 @@ def loss_and_gradient(
 
   # The compiler would share it out by an all-to-all.
   run = on_all(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True), mesh, 5)
-  (loss, metrics), cotangents = run(*vectors, *(batch[name] for name in meshes.WHOLE))
+  (loss, metrics), cotangents = run(*vectors, *(batch[name] for name in _OF_ALL))
   gradients = [pullback(cotangent) for pullback, cotangent in zip(pullbacks, cotangents, strict=True)]
   return loss, metrics, jax.tree.map(jnp.add, *gradients)
 

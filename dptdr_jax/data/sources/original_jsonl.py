@@ -1,7 +1,7 @@
 """The training files of the original DPTDR code: JSONL lines of a query, its positives, its negatives.
 
 {"query": …, "positives": [passage, …], "negatives": [passage, …]}, where a text is a string, or a list of token ids
-without special tokens, and a passage may also be {"title": …, "text": …}. (What the original reads: method.md.)
+without special tokens, and a passage may also be {"title": …, "text": …}.
 """
 
 from __future__ import annotations
