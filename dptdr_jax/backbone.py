@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
@@ -236,7 +235,7 @@ def export(
   tensors, about = convert.to_huggingface(params, config), config.to_dict()
   if head is not None:
     tensors, about = mlm.add_head(tensors, head, config), mlm.masked_lm_config(config)
-  safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+  convert.write_safetensors(directory / "model.safetensors", tensors)
   files.write_json(directory / "config.json", about)
   for name in _TOKENIZER_FILES if tokenizer and tokenizer.directory != directory else ():
     if (tokenizer.directory / name).is_file():

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
@@ -24,6 +23,7 @@ from dptdr_jax.models import convert, prompts
 from dptdr_jax.models.cross import check_cross, cross_logits
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.runtime import buckets
+from dptdr_jax.runtime import mesh as meshes
 
 FORMAT = 1  # of cross_encoder.json
 _ABOUT, _TENSORS = "cross_encoder.json", "prompts.safetensors"
@@ -92,7 +92,7 @@ class CrossEncoder:
   def save(self, path: files.Path) -> None:
     """Writes cross_encoder.json and prompts.safetensors, as a whole or not at all; the backbone is named and hashed."""
     with remote.written(path, last=_ABOUT, whole=True) as local, files.atomic_directory(local) as partial:
-      safetensors.numpy.save_file(prompts.flatten(self.trainable), partial / _TENSORS)
+      convert.write_safetensors(partial / _TENSORS, prompts.flatten(self.trainable))
       about = {
         "format": FORMAT,
         "prompt": dataclasses.asdict(self.spec),
@@ -113,6 +113,11 @@ class CrossEncoder:
     hashes = [self.backbone.hash, self.backbone.tokenizer.hash]
     described = json.dumps([self.spec.read_fields(), dataclasses.asdict(self.settings), hashes], sort_keys=True)
     return backbones.hash_tensors(prompts.flatten(self.trainable), described)
+
+  @functools.cached_property
+  def _placed(self) -> dict[str, Any]:
+    """Prompt and head on the devices, once."""
+    return jax.device_put(self.trainable, meshes.replicated(self.backbone.mesh))
 
   @functools.cached_property
   def form(self) -> PairFormat:
@@ -170,9 +175,9 @@ class CrossEncoder:
 
   def _logits(self, pairs: Pairs, batch_tokens: int = buckets.BATCH_TOKENS, description: str = "") -> np.ndarray:
     backbone = self.backbone
-    static = dict(config=backbone.config, spec=self.spec, compute_dtype=backbone.compute_dtype)
+    static = dict(config=backbone.config, spec=prompts.as_read(self.spec), compute_dtype=backbone.compute_dtype)
     return buckets.map_sequences(
-      lambda batch: logits_of(backbone.params, self.trainable, **batch, **static),
+      lambda batch: logits_of(backbone.params, self._placed, **batch, **static),
       pairs, backbone.mesh, batch_tokens=batch_tokens, description=description, unit="pair",
     )  # fmt: skip
 

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
@@ -24,6 +23,7 @@ from dptdr_jax.models import convert, prompts
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import represent
 from dptdr_jax.runtime import buckets
+from dptdr_jax.runtime import mesh as meshes
 
 FORMAT = 1  # of retriever.json
 
@@ -110,7 +110,7 @@ class Retriever:
     tied = self.prompts["query"] is self.prompts["passage"]
     trees = {"prompt": self.prompts["query"]} if tied else self.prompts
     with remote.written(path, last="retriever.json", whole=True) as local, files.atomic_directory(local) as partial:
-      safetensors.numpy.save_file(prompts.flatten(trees), partial / "prompts.safetensors")
+      convert.write_safetensors(partial / "prompts.safetensors", prompts.flatten(trees))
       description = {
         "format": FORMAT,
         "tied": tied,
@@ -133,6 +133,12 @@ class Retriever:
     hashes += [self.backbone.tokenizer.hash] if self.backbone.tokenizer else []
     described = json.dumps([self.spec.read_fields(), dataclasses.asdict(self.settings), hashes], sort_keys=True)
     return backbones.hash_tensors(tensors, described)
+
+  @functools.cached_property
+  def _placed(self) -> dict[str, Any]:
+    """The prompts on the devices, once."""
+    sides = {kind: (tree, meshes.replicated(self.backbone_of(kind).mesh)) for kind, tree in self.prompts.items()}
+    return {kind: jax.device_put(*placed) for kind, placed in sides.items()}
 
   def backbone_of(self, kind: str) -> Backbone:
     """The backbone of a 'query' or a 'passage'."""
@@ -210,11 +216,11 @@ class Retriever:
   ) -> np.ndarray:
     backbone, settings = self.backbone_of(kind), self.settings
     static = dict(
-      config=backbone.config, spec=self.spec, pooling=settings.pooling, normalize=settings.normalize,
+      config=backbone.config, spec=prompts.as_read(self.spec), pooling=settings.pooling, normalize=settings.normalize,
       compute_dtype=backbone.compute_dtype,
     )  # fmt: skip
     return buckets.map_sequences(
-      lambda batch: vectors_of(backbone.params, self.prompts[kind], **batch, **static),
+      lambda batch: vectors_of(backbone.params, self._placed[kind], **batch, **static),
       source, backbone.mesh, (backbone.config.hidden_size,), batch_tokens=batch_tokens, description=description,
     )  # fmt: skip
 

@@ -158,6 +158,19 @@ def test_another_measure_searches_nothing_again(finished, monkeypatch, tmp_path)
   for system, measured in results.items():
     assert 0 <= measured["dev"].pop("R@5") <= measured["dev"]["R@20"]
     assert measured == before[system]
+  data = tmp_path / "data"  # other texts of the same queries: nothing that was found for the old ones counts
+  shutil.copytree(config.data.dir, data)
+  config.data.dir = str(data)
+  lines = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+  texts = [line["text"] for line in lines]
+  for line, text in zip(lines, texts[3:] + texts[:3], strict=True):
+    line["text"] = text
+  (data / "queries.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+  config.train.steps = 1
+  pipeline.run(config, tmp_path / "work")
+  shown = json.loads((tmp_path / "work/results.json").read_text())
+  assert shown["bm25"]["dev"]["RR@10"] < 0.5 * before["bm25"]["dev"]["RR@10"]
+  assert shown["backbone"]["dev"]["RR@10"] != before["backbone"]["dev"]["RR@10"]
   config.evaluate.depth, config.evaluate.measures = 30, ("R@5",)
   pipeline.run(config, tmp_path / "work")
   runs = [(tmp_path / "work/evaluate/runs" / path.name).read_text() for path in (workdir / "evaluate/runs").iterdir()]

@@ -72,6 +72,8 @@ def test_stores_texts_and_order_agree(encoder, tmp_path):
 def test_saved_and_loaded_it_scores_the_same(encoder, tmp_path):
   encoder.save(tmp_path / "saved")
   assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["cross_encoder.json", "prompts.safetensors"]
+  modes = [path.stat().st_mode & 0o444 for path in (tmp_path / "saved", tmp_path / "saved/prompts.safetensors")]
+  assert modes[0] == modes[1], "whoever can read the directory can read the file"
   titled = [("title", passage) for passage in PASSAGES]
   for loaded in (CrossEncoder.load(tmp_path / "saved"), CrossEncoder.load(tmp_path / "saved", encoder.backbone)):
     np.testing.assert_array_equal(loaded.score(QUERIES, titled), encoder.score(QUERIES, titled))

@@ -79,6 +79,14 @@ def load_backbone_tensors(directory: files.Path) -> Tensors:
   return {name: tensor for path in found for name, tensor in read_safetensors(path).items()}
 
 
+def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes one file for all who can read the directory: safetensors makes it its owner's alone."""
+  import safetensors.numpy
+
+  safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+  path.chmod(0o600 | path.parent.stat().st_mode & 0o444)
+
+
 def read_safetensors(path: pathlib.Path) -> Tensors:
   """Reads one file; one that is missing, cut short or damaged is an InputError."""
   # ml_dtypes (a dependency of jax) gives numpy its bfloat16, which safetensors' numpy reader needs.

@@ -75,6 +75,11 @@ class PromptSpec:
     return {name: value for name, value in dataclasses.asdict(self).items() if name not in training}
 
 
+def as_read(spec: PromptSpec) -> PromptSpec:
+  """What its vectors depend on, the rest at its defaults: retrievers that differ in that alone share programs."""
+  return PromptSpec(**spec.read_fields())
+
+
 def longest_input(config: EncoderConfig, spec: PromptSpec) -> int | None:
   """The most tokens (special ones included) that fit the position table beside the prompt; None: no table, no limit."""
   if not config.has_positions:

@@ -106,13 +106,13 @@ class EmbeddingWriter:
     if missing or len(ids) != self.plan["count"]:
       raise ValueError(f"missing shards {missing[:8]}, {len(ids)} ids for {self.plan['count']} vectors")
     if (self.directory / "begun.json").is_file():
-      with atomic_path(self.directory / "ids.npy") as partial:
-        kind = np.dtype((np.bytes_, max((len(name.encode()) for name in ids), default=1)))
-        table = np.lib.format.open_memmap(partial, "w+", kind, (len(ids),))
+      kind = np.dtype((np.bytes_, max((len(name.encode()) for name in ids), default=1)))
+      header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(ids),)}
+      with atomic_path(self.directory / "ids.npy") as partial, open(partial, "wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
         for start in range(0, len(ids), _BLOCK):
-          stop = min(start + _BLOCK, len(ids))
-          table[start:stop] = [ids[row].encode() for row in range(start, stop)]
-        table.flush()
+          block = range(start, min(start + _BLOCK, len(ids)))
+          stream.write(np.array([ids[row].encode() for row in block], kind).tobytes())
       files.rename(self.directory / "begun.json", self.directory / "manifest.json")
     return Embeddings(self.directory)
 

@@ -280,9 +280,7 @@ def _describe(stage: Stage, config: ConfigDict, before: Sequence[Planned], outsi
 
 def _part(prepared: Mapping[str, Any], splits: Sequence[str], text_alone: bool) -> dict[str, Any]:
   """What the corpus and some splits are made from, or their text alone."""
-  outside = prepared["files"]
-  kept = {name: outside["splits"][name] for name in splits if name in outside["splits"]}
-  return manifest.without({**prepared, "files": {**outside, "splits": kept}}, OF_TOKENS if text_alone else ())
+  return manifest.without(prepare.part_of(prepared, splits), OF_TOKENS if text_alone else ())
 
 
 def _overruled(config: ConfigDict) -> Iterator[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from dptdr_jax import backbone as backbones
-from dptdr_jax.core import files, remote
+from dptdr_jax.core import files, manifest, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import downloads, text
 from dptdr_jax.data.prepare import PreparedSplit, prepare_source
@@ -45,17 +45,28 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   other = [f"--config.vector.{name}={value}" for name, value in said.items() if value != config.vector[name]]
   if other:
     _log.warning("this backbone was published with other vectors: %s", " ".join(other))
-  options = {"max_tokens": config.data.max_stored_tokens}
+  begun = manifest.read(layout.stage("prepare") / manifest.BEGUN) or {}
+
+  def options(*splits: str) -> dict[str, Any]:
+    key = manifest.key_of(part_of(begun["made_from"], splits)) if begun else ""
+    return {"max_tokens": config.data.max_stored_tokens, "key": key}
 
   def passages(start: int) -> Iterator[str]:
     for passage in data.passages.read(start):
       yield text.passage_text(passage, config.text.separator, config.text.passage_template)
 
   if common.has_queries(config):  # pretraining has tokens of its own
-    write_token_store(passages, len(data.passages), tokenizer, layout.store("corpus"), **options)
+    write_token_store(passages, len(data.passages), tokenizer, layout.store("corpus"), **options())
   for name, split in data.splits.items():
-    write_token_store(_queries(split, config), len(split), tokenizer, layout.store(name), **options)
+    write_token_store(_queries(split, config), len(split), tokenizer, layout.store(name), **options(name))
     _log.info("%s: %d queries", name, len(split))
+
+
+def part_of(made_from: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
+  """What the corpus and some splits are made from, of what all of `prepare` is."""
+  outside = made_from["files"]
+  kept = {name: outside["splits"][name] for name in splits if name in outside["splits"]}
+  return {**made_from, "files": {**outside, "splits": kept}}
 
 
 def open_source(config: ConfigDict) -> Source:
