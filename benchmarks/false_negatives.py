@@ -13,8 +13,8 @@ the folder that has these as qrels/train.tsv, and let it score the queries of wh
 Of every training query with several judged positives one is hidden before negatives are mined, from BM25 and from a
 dense system that the run has encoded (by default the untuned backbone, which has seen no judgement). Printed for each
 rule alone: the share of the hidden ones that are left among the negatives, and the share of the other candidates that
-went with them. With a cross-encoder all this is over the queries of which one is hidden, and a pool has --cross-depth
-candidates a query, its first.
+went with them. With a cross-encoder all this is over the queries of which one is hidden, or --queries of them, drawn at
+random, and a pool has --cross-depth candidates a query, its first.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--write-qrels", default="", help="write a BEIR file of the judgements that are left, and end")
   parser.add_argument("--cross-encoder", default="", help="directory of one that was trained without the hidden ones")
   parser.add_argument("--cross-depth", type=int, default=50)
+  parser.add_argument("--queries", type=int, default=0, help="with a cross-encoder: so many are enough; 0: all")
   return parser.parse_args()
 
 
@@ -115,6 +116,9 @@ def main() -> None:
   bm25 = Bm25(layout.bm25).search([query.text for query in split.queries.read()], args.depth)
   dense = search_exact(vectors, passages, args.depth)
   if args.cross_encoder:
+    if args.queries:
+      drawn = np.sort(np.random.default_rng(1).permutation(len(queries))[: args.queries])
+      queries, hidden = queries[drawn], hidden[drawn]
     bm25, dense = (only(run, queries) for run in (bm25, dense))
   sources = {
     "bm25": Source(bm25, args.depth),
