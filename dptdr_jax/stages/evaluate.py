@@ -26,9 +26,8 @@ _log = logging.getLogger(__name__)
 FOUND = ("found", "index", "scores")  # of its directory, what says itself from what it was made
 RERANKED = "reranked"  # the cross-encoder over the last round's retriever
 _ORIGINS = {"backbone": "untuned backbone", "pretrain": "pretrained backbone"}
-_BINARY = re.compile(
-  r"(RR|R|AP|P|Success|Rprec|Bpref|SetP|SetR|SetF|SetAP)(@\d+)?"
-)  # measures that need to know which grades are relevant
+# Measures that need to know which grades are relevant.
+_BINARY = re.compile(r"(RR|R|AP|P|Success|Rprec|Bpref|SetP|SetR|SetF|SetAP)(@\d+)?")
 
 
 def run(config: ConfigDict, workdir: files.Path) -> None:
