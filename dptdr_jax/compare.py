@@ -75,7 +75,7 @@ def _measured(named: str, split: str) -> tuple[list[str], dict[str, np.ndarray]]
 
 def define() -> None:
   """Defines the flags: not on import, where two commands in one process would clash."""
-  flags.DEFINE_list("runs", [], "DIR or DIR:SYSTEM of each, with commas between; the others against the first.")
+  flags.DEFINE_list("runs", None, "DIR or DIR:SYSTEM of each, with commas between; the others against the first.")
   flags.DEFINE_string("split", "dev", "Which queries.")
   flags.DEFINE_list("measures", [], "Which measures; none: all that both have.")
 
