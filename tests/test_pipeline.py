@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from support import tiny
 
 from dptdr_jax import pipeline
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import DptdrError, InputError
-from dptdr_jax.stages import common, evaluate
+from dptdr_jax.stages import common, evaluate, train
 from dptdr_jax.stages.trial import DevTrial
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -260,6 +261,21 @@ def test_fine_tuning_saves_a_backbone_of_its_own(tmp_path):
   assert common.load_retriever(config, retriever, None).backbone.compute_dtype == "bfloat16"
   results = json.loads((tmp_path / "work/results.json").read_text())
   assert results["train1"] != results["backbone"]
+
+
+def test_fine_tuning_in_bfloat16_starts_from_the_exact_weights(finished, monkeypatch, tmp_path):
+  config, workdir = finished
+  config = config.copy_and_resolve_references()
+  config.prompt.kind, config.compute_dtype = "none", "bfloat16"
+  for name in ("prepare", "mine0"):
+    shutil.copytree(workdir / name, tmp_path / name)
+  given = []
+  monkeypatch.setattr(train, "TrainLoop", lambda *arguments: given.extend(arguments) or pytest.exit("enough"))
+  with pytest.raises(pytest.exit.Exception):
+    train.run(config, tmp_path)
+  rounded, exact = (np.asarray(tree["embeddings"]["word"]) for tree in (given[1].params, given[-1]))
+  assert exact.dtype == np.float32 and (exact != rounded.astype(np.float32)).any()
+  np.testing.assert_array_equal(exact.astype(rounded.dtype), rounded)
 
 
 def test_main_reports_errors_in_one_line_and_sigterm_with_its_own_status(tmp_path):
