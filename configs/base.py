@@ -10,7 +10,8 @@ def get_config() -> ConfigDict:
       seed=0,  # of everything random: prompts, order of examples, negatives, dropout
       fsdp=1,  # devices over which a frozen backbone is split that does not fit one; all devices split the batch
       wait_seconds=86_400.0,  # several processes: how long one waits for the others before it gives up
-      compute_dtype="auto",  # matrix products: 'float32', 'bfloat16'; 'auto': bfloat16 on accelerators, float32 on CPU
+      compute_dtype="auto",  # of matrix products: 'float32' (all of it, no TF32), 'bfloat16', or 'auto': bfloat16 on
+      # accelerators and float32 on a CPU
       backbone=dict(
         path="",  # a hub id, a local directory in Hugging Face layout, or 'package:NAME' (weights in a Python package)
         sha256="",  # of its model.safetensors; checked when given
