@@ -149,6 +149,9 @@ def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
   late = ablate.chosen(["plain"], ["bad: train.sampling=best"])
   with pytest.raises(InputError, match="unknown sampling"):
     ablate.ablate(config, workdir / "other", late, [0], [], "RR@10")
+  odd = ablate.chosen(["plain"], ["odd: rounds=1, train.query_chunk=3, train.queries=40"])
+  with pytest.raises(InputError, match="arm odd: train.query_chunk: .* does not divide the 5 rows"):
+    ablate.ablate(config, workdir / "other", odd, [0], [], "RR@10")
   assert not (workdir / "other").exists()
 
 

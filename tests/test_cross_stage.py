@@ -21,6 +21,7 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.reranker import probabilities
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
+from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.stages import common, cross
 from dptdr_jax.stages.layout import Layout
 
@@ -99,6 +100,18 @@ def test_a_resumed_run_ends_the_same(finished, monkeypatch, tmp_path):
   cross.run(config, tmp_path)
   for name in ("model/prompts.safetensors", "metrics.jsonl"):
     assert (tmp_path / "cross" / name).read_bytes() == (workdir / "cross" / name).read_bytes(), name
+
+
+def test_passages_that_are_sure_to_be_relevant_are_told_apart_by_their_logits(finished, monkeypatch):
+  config, workdir = finished
+  config = config.copy_and_resolve_references()
+  config.cross.rerank = 3
+  logits = np.array([[20.0, 25.0, 22.0]], np.float32)
+  assert (probabilities(logits) == 1).all()
+  monkeypatch.setattr(cross, "score_rows", lambda *arguments: logits)
+  found = Run(np.array([[5, 6, 7, 8]], np.int32), np.array([[4.0, 3.0, 2.0, 1.0]], np.float32))
+  again = cross.rerank(config, Layout.of(workdir), found, "train")
+  np.testing.assert_array_equal(again.rows, [[6, 7, 5, 8]])
 
 
 def test_a_pool_is_scored_by_shards(finished, monkeypatch, tmp_path):

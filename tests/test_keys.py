@@ -1,0 +1,46 @@
+"""Keys of stages: what a stage does not read makes nothing anew."""
+
+from __future__ import annotations
+
+import pytest
+from test_rounds import make_config
+
+from dptdr_jax.stages import order
+from dptdr_jax.stages.layout import Layout
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return tmp_path_factory.mktemp("keys")
+
+
+def test_a_round_on_bm25_alone_does_not_depend_on_the_retriever_to_come(directory):
+  def keys(**fields) -> dict[str, str]:
+    config = make_config(directory, train__negatives="bm25", **fields)
+    return {item.stage.name: item.key for item in order.plan(config, Layout.of(directory / "planned"))}
+
+  usual, later = keys(), keys(mine__dense__relative_margin=0.5, mine__sources=("dense",), mine__cross_encoder=False)
+  assert [name for name in usual if usual[name] == later[name]] == ["prepare", "mine0", "train1"]
+  assert keys(mine__bm25__depth=5)["mine0"] != usual["mine0"]
+
+
+def test_what_a_training_does_not_read_is_not_in_its_key(directory):
+  def keys(**fields) -> dict[str, str]:
+    config = make_config(directory, cross__pair_length=48, cross__length=4, **fields)
+    return {item.stage.name: item.key for item in order.plan(config, Layout.of(directory / "planned"))}
+
+  def same(**fields) -> set[str]:
+    there = keys(**fields)
+    return {name for name, key in keys(cross__enabled=True).items() if there.get(name) == key}
+
+  crossed = {"cross__enabled": True}
+  training, later = {"prepare", "mine0", "cross", "train1", "mine1", "train2"}, {"encode", "evaluate", "report"}
+  assert keys()["train1"] == keys(**crossed)["train1"], "random negatives: mine0 is the cross-encoder's alone"
+  assert same(**crossed, train__restart=False) == training - {"train2"}
+  assert same(**crossed, train__simans_source="bm25") == training | later
+  assert same(**crossed, mine__bm25__quota=3) == {"prepare", "train1"}
+  assert same(**crossed, vector__temperature=0.1) == {"prepare", "mine0", "cross"}
+  denoised = {"mine__cross_encoder": True}
+  assert {"train1", "cross"} <= same(**crossed, **denoised, mine__pseudo_positives=True)
+  drawn = {"train__sampling": "simans", "train__simans_source": "bm25"}
+  assert keys(**drawn)["train1"] != keys(**drawn, train__simans_a=3.0)["train1"]
