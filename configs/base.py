@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
       pretrain=_pretrain(),
       prompt=_prompt(),
       train=_train(),
-      rounds=1,  # of training; between two of them negatives are mined with the retriever of the first (the paper's: 2)
+      rounds=1,  # of training; between two of them negatives are mined with the retriever of the first (the paper's:
+      # 2). 0: none, and what is trained already is evaluated
       mine=_mine(),
       cross=_cross(),
       encode=_encode(),
@@ -252,6 +253,7 @@ def _evaluate() -> dict:
     depth=1000,  # passages a query in the run files
     bm25=True,  # baseline: BM25, k1 .9, b .4, stemmed
     backbone=True,  # baselines: the untuned backbone, before and (where there was any) after pretraining
+    retrievers=(),  # saved ones too, each 'NAME=DIR': of any run, task or backbone, or a checkpoint of the original
     other_poolings=(),  # the same baselines with these poolings too: 'first', 'mean' other than vector.pooling
     msmarco_format=False,  # write runs in MS MARCO's format besides TREC's
     examples=12,  # queries that the report shows with their top passages

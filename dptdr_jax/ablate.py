@@ -234,6 +234,8 @@ def _check(config: ConfigDict, directory: pathlib.Path, measure: str, named: dic
   order.check(config)
   if not common.has_queries(config):
     raise InputError("arms are compared by queries, and this data has none", value=config.data.source)
+  if not config.rounds:
+    raise InputError("arms are compared by the retrievers that they train, and rounds is 0")
   prepare.outside_files(config)
   for split, name in named.items():
     if split not in config.evaluate.splits or evaluate.name_on(config, split, measure) != name:

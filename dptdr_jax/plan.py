@@ -211,7 +211,7 @@ def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tu
     InputError: no such step, or a batch that the devices cannot share.
   """
   from dptdr_jax.runtime import mesh as meshes
-  from dptdr_jax.stages import common, shapes
+  from dptdr_jax.stages import common, shapes, systems
 
   def mesh(fsdp: int):
     return meshes.make_mesh(fsdp=fsdp, devices=devices)
@@ -236,12 +236,14 @@ def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tu
     ),
     "encode": Step(
       "encode", lambda c: shapes.encode(c, encoder, mesh(c.fsdp)), "encode.batch_tokens",
-      config.encode.batch_tokens, len(common.dense_systems(config)) * passages / (encoded * count),
+      config.encode.batch_tokens, len(systems.dense(config)) * passages / (encoded * count),
       passages / (encoded * count),
     ),
   }  # fmt: skip
+  if not common.trains(config):
+    del known["train"]
   if not common.has_queries(config):
-    known = {"pretrain": known["pretrain"]}
+    del known["encode"]
   wanted = list(only) or [name for name in known if name != "pretrain" or pretrain.enabled]
   if unknown := [name for name in wanted if name not in known]:
     raise InputError("no such step", value=unknown, fix=f"Known: {', '.join(known)}")

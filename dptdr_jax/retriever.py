@@ -18,6 +18,7 @@ from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import text
+from dptdr_jax.data.records import Passage, Query
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models import convert, prompts
 from dptdr_jax.models.prompts import PromptSpec
@@ -26,6 +27,7 @@ from dptdr_jax.runtime import buckets
 from dptdr_jax.runtime import mesh as meshes
 
 FORMAT = 1  # of retriever.json
+_DESCRIPTION = "retriever.json"  # what a vector depends on besides prompts and weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +97,10 @@ class Retriever:
     Raises:
       InputError: no retriever there, a truncated file, or prompts of another backbone or tokenizer.
     """
-    path = remote.staged(path)
-    if (path / "retriever.json").is_file():
+    path = check_saved(path)
+    if (path / _DESCRIPTION).is_file():
       return _load_own(path, backbone, {"compute_dtype": compute_dtype, "fsdp": fsdp})
-    if (path / "query_model").is_dir() or (path / "config.json").is_file():
-      return _load_original(path, backbone, (compute_dtype, fsdp))
-    raise InputError("no retriever here: neither retriever.json nor a checkpoint of the original", path=path)
+    return _load_original(path, backbone, (compute_dtype, fsdp))
 
   def save(self, path: files.Path) -> None:
     """Writes retriever.json and prompts.safetensors, as a whole or not at all (to a URL: the .json last); see `load`.
@@ -109,7 +109,7 @@ class Retriever:
     """
     tied = self.prompts["query"] is self.prompts["passage"]
     trees = {"prompt": self.prompts["query"]} if tied else self.prompts
-    with remote.written(path, last="retriever.json", whole=True) as local, files.atomic_directory(local) as partial:
+    with remote.written(path, last=_DESCRIPTION, whole=True) as local, files.atomic_directory(local) as partial:
       convert.write_safetensors(partial / "prompts.safetensors", prompts.flatten(trees))
       description = {
         "format": FORMAT,
@@ -123,7 +123,7 @@ class Retriever:
       if self.backbone.path == backbones.BESIDE:
         backbone = self.backbone
         backbones.export(partial / "backbone", backbone.params, backbone.config, backbone.tokenizer)
-      (partial / "retriever.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+      (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
   @functools.cached_property
   def hash(self) -> str:
@@ -164,6 +164,17 @@ class Retriever:
     settings = self.settings
     return self._encode_texts(text.passage_texts(texts, settings.separator, settings.passage_template), "passage")
 
+  def encode_records(
+    self, records: Iterable[Query | Passage], *, batch_tokens: int = buckets.BATCH_TOKENS, description: str = ""
+  ) -> np.ndarray:
+    """Vectors of prepared queries, or of prepared passages, in order: float32 [n, H]. A text may be empty here."""
+    records, settings = list(records), self.settings
+    if records and isinstance(records[0], Passage):
+      form = functools.partial(text.passage_text, separator=settings.separator, template=settings.passage_template)
+      return self._encode_texts([form(record) for record in records], "passage", batch_tokens, description)
+    texts = [text.query_text(record, settings.query_template) for record in records]
+    return self._encode_texts(texts, "query", batch_tokens, description)
+
   def encode_tokens(self, ids: np.ndarray, mask: np.ndarray, kind: str = "query") -> np.ndarray:
     """Vectors of padded token ids.
 
@@ -203,13 +214,15 @@ class Retriever:
     rows = np.arange(len(store)) if rows is None else np.asarray(rows)
     return self._encode(_Stored(store, rows, self.settings.limit(kind)), kind, batch_tokens, description)
 
-  def _encode_texts(self, texts: list[str], kind: str) -> np.ndarray:
+  def _encode_texts(
+    self, texts: list[str], kind: str, batch_tokens: int = buckets.BATCH_TOKENS, description: str = ""
+  ) -> np.ndarray:
     tokenizer = self.backbone.tokenizer
     if tokenizer is None:
       raise InputError("texts need a tokenizer, and this backbone has none", path=self.backbone.path)
     room = self.settings.limit(kind) - len(tokenizer.wrap([]))
     lists = [np.array(tokenizer.wrap(ids), np.int32) for ids in tokenizer.encode(texts, room)]
-    return self._encode(_Lists(lists, tokenizer.pad_id, self.settings.limit(kind)), kind)
+    return self._encode(_Lists(lists, tokenizer.pad_id, self.settings.limit(kind)), kind, batch_tokens, description)
 
   def _encode(
     self, source: Any, kind: str, batch_tokens: int = buckets.BATCH_TOKENS, description: str = ""
@@ -277,11 +290,37 @@ class _Stored:
     return dict(zip(("tokens", "lengths"), self._store.batch(self._rows[places], self.limit, width=width), strict=True))
 
 
+def check_saved(path: files.Path) -> pathlib.Path:
+  """Where a saved retriever is, fetched from a URL first.
+
+  Raises:
+    InputError: there is none.
+  """
+  found = remote.staged(path)
+  if not any((found / name).exists() for name in (_DESCRIPTION, "query_model", "config.json")):
+    raise InputError("no retriever here: neither retriever.json nor a checkpoint of the original", path=path)
+  return found
+
+
+def saved_files(path: files.Path) -> list[pathlib.Path]:
+  """The files of a saved retriever, but for a backbone that it names elsewhere and has the hash of."""
+  return sorted(found for found in check_saved(path).rglob("*") if found.is_file())
+
+
+def saved_backbone(path: files.Path) -> str | None:
+  """The hash of the backbone that a saved retriever names; None: it has weights of its own."""
+  source = check_saved(path) / _DESCRIPTION
+  if not source.is_file():
+    return None
+  with files.fields_of(source):
+    return files.read_json(source)["backbone"]["hash"]
+
+
 def _load_own(path: pathlib.Path, backbone: Backbone | None, options: dict[str, Any]) -> Retriever:
-  about = files.read_json(path / "retriever.json")
+  source = path / _DESCRIPTION
+  about = files.read_json(source)
   if about.get("format") != FORMAT:
-    raise InputError(f"format {FORMAT} expected", path=path / "retriever.json", value=about.get("format"))
-  source = path / "retriever.json"
+    raise InputError(f"format {FORMAT} expected", path=source, value=about.get("format"))
   with files.fields_of(source):
     tied, named, other = about["tied"], about["backbone"], about["passage_backbone"]
     tokenizer = about["tokenizer"]["hash"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,6 @@ def check(config: ConfigDict) -> None:
     if wanted - _SPECIAL > config.data.max_stored_tokens:
       what = f"text.{side}_length is beyond the {config.data.max_stored_tokens} tokens that are stored"
       raise InputError(what, value=wanted, fix="Raise data.max_stored_tokens")
-  for pooling in config.evaluate.other_poolings:
-    if pooling not in POOLINGS or pooling == settings.pooling:
-      raise InputError("evaluate.other_poolings holds first or mean, not vector.pooling's own", value=pooling)
   if not (config.train.steps or config.train.epochs):
     raise InputError("training has no steps", fix="Set train.steps or train.epochs above 0")
   steps.check_optimizer(config.train)
@@ -82,6 +79,11 @@ def check(config: ConfigDict) -> None:
 def has_queries(config: ConfigDict) -> bool:
   """Whether there is something to train on and to measure; else a run pretrains a backbone and ends."""
   return config.data.source != "text"
+
+
+def trains(config: ConfigDict) -> bool:
+  """Whether prompts are trained; else what is trained already is measured, or a backbone pretrained."""
+  return has_queries(config) and config.rounds > 0
 
 
 def encoder_config(config: ConfigDict) -> EncoderConfig:
@@ -147,22 +149,6 @@ def make_retriever(config: ConfigDict, backbone: Backbone, spec: PromptSpec, tra
   return Retriever(backbone, spec, sides, settings)
 
 
-def untuned_systems(config: ConfigDict) -> dict[str, tuple[str, str]]:
-  """Untuned baselines by their names in results.json: (the 'backbone' or what 'pretrain' made of it, the pooling)."""
-  if not config.evaluate.backbone:
-    return {}
-  found = {}
-  for origin in ("backbone", *(["pretrain"] if config.pretrain.enabled else [])):
-    found[origin] = origin, config.vector.pooling
-    found |= {f"{origin}-{pooling}": (origin, pooling) for pooling in config.evaluate.other_poolings}
-  return found
-
-
-def dense_systems(config: ConfigDict) -> list[str]:
-  """Names, as in results.json, of the dense systems that are evaluated, in order."""
-  return [*untuned_systems(config), *(f"train{number}" for number in range(1, config.rounds + 1))]
-
-
 def trained(config: ConfigDict, layout: Layout, number: int, shared: Backbone | None = None) -> Retriever:
   """The retriever that round `number` of training chose, on the shared backbone unless its weights are tuned."""
   tuned = config.prompt.kind == "none"
@@ -170,21 +156,8 @@ def trained(config: ConfigDict, layout: Layout, number: int, shared: Backbone | 
 
 
 def load_retriever(config: ConfigDict, directory: files.Path, shared: Backbone | None) -> Retriever:
-  """A retriever of this run, on the shared backbone; None: it has weights of its own, tuned ones."""
+  """A saved retriever, on the shared backbone; None: it has weights of its own, or the backbone that it names."""
   return Retriever.load(directory, shared, compute_dtype=config.compute_dtype, fsdp=config.fsdp)
-
-
-def retrievers(config: ConfigDict, layout: Layout) -> Iterator[tuple[str, Retriever]]:
-  """Every dense system that is evaluated; on the backbone that they share, unless they have weights of their own, which
-  are read when it is their turn."""
-  shared, before = load_backbone(config, layout), None
-  for system, (origin, pooling) in untuned_systems(config).items():
-    backbone, vector = shared, {**config.vector, "pooling": pooling}
-    if origin == "backbone" and config.pretrain.enabled:
-      backbone = before = before or base_backbone(config, layout)
-    yield system, Retriever.untuned(backbone, **vector, **config.text)
-  for number in range(1, config.rounds + 1):
-    yield f"train{number}", trained(config, layout, number, shared)
 
 
 def train_batches(
@@ -242,7 +215,7 @@ def _negatives(config: ConfigDict, layout: Layout, data: PreparedData, number: i
 
 def mines_first(config: ConfigDict) -> bool:
   """Whether there is a pool before round 1: BM25's negatives, for the retriever or for the cross-encoder."""
-  return "bm25" in (config.train.negatives, config.cross.enabled and config.cross.negatives)
+  return trains(config) and "bm25" in (config.train.negatives, config.cross.enabled and config.cross.negatives)
 
 
 def pool_negatives(config: ConfigDict, pool: Pool) -> PoolNegatives:

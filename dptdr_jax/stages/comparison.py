@@ -11,7 +11,7 @@ import numpy as np
 
 from dptdr_jax.core import files
 from dptdr_jax.retrieval import measures
-from dptdr_jax.stages import drawing, evaluate
+from dptdr_jax.stages import drawing, systems
 from dptdr_jax.stages.layout import Layout
 
 BASELINES = {"bm25": "BM25", "backbone": "untuned backbone", "pretrain": "pretrained backbone"}
@@ -65,14 +65,14 @@ def _compare(runs: Sequence[Done], measure: str, split: str) -> dict[str, dict]:
     summary = files.read_json(next(iter(mine.values()))[0].summary)
     ranked = {arm: (mine, summary["trained_parameters"])}
     if crossed := summary.get("cross_parameters"):
-      again = {seed: (layout, evaluate.RERANKED) for seed, (layout, _) in mine.items()}
+      again = {seed: (layout, systems.RERANKED) for seed, (layout, _) in mine.items()}
       ranked[f"{arm}{RERANKED}"] = again, summary["trained_parameters"] + crossed
-    for name, (systems, parameters) in ranked.items():
-      found[name] = _system(list(systems.values()), split, measure) | {"parameters": parameters}
-      if seeds := [seed for seed in systems if seed in reference]:
-        pair = ([of[seed] for seed in seeds] for of in (systems, reference))
+    for name, (by_seed, parameters) in ranked.items():
+      found[name] = _system(list(by_seed.values()), split, measure) | {"parameters": parameters}
+      if seeds := [seed for seed in by_seed if seed in reference]:
+        pair = ([of[seed] for seed in seeds] for of in (by_seed, reference))
         found[name]["difference"] = paired(*(_mean(each, split, measure) for each in pair)) | {"seeds": len(seeds)}
-      reference = reference or systems
+      reference = reference or by_seed
   return found
 
 

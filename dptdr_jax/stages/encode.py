@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dptdr_jax.core import files, manifest, preemption
@@ -13,14 +15,15 @@ from dptdr_jax.data.store import TokenStore
 from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import hosts
-from dptdr_jax.stages import common
+from dptdr_jax.stages import systems
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
 # What the corpus' vectors by one system do not depend on, or what a writer of vectors asks for itself.
 BESIDE_CORPUS = frozenset((
-  "stages", "config.rounds", "config.evaluate.splits", "config.evaluate.backbone", "config.evaluate.other_poolings",
+  "stages", "files", "config.rounds", "config.evaluate.splits", "config.evaluate.backbone",
+  "config.evaluate.other_poolings", "config.evaluate.retrievers",
 ))  # fmt: skip
 
 
@@ -28,13 +31,16 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   """Writes DIR/encode/SYSTEM/{corpus,SPLIT}: .npy shards, ids and a manifest; goes on at the first missing shard."""
   layout = Layout.of(workdir)
   data = PreparedData(layout.prepared)
-  for system, retriever in common.retrievers(config, layout):
-    for split in config.evaluate.splits:
-      encode(config, layout, layout.embeddings(system, split), split, retriever, "query", data.splits[split].ids)
-    if hosts.is_main():
-      _take_over(config, layout, system, retriever)
-    hosts.barrier(f"{system}: what mining has encoded")
-    encode(config, layout, layout.embeddings(system, "corpus"), "corpus", retriever, "passage", data.ids)
+  elsewhere = systems.saved(config)
+  for system, retriever in systems.retrievers(config, layout):
+    for part in (*config.evaluate.splits, "corpus"):
+      if part == "corpus" and system not in elsewhere:
+        if hosts.is_main():
+          _take_over(config, layout, system, retriever)
+        hosts.barrier(f"{system}: what mining has encoded")
+      kind, ids = ("passage", data.ids) if part == "corpus" else ("query", data.splits[part].ids)
+      made = _of_text(config, data, part, retriever) if system in elsewhere else stored(config, layout, part, retriever)
+      encode(config, layout.embeddings(system, part), retriever, kind, ids, made)
 
 
 def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retriever) -> None:
@@ -59,29 +65,43 @@ def _source(retriever: Retriever, kind: str) -> dict:
   return about | {"compute_dtype": retriever.backbone.compute_dtype}
 
 
+def stored(config: ConfigDict, layout: Layout, part: str, retriever: Retriever) -> Callable[[range], np.ndarray]:
+  """What makes vectors of rows of the corpus ('corpus') or of a split's queries, out of their token store."""
+  store = TokenStore(layout.store(part))
+  options = {"batch_tokens": config.encode.batch_tokens, "description": f"encode {part}"}
+  return lambda rows: retriever.encode_store(store, "passage" if part == "corpus" else "query", rows, **options)
+
+
+def _of_text(config: ConfigDict, data: PreparedData, part: str, retriever: Retriever) -> Callable[[range], np.ndarray]:
+  """The same out of their text: a retriever from elsewhere has templates and perhaps a tokenizer of its own."""
+  records = data.passages if part == "corpus" else data.splits[part].queries
+  options = {"batch_tokens": config.encode.batch_tokens, "description": f"encode {part}"}
+  return lambda rows: retriever.encode_records(records.take(rows), **options)
+
+
 def encode(
-  config: ConfigDict, layout: Layout, directory: files.Path, part: str, retriever: Retriever, kind: str, ids: IdTable,
-  together: bool = True,
+  config: ConfigDict, directory: files.Path, retriever: Retriever, kind: str, ids: IdTable,
+  made: Callable[[range], np.ndarray], together: bool = True,
 ) -> None:  # fmt: skip
-  """Vectors of the corpus ('corpus') or of a split's queries, into `directory`; whole shards are kept.
+  """Vectors of passages or of queries into `directory`, which has the part's name; whole shards are kept.
 
   Several processes take turns at the shards; without `together` this one makes all.
+
+  Args:
+    made: makes those of some rows.
   """
   count, index = (hosts.process_count(), hosts.process_index()) if together else (1, 0)
   meet = hosts.barrier if together else lambda name: None
-  store = TokenStore(layout.store(part))
+  part = directory.name
   writer = EmbeddingWriter(
-    directory, count=len(store), width=retriever.backbone.config.hidden_size, source=_source(retriever, kind),
+    directory, count=len(ids), width=retriever.backbone.config.hidden_size, source=_source(retriever, kind),
     shard_rows=config.encode.shard_passages, dtype=config.encode.dtype, begins=index == 0,
   )  # fmt: skip
   missing = hosts.first_says(writer.missing) if together else writer.missing()
   for shard in missing[index::count]:
     rows = writer.rows(shard)
     _log.info("%s, shard %d of %d", directory, shard + 1, writer.num_shards)
-    vectors = retriever.encode_store(
-      store, kind, range(rows.start, rows.stop), batch_tokens=config.encode.batch_tokens, description=f"encode {part}"
-    )
-    writer.write(shard, vectors)
+    writer.write(shard, made(rows))
     preemption.check(f"encoding stands after shard {shard + 1} of {writer.num_shards} in {directory}")
   meet(f"encode {part}: all shards")
   if index == 0:

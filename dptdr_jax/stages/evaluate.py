@@ -18,13 +18,12 @@ from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval import answers, measures, runs
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.runs import Run
-from dptdr_jax.stages import common, cross, examples, search
+from dptdr_jax.stages import common, cross, examples, search, systems
 from dptdr_jax.stages.layout import Layout
 
 _log = logging.getLogger(__name__)
 
 FOUND = ("found", "index", "scores")  # of its directory, what says itself from what it was made
-RERANKED = "reranked"  # the cross-encoder over the last round's retriever
 _ORIGINS = {"backbone": "untuned backbone", "pretrain": "pretrained backbone"}
 # Measures that need to know which grades are relevant.
 _BINARY = re.compile(r"(RR|R|AP|P|Success|Rprec|Bpref|SetP|SetR|SetF|SetAP)(@\d+)?")
@@ -34,14 +33,13 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   """Writes DIR/evaluate/{runs,parts,per_query}, DIR/results.json, and what the report shows. Parts are not redone."""
   layout = Layout.of(workdir)
   data = PreparedData(layout.prepared)
-  systems = [*(["bm25"] if config.evaluate.bm25 else []), *common.dense_systems(config)]
-  systems += [RERANKED] if config.cross.enabled else []
-  results: dict[str, dict] = {system: {} for system in systems}
-  intervals: dict[str, dict] = {system: {} for system in systems}
-  for system in systems:
+  names = systems.names(config)
+  results: dict[str, dict] = {system: {} for system in names}
+  intervals: dict[str, dict] = {system: {} for system in names}
+  for system in names:
     for split in config.evaluate.splits:
       part = layout.part(system, split)
-      shown = system == f"train{config.rounds}" and split == config.evaluate.splits[0]
+      shown = system == systems.shown(config) and split == config.evaluate.splits[0]
       if not part.exists() or (shown and not layout.examples.exists()):
         _evaluate(config, layout, data, system, split, shown)
         preemption.check(f"evaluation stands after {system} on {split}")
@@ -77,12 +75,12 @@ def _evaluate(config: ConfigDict, layout: Layout, data: PreparedData, system: st
 
 def _search(config: ConfigDict, layout: Layout, data: PreparedData, system: str, split: str, depth: int) -> Run:
   """The run of a system; what was found by the same search before is not searched again."""
-  if system == RERANKED:
-    found = _search(config, layout, data, f"train{config.rounds}", split, depth)
+  if system == systems.RERANKED:
+    found = _search(config, layout, data, systems.trained(config)[-1], split, depth)
     return cross.rerank(config, layout, found, split)
   about: dict = {"depth": depth, "stores": [TokenStore(layout.store(part)).key for part in (split, "corpus")]}
   vectors = []
-  if system != "bm25":
+  if system != systems.BM25:
     vectors = [Embeddings(layout.embeddings(system, part)) for part in (split, "corpus")]
     about |= {"vectors": [each.manifest for each in vectors], "index": config.index.to_dict()}
   kept = layout.found(system, split)
@@ -138,36 +136,39 @@ def _labels(config: ConfigDict) -> dict[str, str]:
   poolings = bool(config.evaluate.other_poolings)
   untuned = {
     system: _ORIGINS[origin] + (f", {pooling} pooling" if poolings else "")
-    for system, (origin, pooling) in common.untuned_systems(config).items()
+    for system, (origin, pooling) in systems.untuned(config).items()
   }
   rounds = range(1, config.rounds + 1)
   trained = {f"train{number}": f"trained retriever, round {number}" for number in rounds}
   trained = trained if config.rounds > 1 else {"train1": "trained retriever"}
-  return {"bm25": "BM25", **untuned, **trained, RERANKED: "reranked by the cross-encoder"}
+  return {systems.BM25: "BM25", **untuned, **trained, systems.RERANKED: "reranked by the cross-encoder"}
 
 
 def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
-  retriever = common.trained(config, layout, config.rounds)
-  whole = retriever.backbone.num_parameters
-  prompts = {id(tree): tree for tree in retriever.prompts.values()}.values()  # tied prompts count once
-  trained = whole if retriever.spec.kind == "none" else sum(leaf.size for leaf in jax.tree.leaves(list(prompts)))
-  crossed = {}
+  backbone = common.load_backbone(config, layout)
+  trained, facts = {}, []
+  if config.rounds:
+    retriever = common.trained(config, layout, config.rounds, backbone)
+    prompts = {id(tree): tree for tree in retriever.prompts.values()}.values()  # tied prompts count once
+    count = sum(leaf.size for leaf in jax.tree.leaves(list(prompts)))
+    trained["trained_parameters"] = backbone.num_parameters if retriever.spec.kind == "none" else count
+    facts.append(f"prompt {retriever.spec.kind}, length {retriever.spec.length}, "
+                 f"{'tied' if config.prompt.tied else 'untied'}")  # fmt: skip
   if config.cross.enabled:
-    shared = retriever.backbone if retriever.spec.kind != "none" else common.load_backbone(config, layout)
-    crossed = {"cross_parameters": CrossEncoder.load(cross.model_of(layout), shared).num_parameters}
+    trained["cross_parameters"] = CrossEncoder.load(cross.model_of(layout), backbone).num_parameters
   return {
     "rounds": config.rounds,
     "passages": len(data.ids),
     "queries": {name: len(common.qrels(data.splits[name]).judged()) or len(data.splits[name])
                 for name in config.evaluate.splits},
     "labels": _labels(config),
-    "trained_parameters": trained,
-    **crossed,
-    "backbone_parameters": whole,
+    **trained,
+    "backbone_parameters": backbone.num_parameters,
     "facts": [
-      f"{common.origin(config, layout)}, {retriever.backbone.compute_dtype} on {jax.default_backend()}",
-      f"prompt {retriever.spec.kind}, length {retriever.spec.length}, {'tied' if config.prompt.tied else 'untied'}; "
+      f"{common.origin(config, layout)}, {backbone.compute_dtype} on {jax.default_backend()}",
+      *facts,
       f"pooling {config.vector.pooling}",
+      *(f"{name}: {directory}" for name, directory in systems.saved(config).items()),
       f"data {config.data.source} {config.data.dir}".strip(),
       f"index {config.index.factory} (inner product)",
     ],

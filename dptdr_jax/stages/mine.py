@@ -42,8 +42,6 @@ AFTER_SEARCH = frozenset((
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done."""
   mine = config.mine
-  if config.rounds < 1:
-    raise InputError("rounds counts trainings, from 1", value=config.rounds)
   if config.train.negatives == "bm25" and not mine.bm25.depth:
     raise InputError("train.negatives is bm25, and mine.bm25.depth is 0")
   if config.cross.enabled and config.cross.negatives == "bm25" and not mine.bm25.depth:

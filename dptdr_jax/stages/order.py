@@ -28,6 +28,7 @@ from dptdr_jax.stages import (
   scratch,
   search,
   sources,
+  systems,
   train,
 )
 from dptdr_jax.stages.layout import Layout
@@ -106,7 +107,7 @@ def stages(config: ConfigDict) -> list[Stage]:
   texts = ("text.separator", "text.query_template", "text.passage_template")
   model = ("compute_dtype", "backbone", "text", "vector")
   wanted = ("pretrain.tokenizer", "pretrain.vocabulary", "pretrain.shape", "pretrain.corpora", "seed")
-  baselines = ("evaluate.backbone", "evaluate.other_poolings")
+  beside = ("evaluate.backbone", "evaluate.other_poolings", "evaluate.retrievers")
   made = wanted if scratch.is_wanted(config) else ()  # then prepare trains the tokenizer
   prepared = Stage(
     "prepare", prepare.run, ("data", "backbone", *texts, *made), files=prepare.outside_files, together=False,
@@ -134,9 +135,9 @@ def stages(config: ConfigDict) -> list[Stage]:
     *first,
     *rounds,
     Stage(
-      "encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), inputs=trained, splits=judged,
-      kept=tuple(f"{system}/corpus" for system in common.dense_systems(config)), after=encode.BESIDE_CORPUS,
-      repair="file",
+      "encode", encode.run, ("encode", "rounds", "evaluate.splits", *beside, *model), inputs=trained,
+      files=_retrievers, splits=judged, kept=tuple(f"{system}/corpus" for system in systems.dense(config)),
+      after=encode.BESIDE_CORPUS, repair="file",
     ),
     Stage(
       "evaluate",
@@ -161,6 +162,10 @@ def _corpora(config: ConfigDict) -> dict[str, Any]:
 
 def _runs(config: ConfigDict) -> dict[str, Any]:
   return {"runs": mine.outside_files(config)}
+
+
+def _retrievers(config: ConfigDict) -> dict[str, Any]:
+  return {"retrievers": systems.outside_files(config)}
 
 
 def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...]) -> Iterator[Stage]:
@@ -238,6 +243,7 @@ class Outside:
 def check(config: ConfigDict) -> None:
   """Raises InputError for what a config alone shows to fail."""
   common.check(config)
+  systems.check(config)
   mine.check(config)
   search.check(config, common.encoder_config(config).hidden_size)
   if config.pretrain.enabled:

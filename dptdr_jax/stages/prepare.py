@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   """Writes DIR/prepare: text, ids, judgements, and a token store for the corpus and the queries of each split."""
   layout = Layout.of(workdir)
   text.check_templates(config.text.query_template, config.text.passage_template)
-  trained_on = config.data.train_split if common.has_queries(config) else None
+  trained_on = config.data.train_split if common.trains(config) else None
   data = prepare_source(open_source(config), layout.prepared, training_split=trained_on)
   if scratch.is_wanted(config):
     scratch.make(config, layout)
@@ -122,6 +122,7 @@ def outside_files(config: ConfigDict) -> dict[str, Any]:
   splits = source.splits()
   if common.has_queries(config):
     _check_splits(config, splits)
+  if common.trains(config):
     _check_negatives(config, source)
   found = {"corpus": source.files(), "splits": {name: source.files(name) for name in splits}}
   if scratch.is_wanted(config):
@@ -147,9 +148,10 @@ def homes(config: ConfigDict) -> dict[str, pathlib.Path]:
 
 def _check_splits(config: ConfigDict, known: Sequence[str]) -> None:
   data, evaluate = config.data, config.evaluate
-  tries = [config.train.evaluate_every]
-  tries += [config[name].evaluate_every for name in ("pretrain", "cross") if config[name].enabled]
-  wanted = {"data.train_split": (data.train_split,), "evaluate.splits": evaluate.splits}
+  tries = [config[name].evaluate_every for name in ("pretrain", "cross") if config[name].enabled]
+  tries += [config.train.evaluate_every] if common.trains(config) else []
+  wanted = {"data.train_split": (data.train_split,)} if common.trains(config) else {}
+  wanted["evaluate.splits"] = evaluate.splits
   if any(tries) and data.dev_split:
     wanted["data.dev_split"] = (data.dev_split,)
   for field, names in wanted.items():

@@ -105,13 +105,13 @@ def table(config: ConfigDict, layout: Layout, seconds: Mapping[str, float]) -> s
     for system in systems:
       figures = "".join(f"{results[system][split].get(name, float('nan')):>11.4f}" for name in names)
       lines.append(f"  {summary['labels'].get(system, system):<35}{figures}")
-  lines.append(_share(summary))
-  return "\n".join([*lines, *ended, f"report: {layout.report}"])
+  return "\n".join([*lines, *_share(summary), *ended, f"report: {layout.report}"])
 
 
-def _share(summary: Mapping) -> str:
-  trained, whole = summary["trained_parameters"], summary["backbone_parameters"]
-  return f"trained: {trained:,} parameters, {trained / whole:.2%} of the backbone's {whole:,}"
+def _share(summary: Mapping) -> list[str]:
+  """What was trained, where something was."""
+  trained, whole = summary.get("trained_parameters"), summary["backbone_parameters"]
+  return [f"trained: {trained:,} parameters, {trained / whole:.2%} of the backbone's {whole:,}"] if trained else []
 
 
 def _splits(results: Mapping) -> list[str]:
@@ -123,7 +123,7 @@ def _measure_names(results: Mapping, split: str) -> list[str]:
 
 
 def _facts(summary: Mapping) -> str:
-  rows = "".join(f"<li>{html.escape(line)}</li>" for line in [*summary["facts"], _share(summary)])
+  rows = "".join(f"<li>{html.escape(line)}</li>" for line in [*summary["facts"], *_share(summary)])
   return f"<ul>{rows}</ul>"
 
 

@@ -97,7 +97,7 @@ def retrievers(config: ConfigDict) -> list[str]:
 
 def mines_with_retriever(config: ConfigDict) -> bool:
   """Whether there are pools besides that of mine0."""
-  return config.rounds > 1 or config.train.refresh_every > 0
+  return config.rounds > 1 or (config.rounds > 0 and config.train.refresh_every > 0)
 
 
 def names(config: ConfigDict, number: int) -> list[str]:
@@ -242,7 +242,8 @@ class Sources:
       return
     retriever = self._retriever(name)
     for part, kind in parts.items():
-      encode.encode(self.config, self.layout, places[part], part, retriever, kind, ids[part], self.together)
+      made = encode.stored(self.config, self.layout, part, retriever)
+      encode.encode(self.config, places[part], retriever, kind, ids[part], made, self.together)
 
   def _retriever(self, name: str) -> Retriever:
     if name == DENSE and self.retriever is not None:
