@@ -205,6 +205,8 @@ def _cross() -> dict:
     pair_length=160,  # tokens of query and passage together, special tokens included; text.query_length holds too
     length=32,  # P, prompt vectors a layer, of its own deep prompt
     init="normal",  # its prompt's start: 'normal' or 'words', as prompt.init
+    head="match",  # 'match': how well the passage has the query's tokens, by their vectors in the one sequence, besides
+    # token 0; 'first': token 0 alone (RocketQA), which takes far longer to train on a frozen backbone
     backbone_dropout=-1.0,  # -1: config.json's own rates; 0: none
     learning_rate=7e-3,  # peak, of prompt and head
     schedule="linear",  # decay after the warm-up: 'linear', 'cosine' or 'constant'

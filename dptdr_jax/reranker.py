@@ -20,7 +20,7 @@ from dptdr_jax.data import text
 from dptdr_jax.data.pairs import PairFormat, Pairs, TokenLists
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models import convert, prompts
-from dptdr_jax.models.cross import check_cross, cross_logits
+from dptdr_jax.models.cross import HEADS, check_cross, cross_logits
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.runtime import buckets
 from dptdr_jax.runtime import mesh as meshes
@@ -38,9 +38,12 @@ class PairSettings:
   separator: str = " "  # between title and text
   query_template: str = text.QUERY_TEMPLATE
   passage_template: str = text.PASSAGE_TEMPLATE
+  head: str = "match"  # or 'first', see `models.cross`
 
   def __post_init__(self):
     text.check_templates(self.query_template, self.passage_template)
+    if self.head not in HEADS:
+      raise InputError("unknown head of a cross-encoder", value=self.head, fix=f"Use {' or '.join(HEADS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +86,11 @@ class CrossEncoder:
       raise InputError(f"format {FORMAT} expected", path=path / _ABOUT, value=about.get("format"))
     with files.fields_of(path / _ABOUT):
       named, tokenizer, spec = about["backbone"], about["tokenizer"]["hash"], PromptSpec(**about["prompt"])
+      about.setdefault("head", "first")  # the one head that there was
       settings = PairSettings(**{field.name: about[field.name] for field in dataclasses.fields(PairSettings)})
     backbone = backbones.load_named(path / _ABOUT, named, backbone, tokenizer)
     trainable = prompts.unflatten(convert.read_safetensors(path / _TENSORS))
-    check_cross(spec, trainable, backbone.config, path / _TENSORS)
+    check_cross(spec, settings.head, trainable, backbone.config, path / _TENSORS)
     return cls(backbone, spec, trainable, settings)
 
   def save(self, path: files.Path) -> None:
@@ -183,9 +187,10 @@ class CrossEncoder:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec", "compute_dtype"))
-def logits_of(params, trainable, tokens, lengths, *, config, spec, compute_dtype):
-  """A batch of pairs: tokens [B, T] and lengths [B] to logits [B] float32."""
-  return cross_logits(config, spec, params, trainable, tokens, lengths, compute_dtype=jnp.dtype(compute_dtype))
+def logits_of(params, trainable, tokens, lengths, segments, *, config, spec, compute_dtype):
+  """A batch of pairs, as `data.pairs.Pairs.batch` has it, to logits [B] float32."""
+  inputs = (params, trainable, tokens, lengths, segments)
+  return cross_logits(config, spec, *inputs, compute_dtype=jnp.dtype(compute_dtype))
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -59,6 +59,7 @@ def finished(tmp_path_factory):
   config.data.dir = str(directory / "data")
   config.text.query_length, config.text.passage_length, config.prompt.length = 8, 20, 4
   config.cross.update(
+    head="first",  # what tells the passages apart is no word of the query
     steps=40, queries=8, passages=4, pair_length=20, length=4, chunk=2, learning_rate=0.01, backbone_dropout=0.0,
     checkpoint_every=10, evaluate_every=20, evaluate_queries=12, evaluate_passages=6, log_every=5, depth=5,
   )  # fmt: skip

@@ -14,7 +14,7 @@ from dptdr_jax import Backbone, CrossEncoder
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
-from dptdr_jax.models.cross import init_cross
+from dptdr_jax.models.cross import init_cross, match
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states
 from dptdr_jax.reranker import PairSettings, probabilities
@@ -24,21 +24,26 @@ PASSAGES = [text for _, text in tiny.sentences(24, 14, seed=0)]
 QUERIES = [" ".join(text.split()[: 2 + row % 5]) for row, text in enumerate(PASSAGES)]
 
 
-@pytest.fixture(scope="module", params=["bert", "roberta"])
+@pytest.fixture(scope="module", params=[("bert", "first"), ("roberta", "match")], ids="-".join)
 def encoder(request, tmp_path_factory):
-  backbone = Backbone.load(tiny.backbone(tmp_path_factory.mktemp("cross") / request.param, family=request.param))
-  trainable = jax.tree.map(lambda leaf: 10 * np.asarray(leaf), init_cross(jax.random.key(0), SPEC, backbone.config))
-  return CrossEncoder(backbone, SPEC, trainable, PairSettings(query_length=12, pair_length=24))
+  family, head = request.param
+  backbone = Backbone.load(tiny.backbone(tmp_path_factory.mktemp("cross") / family, family=family))
+  trainable = jax.device_get(init_cross(jax.random.key(0), SPEC, backbone.config, head=head))
+  for part in ("dense", "output"):
+    trainable["head"][part] = jax.tree.map(lambda leaf: 10 * leaf, trainable["head"][part])
+  return CrossEncoder(backbone, SPEC, trainable, PairSettings(query_length=12, pair_length=24, head=head))
 
 
-def test_scores_are_sigmoids_of_the_head_of_token_0(encoder):
-  """One pair at a time, ids from the tokenizers library, the head by numpy."""
+def test_scores_are_sigmoids_of_the_head(encoder):
+  """One pair at a time, ids and texts from the tokenizers library, the head of token 0 by numpy."""
   scores = encoder.score(QUERIES[:5], PASSAGES[5:10])
   backbone = encoder.backbone
   backend = Tokenizer(backbone.tokenizer.directory).backend
   backend.enable_truncation(24, strategy="only_second")
   for query, passage, score in zip(QUERIES[:5], PASSAGES[5:10], scores, strict=True):
-    ids = backend.encode(query, passage).ids
+    encoded = backend.encode(query, passage)
+    ids, segments = encoded.ids, np.zeros((1, 24), np.int8)
+    segments[0, : len(ids)] = [0 if of is None else 1 + of for of in encoded.sequence_ids]
     tokens = np.full((1, 24), backbone.tokenizer.pad_id, np.int32)
     tokens[0, : len(ids)] = ids
     lengths = np.array([len(ids)])
@@ -46,6 +51,9 @@ def test_scores_are_sigmoids_of_the_head_of_token_0(encoder):
     head = encoder.trainable["head"]
     wide = np.tanh(np.asarray(hidden)[0, 0] @ head["dense"]["kernel"] + head["dense"]["bias"])
     logit = (wide @ head["output"]["kernel"] + head["output"]["bias"])[0]
+    if "match" in head:
+      met = match(np.asarray(hidden), lengths, segments)[0]
+      logit += np.exp(head["match"]["log_scale"][0]) * (met + head["match"]["bias"][0])
     np.testing.assert_allclose(score, 1 / (1 + np.exp(-logit)), rtol=2e-4)
   assert scores.dtype == np.float32 and np.ptp(scores) > 1e-3
 
@@ -79,6 +87,12 @@ def test_saved_and_loaded_it_scores_the_same(encoder, tmp_path):
     np.testing.assert_array_equal(loaded.score(QUERIES, titled), encoder.score(QUERIES, titled))
     assert loaded.hash == encoder.hash and loaded.settings == encoder.settings
   assert not np.array_equal(encoder.score(QUERIES, titled), encoder.score(QUERIES, PASSAGES))
+  if encoder.settings.head == "first":  # files from before there was another one
+    about = json.loads((tmp_path / "saved/cross_encoder.json").read_text())
+    del about["head"]
+    (tmp_path / "saved/cross_encoder.json").write_text(json.dumps(about))
+    older = CrossEncoder.load(tmp_path / "saved", encoder.backbone)
+    np.testing.assert_array_equal(older.score(QUERIES, titled), encoder.score(QUERIES, titled))
   given = [{"title": "title" if row % 2 else None, "text": passage} for row, passage in enumerate(PASSAGES)]
   bare = [titled[row] if row % 2 else passage for row, passage in enumerate(PASSAGES)]
   np.testing.assert_array_equal(encoder.score(iter(QUERIES), given), encoder.score(QUERIES, bare))
@@ -99,6 +113,8 @@ def test_what_is_refused(encoder, tmp_path):
     encoder.score(QUERIES[:2], ["merge", None])
   with pytest.raises(InputError, match="don't fit the backbone's"):
     CrossEncoder(encoder.backbone, SPEC, encoder.trainable, PairSettings(pair_length=120))
+  with pytest.raises(InputError, match="unknown head of a cross-encoder: 'last'"):
+    PairSettings(head="last")
   tensors = load_file(tmp_path / "saved/prompts.safetensors")
   tensors.pop("head/output/bias")
   save_file(tensors, tmp_path / "saved/prompts.safetensors")

@@ -120,20 +120,24 @@ class Pairs:
     return sum(self._counts(slice(None))) + self.form.num_special
 
   def batch(self, places: np.ndarray | slice, width: int) -> dict[str, np.ndarray]:
-    """Gathers pairs: tokens int32 [b, width], padded on the right, and lengths int32 [b], special tokens included."""
+    """Gathers pairs: tokens int32 [b, width], padded on the right, lengths int32 [b], special tokens included, and
+    segments int8 [b, width]: 1 at tokens of the query, 2 at tokens of the passage, 0 elsewhere."""
     queries, passages = self._counts(places)
     tokens = np.full((len(queries), width), self.form.pad_id, np.int32)
+    segments = np.zeros((len(queries), width), np.int8)
     columns, end = np.arange(width), np.zeros(len(queries), np.int64)
     texts = (self.queries.heads(self.query_rows[places], queries), queries), (
       self.passages.heads(self.passage_rows[places], passages), passages,
     )  # fmt: skip
-    for special, (flat, counts) in zip(self.form.template, (*texts, (None, None)), strict=True):
+    parts = zip(self.form.template, (*texts, (None, None)), strict=True)
+    for segment, (special, (flat, counts)) in enumerate(parts, 1):
       tokens[np.arange(len(end))[:, None], end[:, None] + np.arange(len(special))] = special
       end = end + len(special)
       if flat is not None:
-        tokens[(columns >= end[:, None]) & (columns < (end + counts)[:, None])] = flat
+        own = (columns >= end[:, None]) & (columns < (end + counts)[:, None])
+        tokens[own], segments[own] = flat, segment
         end = end + counts
-    return {"tokens": tokens, "lengths": end.astype(np.int32)}
+    return {"tokens": tokens, "lengths": end.astype(np.int32), "segments": segments}
 
   def _counts(self, places: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the query and of the passage that stay, int64 each."""
@@ -146,7 +150,8 @@ class PairBatches(GroupBatches):
   """`batches[step]` → this host's slice of the global batch of pairs, each query with its positive and negatives.
 
   A batch, of B queries with G passages each, on host p of n (m = B·G / n after filling, the positive first of every G):
-    tokens int32 [m, T], lengths int32 [m], relevant bool [m], real bool [m]: False where it fills the devices up.
+    tokens int32 [m, T], lengths int32 [m] and segments int8 [m, T], see Pairs.batch; relevant bool [m]; real bool [m]:
+    False where it fills the devices up.
   T is the bucket that the global batch needs.
 
   Args:

@@ -21,6 +21,7 @@ from dptdr_jax.data.pairs import PairBatches, PairFormat
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models.config import EncoderConfig
+from dptdr_jax.models.cross import HEADS
 from dptdr_jax.models.prompts import PromptSpec, check_lengths, check_words
 from dptdr_jax.reranker import CrossEncoder, PairSettings, probabilities
 from dptdr_jax.retrieval.candidates import Pool, query_blocks
@@ -54,6 +55,8 @@ def check(config: ConfigDict, encoder: EncoderConfig) -> None:
   if cross.negatives not in common.NEGATIVES:
     fix = f"Use {', '.join(common.NEGATIVES)}"
     raise InputError("unknown cross.negatives", value=cross.negatives, fix=fix)
+  if cross.head not in HEADS:
+    raise InputError("unknown cross.head", value=cross.head, fix=f"Use {', '.join(HEADS)}")
   if not (cross.steps or cross.epochs):
     raise InputError("a cross-encoder's training has no steps", fix="Set cross.steps or cross.epochs above 0")
   if cross.passages < 2 or cross.evaluate_passages < 2:
@@ -144,7 +147,7 @@ class CrossLoop(Loop):
     self._best = {"step": 0, "value": -math.inf}
     self._mesh = meshes.make_mesh(fsdp=config.fsdp)
     rates = steps.dropout(cross.backbone_dropout)
-    model = CrossModel(backbone.config, spec, compute_dtype=backbone.compute_dtype, dropout=rates)
+    model = CrossModel(backbone.config, spec, cross.head, compute_dtype=backbone.compute_dtype, dropout=rates)
     optimizer = steps.optimizer(cross, num_steps)
     frozen = shardings.by_rules(backbone.params, self._mesh)
     options = {"seed": config.seed, "chunk": cross.chunk, "mesh": self._mesh, "frozen": frozen}
@@ -178,8 +181,9 @@ class CrossLoop(Loop):
     """The cross-encoder of the state as it is."""
     config, text = self._config, self._config.text
     settings = PairSettings(
-      text.query_length, config.cross.pair_length, text.separator, text.query_template, text.passage_template
-    )
+      text.query_length, config.cross.pair_length, text.separator, text.query_template, text.passage_template,
+      config.cross.head,
+    )  # fmt: skip
     trainable = hosts.fetch(self.state.trainable)
     return CrossEncoder(self._backbone, prompt_spec(config), trainable, settings)
 

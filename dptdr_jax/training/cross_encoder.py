@@ -26,6 +26,8 @@ from dptdr_jax.training.optimizer import Optimizer
 from dptdr_jax.training.seeded import SeededStep
 from dptdr_jax.training.state import TrainState, apply_gradient
 
+_READ = ("tokens", "lengths", "segments", "relevant")  # of a batch, by pair
+
 
 @dataclasses.dataclass(frozen=True)
 class CrossModel:
@@ -34,17 +36,19 @@ class CrossModel:
   Attributes:
     encoder: the backbone's shape.
     prompt: a deep or shallow prompt of the cross-encoder's own.
+    head: see `models.cross`.
     compute_dtype, dropout: see `models.represent.represent`.
   """
 
   encoder: EncoderConfig
   prompt: PromptSpec
+  head: str = "match"
   compute_dtype: Any = jnp.float32
   dropout: Dropout | None = None
 
   def init_trainable(self, key: jax.Array, backbone: Any = None, word_ids: np.ndarray | None = None) -> dict[str, Any]:
     """Fresh {'prompt': …, 'head': …}, float32; backbone and word_ids for prompts that start from words."""
-    return init_cross(key, self.prompt, self.encoder, backbone, word_ids)
+    return init_cross(key, self.prompt, self.encoder, backbone, word_ids, self.head)
 
   def logits(
     self,
@@ -52,13 +56,15 @@ class CrossModel:
     backbone: Any,
     tokens: jax.Array,
     lengths: jax.Array,
+    segments: jax.Array,
     *,
     keys: jax.Array | None = None,
     batch_key: jax.Array | None = None,
   ) -> jax.Array:
-    """Pairs [B, T] of lengths [B] → logits [B] float32; with keys [B] and a batch_key dropout is on."""
+    """Pairs [B, T] of lengths [B] and segments [B, T] → logits [B] float32; with keys [B] and a batch_key dropout is
+    on."""
     return cross_logits(
-      self.encoder, self.prompt, backbone, trainable, tokens, lengths,
+      self.encoder, self.prompt, backbone, trainable, tokens, lengths, segments,
       keys=keys, batch_key=batch_key, dropout=self.dropout, compute_dtype=self.compute_dtype,
     )  # fmt: skip
 
@@ -69,8 +75,9 @@ def make_cross_step(
   """Builds the jitted step: (state, backbone_params, batch) → (state, metrics).
 
   The state is donated, the backbone never; `frozen` are its shardings, leaf by leaf (None: whole on every device). The
-  batch, rows sharded: tokens [M, T] int32, lengths [M], relevant [M] bool, real [M] bool (False: fills the devices up,
-  counts for nothing). `chunk` pairs a device are encoded at a time, 0 is all of them; the gradient is the same.
+  batch, rows sharded: tokens [M, T] int32, lengths [M], segments [M, T] int8 (see `models.cross.cross_logits`),
+  relevant [M] bool, real [M] bool (False: fills the devices up, counts for nothing). `chunk` pairs a device are encoded
+  at a time, 0 is all of them; the gradient is the same.
 
   Metrics are float32 scalars: loss, accuracy (share of pairs on the right side of .5, both classes weighing the same,
   so that chance is .5), gradient_norm (before clipping), learning_rate. Where the loss or the norm is not finite the
@@ -86,7 +93,7 @@ def make_cross_step(
     return state, applied | {"accuracy": accuracy}
 
   whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-  batch = dict.fromkeys(("tokens", "lengths", "relevant", "real"), rows)
+  batch = dict.fromkeys((*_READ, "real"), rows)
   shardings = (whole, whole, whole if frozen is None else frozen, batch)
   return SeededStep(jax.jit(step, in_shardings=shardings, out_shardings=whole, donate_argnums=1), seed)
 
@@ -107,14 +114,15 @@ def loss_and_gradient(
   """
   count = batch["tokens"].shape[0]
   row_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-  inputs = {name: batch[name] for name in ("tokens", "lengths", "relevant")}
+  inputs = {name: batch[name] for name in _READ}
   inputs |= {"weights": balanced(batch["relevant"], batch["real"]), "rows": jnp.arange(count)}
   chunks = chunk_count(count, mesh.size, chunk, "pair")
 
   def weighed(trainable, frozen, part):
     (backbone, row_key, batch_key), part = frozen, share_inner(part)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, part["rows"])
-    logits = model.logits(trainable, backbone, part["tokens"], part["lengths"], keys=keys, batch_key=batch_key)
+    arguments = (part[name] for name in ("tokens", "lengths", "segments"))
+    logits = model.logits(trainable, backbone, *arguments, keys=keys, batch_key=batch_key)
     return weighted_loss(logits, part["relevant"], part["weights"])
 
   def on_device(trainable, frozen, inputs):

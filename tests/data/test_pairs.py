@@ -45,9 +45,14 @@ def test_pairs_are_the_tokenizers_own(tokenizer, stores, source):
   np.testing.assert_array_equal(batch["lengths"], pairs.lengths())
   own = Tokenizer(tokenizer.directory).backend
   own.enable_truncation(20, strategy="only_second")
-  for (query, passage), tokens, length in zip(rows, batch["tokens"], batch["lengths"], strict=True):
-    np.testing.assert_array_equal(tokens[:length], own.encode(QUERIES[query], PASSAGES[passage]).ids)
-    assert (tokens[length:] == tokenizer.pad_id).all()
+  parts = ("tokens", "segments", "lengths")
+  for (query, passage), tokens, segments, length in zip(rows, *(batch[part] for part in parts), strict=True):
+    encoded = own.encode(QUERIES[query], PASSAGES[passage])
+    np.testing.assert_array_equal(tokens[:length], encoded.ids)
+    texts = [0 if special else 1 + text for special, text in zip(
+      encoded.special_tokens_mask, [of or 0 for of in encoded.sequence_ids], strict=True)]  # fmt: skip
+    np.testing.assert_array_equal(segments[:length], texts)
+    assert (tokens[length:] == tokenizer.pad_id).all() and not segments[length:].any()
 
 
 def test_a_query_has_its_own_limit_whatever_the_passage(tokenizer):
@@ -74,7 +79,8 @@ def test_batches_hold_the_positive_first_and_are_a_function_of_the_step(tokenize
   batches = make(tokenizer, stores)
   rows, batch = batches.rows(2), batches[2]
   assert {name: (value.shape[0], value.dtype) for name, value in batch.items()} == {
-    "tokens": (12, np.int32), "lengths": (12, np.int32), "relevant": (12, np.bool_), "real": (12, np.bool_),
+    "tokens": (12, np.int32), "lengths": (12, np.int32), "segments": (12, np.int8), "relevant": (12, np.bool_),
+    "real": (12, np.bool_),
   }  # fmt: skip
   assert batch["relevant"].tolist() == [True, False, False] * 4
   for at, query in enumerate(rows.queries):

@@ -15,7 +15,7 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
-from dptdr_jax.models.represent import represent
+from dptdr_jax.models.represent import hidden_states
 from dptdr_jax.training.cross_encoder import CrossModel, balanced, loss_and_gradient, make_cross_step, weighted_loss
 from dptdr_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from dptdr_jax.training.state import init_state
@@ -44,7 +44,8 @@ def put(tree, devices):
 
 def make_state(devices=1):
   trainable = MODEL.init_trainable(jax.random.key(2))
-  trainable["head"] = jax.tree.map(lambda leaf: 20 * leaf, trainable["head"])  # so that logits are far from 0
+  for name in ("dense", "output"):  # so that logits are far from 0
+    trainable["head"][name] = jax.tree.map(lambda leaf: 20 * leaf, trainable["head"][name])
   return put(init_state(trainable, OPTIMIZER), devices)
 
 
@@ -57,7 +58,8 @@ def make_batch(seed=0, queries=8):
   tokens[:, 2] = rng.integers(5, 10, count) + 5 * ~relevant
   return {
     "tokens": tokens,
-    "lengths": rng.integers(3, 9, count, dtype=np.int32),
+    "lengths": rng.integers(5, 9, count, dtype=np.int32),
+    "segments": np.tile(np.array([0, 1, 1, 0, 2, 2, 2, 2], np.int8), (count, 1)),
     "relevant": relevant,
     "real": np.ones_like(relevant),
   }
@@ -99,16 +101,31 @@ def test_even_odds_are_what_a_constant_learns_whatever_the_number_of_negatives()
     assert abs(slope(0.0)) < 1e-7
 
 
-def test_logits_are_the_head_of_token_0_by_numpy():
+@pytest.mark.parametrize("head", cross.HEADS)
+def test_logits_by_numpy(head):
   batch, trainable = make_batch(), jax.device_get(make_state().trainable)
-  logits = MODEL.logits(trainable, backbone(), batch["tokens"], batch["lengths"])
-  first = represent(
-    ENCODER, MODEL.prompt, backbone(), trainable["prompt"], batch["tokens"], batch["lengths"],
-    pooling="first", normalize=False,
-  )  # fmt: skip
+  batch["segments"] *= np.arange(8) < batch["lengths"][:, None]
+  batch["segments"][3] = [0, 1, 1, 0, 0, 0, 0, 0]  # a passage without a token
+  match = trainable["head"]["match"]
+  if head == "first":
+    del trainable["head"]["match"]
+  arguments = (batch["tokens"], batch["lengths"])
+  logits = MODEL.logits(trainable, backbone(), *arguments, batch["segments"])
+  hidden = hidden_states(ENCODER, MODEL.prompt, backbone(), trainable["prompt"], *arguments)
   dense, output = trainable["head"]["dense"], trainable["head"]["output"]
-  hidden = np.tanh(first @ dense["kernel"] + dense["bias"])
-  np.testing.assert_allclose(logits, (hidden @ output["kernel"] + output["bias"])[:, 0], rtol=1e-5, atol=1e-6)
+  expected = []
+  for vectors, length, segments in zip(np.asarray(hidden), batch["lengths"], batch["segments"], strict=True):
+    wide = np.tanh(vectors[0] @ dense["kernel"] + dense["bias"])
+    logit = (wide @ output["kernel"] + output["bias"])[0]
+    if head == "match":
+      apart = vectors - vectors[:length].mean(0)
+      norms = np.linalg.norm(apart, axis=1)
+      cosines = (apart / norms[:, None]) @ (apart / norms[:, None]).T
+      best = [cosines[at, segments == 2].max(initial=-1) for at in np.flatnonzero(segments == 1)]
+      met = np.average(best, weights=norms[segments == 1])
+      logit += np.exp(match["log_scale"][0]) * (met + match["bias"][0])
+    expected.append(logit)
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
   assert logits.dtype == np.float32 and np.ptp(logits) > 0.1
 
 
@@ -118,7 +135,7 @@ def test_gradient_is_that_of_the_plain_loss():
   def loss(trainable):
     row_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(len(batch["tokens"])))
-    arguments = (trainable, backbone(), batch["tokens"], batch["lengths"])
+    arguments = (trainable, backbone(), batch["tokens"], batch["lengths"], batch["segments"])
     logits = MODEL.logits(*arguments, keys=keys, batch_key=batch_key)
     return weighted_loss(logits, batch["relevant"], balanced(batch["relevant"], batch["real"]))[0]
 
@@ -153,7 +170,8 @@ def test_five_steps_on_eight_devices_in_chunks():
 
 
 def test_it_learns_a_toy_task():
-  model = dataclasses.replace(MODEL, prompt=dataclasses.replace(MODEL.prompt, dropout=0.0), dropout=Dropout(0.0, 0.0))
+  prompt = dataclasses.replace(MODEL.prompt, dropout=0.0)
+  model = dataclasses.replace(MODEL, prompt=prompt, dropout=Dropout(0.0, 0.0), head="first")
   step = make_cross_step(model, OPTIMIZER, seed=5, chunk=0, mesh=mesh_of(1))
   state, accuracies = init_state(model.init_trainable(jax.random.key(2)), OPTIMIZER), []
   for number in range(50):
@@ -167,6 +185,7 @@ def test_it_learns_a_toy_task():
 def test_weight_decay_knows_the_head():
   mask = decay_mask(MODEL.init_trainable(jax.random.key(0)))
   assert mask["prompt"]["table"] and mask["head"]["dense"] == mask["head"]["output"] == {"kernel": True, "bias": False}
+  assert mask["head"]["match"] == {"log_scale": False, "bias": False}
 
 
 def test_what_does_not_fit():
@@ -175,7 +194,9 @@ def test_what_does_not_fit():
       functools.partial(loss_and_gradient, MODEL, 5, 3, mesh_of(8)), make_state(8), backbone(), make_batch()
     )
   trainable = MODEL.init_trainable(jax.random.key(0))
-  cross.check_cross(MODEL.prompt, trainable, ENCODER)
+  cross.check_cross(MODEL.prompt, MODEL.head, trainable, ENCODER)
+  with pytest.raises(InputError, match="head/match"):
+    cross.check_cross(MODEL.prompt, "first", trainable, ENCODER)
   trainable["head"]["output"]["bias"] = np.zeros(2, np.float32)
   with pytest.raises(InputError, match="head/output/bias has shape"):
-    cross.check_cross(MODEL.prompt, trainable, ENCODER, "prompts.safetensors")
+    cross.check_cross(MODEL.prompt, MODEL.head, trainable, ENCODER, "prompts.safetensors")
