@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from dptdr_jax import pipeline
 from dptdr_jax.core import commands, files, manifest, preemption, progress, remote
 from dptdr_jax.core.errors import DptdrError, InputError, PassingError
-from dptdr_jax.stages import common, comparison, evaluate, order, prepare, sources
+from dptdr_jax.stages import common, comparison, evaluate, order, prepare, sources, systems
 
 _PLAIN = {"pretrain.enabled": False, "rounds": 1, "train.refresh_every": 0}
 _TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
@@ -160,23 +160,27 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
 
 
 def _baselines_once(configs: Sequence[ConfigDict], directories: Sequence[pathlib.Path]) -> None:
-  """Leaves BM25 to the first run, and the untuned backbone to the first that shows it before and after pretraining.
+  """Leaves BM25 and saved retrievers to the first run, and the untuned backbone to the first that shows it before and
+  after pretraining.
 
   What a run has measured stays with it: an arm that is added, or named before it, makes nothing anew.
   """
   have = [_measured_baselines(directory) for directory in directories]
   every = range(len(configs))
-  able = {"bm25": every, "backbone": [run for run in every if configs[run].pretrain.enabled] or every}
+  pretrained = [run for run in every if configs[run].pretrain.enabled]
+  able = {"bm25": every, "retrievers": every, "backbone": pretrained or every}
   for baseline, runs in able.items():
     shown = next((run for run in runs if baseline in have[run]), runs[0])
     for run, config in enumerate(configs):
-      config.evaluate[baseline] &= run == shown or baseline in have[run]
+      if run != shown and baseline not in have[run]:
+        config.evaluate[baseline] = () if baseline == "retrievers" else False
 
 
 def _measured_baselines(directory: pathlib.Path) -> set[str]:
-  """Those of 'bm25' and 'backbone' that a run's finished evaluation has."""
-  made = manifest.read(directory / "evaluate" / manifest.NAME)
-  return {name for name in ("bm25", "backbone") if made and made["made_from"]["config"]["evaluate"][name]}
+  """Those of 'bm25', 'backbone' and 'retrievers' that a run's finished evaluation has."""
+  encoded, made = (manifest.read(directory / stage / manifest.NAME) for stage in ("encode", "evaluate"))
+  found = {name for name in ("bm25", "backbone") if made and made["made_from"]["config"]["evaluate"][name]}
+  return found | ({"retrievers"} if made and encoded and encoded["made_from"]["files"].get("retrievers") else set())
 
 
 def ablate(
@@ -204,7 +208,7 @@ def ablate(
   named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
   for (name, _, changed), directory in zip(planned, directories, strict=True):
     try:
-      _check(changed, directory, measure, named)
+      _check(changed, directory, measure, named, arms)
     except InputError as error:
       raise InputError(f"arm {name}: {error}") from error
   failed: dict[str, DptdrError] = {}
@@ -229,11 +233,15 @@ def ablate(
     raise DptdrError("; ".join(f"{name} failed: {error}" for name, error in failed.items()))
 
 
-def _check(config: ConfigDict, directory: pathlib.Path, measure: str, named: dict[str, str]) -> None:
+def _check(
+  config: ConfigDict, directory: pathlib.Path, measure: str, named: dict[str, str], arms: dict[str, dict]
+) -> None:
   """Raises InputError for what can be known to fail in an arm, or cannot be compared."""
   order.check(config)
   if not common.has_queries(config):
     raise InputError("arms are compared by queries, and this data has none", value=config.data.source)
+  if clash := [name for name in systems.saved(config) if name in arms]:
+    raise InputError("an arm and one of evaluate.retrievers have one name", value=clash)
   if not config.rounds:
     raise InputError("arms are compared by the retrievers that they train, and rounds is 0")
   prepare.outside_files(config)

@@ -174,13 +174,10 @@ def load_named(
   Raises:
     InputError: the backbone or its tokenizer is another one.
   """
-  path = source.parent
   if backbone is None:
+    backbone = Backbone.load(find_named(source.parent, named), **options)
     if named["path"] == BESIDE:
-      backbone = dataclasses.replace(Backbone.load(path / "backbone", **options), path=BESIDE)
-    else:
-      near = _near(path, named["relative_path"]) if "relative_path" in named else None
-      backbone = Backbone.load(near or named["path"], **options)
+      backbone = dataclasses.replace(backbone, path=BESIDE)
   if backbone.hash != named["hash"]:
     raise InputError(
       f"the prompts were trained on another backbone: {named['path']} with hash {named['hash'][:12]}…, not "
@@ -194,6 +191,14 @@ def load_named(
       fix=f"The one in {tokenizer.directory} has hash {tokenizer.hash[:12]}…",
     )  # fmt: skip
   return backbone
+
+
+def find_named(directory: pathlib.Path, named: Mapping[str, str]) -> str:
+  """Where the backbone is that a file in `directory` names, as `locate` takes it; it need not be there."""
+  if named["path"] == BESIDE:
+    return os.fspath(directory / "backbone")
+  near = _near(directory, named["relative_path"]) if "relative_path" in named else None
+  return near or named["path"]
 
 
 def _near(directory: pathlib.Path, relative: str) -> str | None:

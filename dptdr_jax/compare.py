@@ -64,7 +64,10 @@ def _measured(named: str, split: str) -> tuple[list[str], dict[str, np.ndarray]]
   if not system:
     if not layout.summary.is_file():
       raise InputError("no evaluated run here", path=directory)
-    system = f"train{files.read_json(layout.summary)['rounds']}"
+    if not (rounds := files.read_json(layout.summary)["rounds"]):
+      known = ", ".join(files.read_json(layout.results))
+      raise InputError("nothing was trained in this run", path=directory, fix=f"Name DIR:SYSTEM; there are {known}")
+    system = f"train{rounds}"
   path = layout.per_query(system, split)
   if not path.is_file():
     raise InputError("no such system, or it is not measured on this split", path=path, value=split)

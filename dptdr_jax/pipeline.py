@@ -140,16 +140,19 @@ def share(config: ConfigDict, workdir: files.Path, others: Sequence[files.Path])
 
 
 def _kept_elsewhere(item: Planned, made: Mapping[pathlib.Path, Mapping[str, Any]]) -> dict[str, pathlib.Path]:
-  """Where each part is that a stage keeps; what a stage of its name made (train1/corpus), where that has the same key.
+  """Where each part is that a stage keeps; what a stage of its name made (train1/corpus), where that has the same key,
+  and what a saved retriever did, where its files are the same.
 
   Args:
     made: manifests of the same stage, by directory.
   """
   found: dict[str, pathlib.Path] = {}
-  ours = item.made_from["stages"]
+  ours = item.made_from
   for part, source in itertools.product(item.stage.kept, made):
     maker = part.partition("/")[0]
-    if (source / part).exists() and made[source]["made_from"]["stages"].get(maker) == ours.get(maker):
+    theirs = made[source]["made_from"]
+    same = [of["stages"].get(maker) or of["files"].get("retrievers", {}).get(maker) for of in (ours, theirs)]
+    if (source / part).exists() and same[0] == same[1]:
       found.setdefault(part, source)
   return found
 

@@ -205,7 +205,8 @@ def find_devices(topology: str) -> tuple[str, list]:
 def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tuple[int, int] = (0, 0)) -> list[Step]:
   """The config's steps, each with the shapes of a full batch.
 
-  How often they run leaves out what train.refresh_every encodes meanwhile; what mining encodes, evaluation takes over.
+  How often they run leaves out what train.refresh_every encodes meanwhile, and saved retrievers of other shapes
+  (evaluate.retrievers); what mining encodes, evaluation takes over.
 
   Raises:
     InputError: no such step, or a batch that the devices cannot share.
@@ -236,7 +237,7 @@ def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tu
     ),
     "encode": Step(
       "encode", lambda c: shapes.encode(c, encoder, mesh(c.fsdp)), "encode.batch_tokens",
-      config.encode.batch_tokens, len(systems.dense(config)) * passages / (encoded * count),
+      config.encode.batch_tokens, (len(systems.untuned(config)) + config.rounds) * passages / (encoded * count),
       passages / (encoded * count),
     ),
   }  # fmt: skip

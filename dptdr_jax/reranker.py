@@ -66,6 +66,7 @@ class CrossEncoder:
     if self.backbone.tokenizer is None:
       raise InputError("a cross-encoder needs a tokenizer, and this backbone has none", path=self.backbone.path)
     prompts.check_lengths(self.backbone.config, self.spec, self.settings.pair_length)
+    check_cross(self.spec, self.settings.head, self.trainable, self.backbone.config)
 
   @classmethod
   def load(cls, path: files.Path, backbone: Backbone | None = None) -> CrossEncoder:

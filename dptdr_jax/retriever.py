@@ -20,14 +20,16 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import text
 from dptdr_jax.data.records import Passage, Query
 from dptdr_jax.data.store import TokenStore
+from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.models import convert, prompts
+from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import represent
 from dptdr_jax.runtime import buckets
 from dptdr_jax.runtime import mesh as meshes
 
 FORMAT = 1  # of retriever.json
-_DESCRIPTION = "retriever.json"  # what a vector depends on besides prompts and weights
+_DESCRIPTION, _PROMPTS = "retriever.json", "prompts.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Retriever:
     Raises:
       InputError: no retriever there, a truncated file, or prompts of another backbone or tokenizer.
     """
-    path = check_saved(path)
+    path = _home(path)
     if (path / _DESCRIPTION).is_file():
       return _load_own(path, backbone, {"compute_dtype": compute_dtype, "fsdp": fsdp})
     return _load_original(path, backbone, (compute_dtype, fsdp))
@@ -110,7 +112,7 @@ class Retriever:
     tied = self.prompts["query"] is self.prompts["passage"]
     trees = {"prompt": self.prompts["query"]} if tied else self.prompts
     with remote.written(path, last=_DESCRIPTION, whole=True) as local, files.atomic_directory(local) as partial:
-      convert.write_safetensors(partial / "prompts.safetensors", prompts.flatten(trees))
+      convert.write_safetensors(partial / _PROMPTS, prompts.flatten(trees))
       description = {
         "format": FORMAT,
         "tied": tied,
@@ -290,56 +292,87 @@ class _Stored:
     return dict(zip(("tokens", "lengths"), self._store.batch(self._rows[places], self.limit, width=width), strict=True))
 
 
-def check_saved(path: files.Path) -> pathlib.Path:
-  """Where a saved retriever is, fetched from a URL first.
+def check_saved(path: files.Path) -> None:
+  """Looks at a saved retriever without reading weights.
 
   Raises:
-    InputError: there is none.
+    InputError: there is none, it is not whole, or its backbone is not where it is named.
   """
+  path = _home(path)
+  if not (path / _DESCRIPTION).is_file():
+    for place in _sides(path).values():
+      prompts.check_original(files.read_json(place / "config.json"), place)
+    return
+  about, spec, settings = _described(path)
+  if not (path / _PROMPTS).is_file():
+    raise InputError("no prompts here", path=path / _PROMPTS)
+  try:
+    directory = backbones.locate(backbones.find_named(path, about["backbone"]))
+  except InputError as error:
+    raise InputError(f"its backbone cannot be had: {error}", path=path / _DESCRIPTION) from error
+  config = EncoderConfig.from_file(directory / "config.json")
+  prompts.check_lengths(config, spec, max(settings.query_length, settings.passage_length))
+  Tokenizer(directory)
+
+
+def saved_files(path: files.Path) -> list[pathlib.Path]:
+  """What is read of a saved retriever, but for a backbone that it names elsewhere and has the hash of."""
+  path = _home(path)
+  if not (path / _DESCRIPTION).is_file():
+    return [one for place in _sides(path).values() for one in backbones.files_of(place)]
+  beside = backbones.files_of(path / "backbone") if (path / "backbone").is_dir() else []
+  return [path / _DESCRIPTION, path / _PROMPTS, *beside]
+
+
+def saved_backbone(path: files.Path) -> str | None:
+  """The hash of the backbone that a saved retriever names; None: a checkpoint of the original, which names none."""
+  path = _home(path)
+  return _described(path)[0]["backbone"]["hash"] if (path / _DESCRIPTION).is_file() else None
+
+
+def _home(path: files.Path) -> pathlib.Path:
+  """Where a saved retriever is, fetched from a URL first."""
   found = remote.staged(path)
   if not any((found / name).exists() for name in (_DESCRIPTION, "query_model", "config.json")):
     raise InputError("no retriever here: neither retriever.json nor a checkpoint of the original", path=path)
   return found
 
 
-def saved_files(path: files.Path) -> list[pathlib.Path]:
-  """The files of a saved retriever, but for a backbone that it names elsewhere and has the hash of."""
-  return sorted(found for found in check_saved(path).rglob("*") if found.is_file())
-
-
-def saved_backbone(path: files.Path) -> str | None:
-  """The hash of the backbone that a saved retriever names; None: it has weights of its own."""
-  source = check_saved(path) / _DESCRIPTION
-  if not source.is_file():
-    return None
-  with files.fields_of(source):
-    return files.read_json(source)["backbone"]["hash"]
-
-
-def _load_own(path: pathlib.Path, backbone: Backbone | None, options: dict[str, Any]) -> Retriever:
+def _described(path: pathlib.Path) -> tuple[dict[str, Any], PromptSpec, VectorSettings]:
+  """What retriever.json says, in its fields and as the settings that these are."""
   source = path / _DESCRIPTION
   about = files.read_json(source)
   if about.get("format") != FORMAT:
     raise InputError(f"format {FORMAT} expected", path=source, value=about.get("format"))
   with files.fields_of(source):
-    tied, named, other = about["tied"], about["backbone"], about["passage_backbone"]
-    tokenizer = about["tokenizer"]["hash"]
-  backbone = backbones.load_named(source, named, backbone, tokenizer, **options)
-  second = other and backbones.load_named(source, other, **options)
-  with files.fields_of(source):
     spec = PromptSpec(**about["prompt"])
     settings = VectorSettings(**{field.name: about[field.name] for field in dataclasses.fields(VectorSettings)})
-  trees = prompts.unflatten(convert.read_safetensors(path / "prompts.safetensors"))
-  sides = {side: trees.get("prompt" if tied else side, {}) for side in ("query", "passage")}
+    _ = about["tied"], about["passage_backbone"], about["backbone"]["hash"], about["tokenizer"]["hash"]  # all there
+  return about, spec, settings
+
+
+def _load_own(path: pathlib.Path, backbone: Backbone | None, options: dict[str, Any]) -> Retriever:
+  about, spec, settings = _described(path)
+  source, other = path / _DESCRIPTION, about["passage_backbone"]
+  backbone = backbones.load_named(source, about["backbone"], backbone, about["tokenizer"]["hash"], **options)
+  second = other and backbones.load_named(source, other, **options)
+  trees = prompts.unflatten(convert.read_safetensors(path / _PROMPTS))
+  sides = {side: trees.get("prompt" if about["tied"] else side, {}) for side in ("query", "passage")}
   for tree in sides.values():
-    prompts.check_prompt(spec, tree, backbone.config, path / "prompts.safetensors")
+    prompts.check_prompt(spec, tree, backbone.config, path / _PROMPTS)
   return Retriever(backbone, spec, sides, settings, second)
 
 
+def _sides(path: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The directories of a checkpoint of the original: a whole model, or untied query_model/ and passage_model/."""
+  if not (path / "query_model").is_dir():
+    return {"query": path}
+  return {side: path / f"{side}_model" for side in ("query", "passage")}
+
+
 def _load_original(path: pathlib.Path, backbone: Backbone | None, options: tuple[str, int]) -> Retriever:
-  """The original's directory: a whole model, or untied query_model/ and passage_model/, as a rule on one backbone."""
-  tied = not (path / "query_model").is_dir()
-  places = {"query": path if tied else path / "query_model"} | ({} if tied else {"passage": path / "passage_model"})
+  """The original's directory; two sides are on one backbone as a rule."""
+  places = _sides(path)
   specs, sides, loaded, hashes = {}, {}, {}, {}
   for side, place in places.items():
     tensors = convert.load_backbone_tensors(place)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_rounds import make_config
 
-from dptdr_jax import ablate, compare
+from dptdr_jax import Backbone, Retriever, ablate, compare
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import DptdrError, InputError
 from dptdr_jax.retrieval import measures
@@ -22,6 +22,8 @@ def finished(tmp_path_factory):
   config = make_config(directory, rounds=1, train__negatives="bm25", evaluate__backbone=True)
   config.pretrain.update({"spans": 16, "span_tokens": 16, "shortest": 2, "steps": 2, "evaluate_every": 0})
   config.cross.update({"steps": 2, "queries": 4, "passages": 2, "pair_length": 48, "length": 4, "rerank": 5})
+  Retriever.untuned(Backbone.load(config.backbone.path), passage_length=48).save(directory / "elsewhere")
+  config.evaluate.retrievers = (f"elsewhere={directory}/elsewhere",)
   arms = ablate.chosen(["plain", "unm"], ["P 2: prompt.length=2, pretrain.enabled=True, cross.enabled=True"])
   ablate.ablate(config, directory / "work", arms, [0, 1], ["P 2"], "RR@10")
   return config, arms, directory / "work"
@@ -32,7 +34,8 @@ def test_the_table_is_what_the_runs_measured(finished):
   written = json.loads((workdir / "ablation.json").read_text())
   assert written["reference"] == "plain" and written["arms"]["P 2"]["prompt.length"] == 2
   found = written["dev"]
-  assert list(found) == ["BM25", "untuned backbone", "pretrained backbone", "plain", "unm", "P 2", "P 2, reranked"]
+  baselines = ["BM25", "untuned backbone", "pretrained backbone", "elsewhere"]
+  assert list(found) == [*baselines, "plain", "unm", "P 2", "P 2, reranked"]
   assert [found[arm]["seeds"] for arm in ("plain", "unm", "P 2", "P 2, reranked")] == [2, 2, 1, 1]
   per_query = {}
   for arm, system in (("plain", "train1"), ("unm", "train2")):
@@ -51,7 +54,7 @@ def test_the_table_is_what_the_runs_measured(finished):
   assert 32 <= head < 32 * 40, "the cross-encoder's prompt and head count"
   measured = {(path.name.partition(".")[0], path.parts[-4]) for path in workdir.glob("runs/*/evaluate/parts/*.json")}
   baselines = {(system, run) for system, run in measured if not system.startswith(("train", "reranked"))}
-  assert baselines == {("bm25", "plain-0"), ("backbone", "P-2-0"), ("pretrain", "P-2-0")}
+  assert baselines == {("bm25", "plain-0"), ("elsewhere", "plain-0"), ("backbone", "P-2-0"), ("pretrain", "P-2-0")}
   table = (workdir / "ablation.md").read_text()
   assert "are against plain, query by query" in table
   assert "| unm |" in table and f"{found['unm']['means']['RR@10']:.4f}" in table
@@ -77,7 +80,7 @@ def test_an_arm_that_fails_keeps_no_other_from_running_and_finds_what_earlier_on
   with pytest.raises(DptdrError, match="hot, seed 0 failed: step .* loss nan"):
     ablate.ablate(config, workdir, three, [0], [], "RR@10")
   shown = json.loads((workdir / "ablation.json").read_text())["dev"]
-  assert list(shown) == ["BM25", "untuned backbone", "again", "once more"]
+  assert list(shown) == ["BM25", "untuned backbone", "elsewhere", "again", "once more"]
   name = "train1/retriever/prompts.safetensors"
   assert (workdir / "runs/again-0" / name).samefile(workdir / "runs/plain-0" / name)
   ablate.ablate(config, workdir, arms, [0, 1], ["P 2"], "RR@10")
@@ -120,6 +123,9 @@ def test_an_arm_that_is_added_leaves_the_baselines_where_they_are_measured(finis
     ablate._baselines_once(configs, [workdir / "runs" / f"{name.replace(' ', '-')}-0" for name in names])
     return {name: (made.evaluate.bm25, made.evaluate.backbone) for name, made in zip(names, configs, strict=True)}
 
+  one, other = (ablate.configured(config, arms["plain"], 0) for _ in range(2))
+  ablate._baselines_once([one, other], [workdir / "runs/another-0", workdir / "runs/plain-0"])
+  assert not one.evaluate.retrievers and other.evaluate.retrievers
   assert baselines("rip", "plain", "P 2") == {"rip": (False, False), "plain": (True, False), "P 2": (False, True)}
   assert baselines("rip", "unm") == {"rip": (True, True), "unm": (False, False)}
   # Only a pretrained arm shows what pretraining makes of the backbone; who shows the untuned one goes on doing so.

@@ -24,6 +24,19 @@ def test_a_round_on_bm25_alone_does_not_depend_on_the_retriever_to_come(director
   assert keys(mine__bm25__depth=5)["mine0"] != usual["mine0"]
 
 
+def test_what_is_encoded_depends_on_the_baselines_and_on_the_pretraining_below(directory):
+  def key(stage: str = "encode", **fields) -> str:
+    config = make_config(directory, pretrain__enabled=True, pretrain__steps=5, **fields)
+    return {item.stage.name: item.key for item in order.plan(config, Layout.of(directory / "planned"))}[stage]
+
+  for rounds in (0, 1):
+    usual = key(rounds=rounds)
+    assert key(rounds=rounds, pretrain__log_every=3) == usual
+    assert key(rounds=rounds, evaluate__other_poolings=("first",)) != usual
+    assert key(rounds=rounds, evaluate__backbone=True) != usual
+    assert key(rounds=rounds, pretrain__learning_rate=3e-3) != usual
+
+
 def test_what_a_training_does_not_read_is_not_in_its_key(directory):
   def keys(**fields) -> dict[str, str]:
     config = make_config(directory, cross__pair_length=48, cross__length=4, **fields)

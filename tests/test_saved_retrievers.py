@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from support import tiny
 from test_pipeline import make_config
 
-from dptdr_jax import Backbone, Retriever, pipeline
+from dptdr_jax import Backbone, Retriever, compare, pipeline
+from dptdr_jax import backbone as backbones
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.sources.beir import Beir
 from dptdr_jax.models import prompts
@@ -52,6 +55,13 @@ def test_they_are_measured_beside_the_baselines_and_nothing_is_trained(measured)
   assert "docs: " in page and "trained: " not in page and page.count("<details") > 4
 
 
+def test_they_are_compared_by_name(measured):
+  work = measured[0] / "work"
+  assert "/work:docs | RR@10 | " in compare.compare([f"{work}:bm25", f"{work}:docs"], "dev", ["RR@10"])
+  with pytest.raises(InputError, match="nothing was trained in this run.*there are bm25, backbone, docs, other"):
+    compare.compare([f"{work}", f"{work}:docs"], "dev", [])
+
+
 @pytest.mark.parametrize("name", ["docs", "other"])
 def test_vectors_are_those_of_the_saved_one(measured, name):
   directory, _ = measured
@@ -62,15 +72,39 @@ def test_vectors_are_those_of_the_saved_one(measured, name):
   assert found.source["retriever"] == retriever.hash
 
 
-def test_one_more_encodes_no_corpus_again(measured, caplog):
+def test_one_more_encodes_no_corpus_again_and_neither_does_another_place(measured, caplog):
   directory, config = measured
   config = config.copy_and_resolve_references()
-  config.evaluate.retrievers = (*config.evaluate.retrievers, f"same={directory}/other")
+  saved = (f"docs={directory}/docs", f"other={directory}/other", f"same={directory}/other")
+  config.evaluate.retrievers = saved
   caplog.set_level("INFO")
   pipeline.run(config, directory / "work")
   assert [text.count("/corpus, shard") for text in caplog.messages].count(1) == 3  # of the new one alone
   results = json.loads((directory / "work/results.json").read_text())
   assert results["same"] == results["other"]
+  caplog.clear()
+  shutil.copytree(directory / "docs", directory / "moved/docs")
+  config.evaluate.retrievers = (f"docs={directory}/moved/docs", *saved[1:])
+  pipeline.run(config, directory / "work")
+  assert [text for text in caplog.messages if text.startswith(("encode: ", "evaluate: "))] == [
+    "encode: done before", "evaluate: done before",
+  ]  # fmt: skip
+
+
+def test_one_with_weights_of_its_own_beside_a_training(measured, tmp_path):
+  """All weights tuned, the backbone beside; and one on the run's own backbone, which is in memory already."""
+  directory, _ = measured
+  tuned = dataclasses.replace(Backbone.load(tiny.backbone(directory / "tuned", seed=3)), path=backbones.BESIDE)
+  Retriever.untuned(tuned, passage_length=48).save(directory / "finetuned")
+  config = make_config(
+    directory, data__dir=str(tiny.beir(tmp_path / "data", passages=24, queries=12)), train__steps=1, train__passages=1,
+    train__negatives="random", train__evaluate_every=0, evaluate__bm25=False, evaluate__backbone=False,
+    evaluate__retrievers=(f"tuned={directory}/finetuned", f"docs={directory}/docs"),
+  )  # fmt: skip
+  pipeline.run(config, tmp_path / "work")
+  assert list(json.loads((tmp_path / "work/results.json").read_text())) == ["tuned", "docs", "train1"]
+  expected = Retriever.load(directory / "finetuned").encode_passages(Beir(tmp_path / "data").passages())
+  np.testing.assert_allclose(Embeddings(tmp_path / "work/encode/tuned/corpus").take(range(24)), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -90,4 +124,30 @@ def test_what_cannot_work_is_said_before_any_work(tmp_path, fields, message):
   tiny.beir(tmp_path / "data")
   with pytest.raises(InputError, match=message):
     pipeline.run(make_config(tmp_path, **fields), tmp_path / "work")
+  assert not list((tmp_path / "work").glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+  ("broken", "message"),
+  [
+    ("backbone", "/backbone: this checkpoint carries no prompt"),
+    ("lost", "its backbone cannot be had: gone/or/never/there: no such directory"),
+    ("cut", "prompts.safetensors: no prompts here"),
+    ("other", "retriever.json: format 1 expected: 2"),
+  ],
+)
+def test_a_retriever_that_is_not_whole_is_told_before_any_work(tmp_path, broken, message):
+  tiny.beir(tmp_path / "data")
+  config = make_config(tmp_path, evaluate__retrievers=(f"docs={tmp_path}/{broken}",))
+  if broken != "backbone":
+    Retriever.untuned(Backbone.load(tmp_path / "backbone"), passage_length=48).save(tmp_path / broken)
+    about = json.loads((tmp_path / broken / "retriever.json").read_text())
+    if broken == "lost":
+      about["backbone"] |= {"path": "gone/or/never/there", "relative_path": "../gone"}
+    about["format"] = 2 if broken == "other" else 1
+    (tmp_path / broken / "retriever.json").write_text(json.dumps(about))
+  if broken == "cut":
+    (tmp_path / broken / "prompts.safetensors").unlink()
+  with pytest.raises(InputError, match=message):
+    pipeline.run(config, tmp_path / "work")
   assert not list((tmp_path / "work").glob("*/manifest.json"))

@@ -78,7 +78,8 @@ def cross_logits(
     options: keys, batch_key, dropout, compute_dtype, attention, as in `represent`.
 
   Returns:
-    [B] float32. The head is float32 whatever `compute_dtype` is: it costs nothing beside the encoder.
+    [B] float32. The head is float32 whatever `compute_dtype` is. 'match' needs the last layer's vectors of all tokens,
+    where for 'first' that layer computes token 0 alone.
   """
   inputs, head = (config, spec, params, trainable["prompt"], tokens, lengths), trainable["head"]
   if "match" not in head:
@@ -105,7 +106,7 @@ def match(hidden: jax.Array, lengths: jax.Array, segments: jax.Array) -> jax.Arr
     hidden: [B, T, H] float32. lengths: [B]. segments: [B, T], see `cross_logits`.
 
   Returns:
-    [B] float32, from -1 to 1; -1 where the passage has no token.
+    [B] float32, from -1 to 1; -1 where the passage has no token, 0 where the query has none.
   """
   visible = (jnp.arange(hidden.shape[1]) < lengths[:, None])[..., None]
   mean = jnp.sum(jnp.where(visible, hidden, 0), axis=1, keepdims=True) / jnp.maximum(lengths, 1)[:, None, None]

@@ -286,6 +286,19 @@ def _flat_leaves(params: Params):
     yield "/".join(entry.key for entry in path), leaf
 
 
+def check_original(config: Mapping[str, Any], source: Any = None) -> str:
+  """The kind of prompt that config.json announces of a checkpoint of the original.
+
+  Raises:
+    InputError: none; names `source`.
+  """
+  kind = "deep" if config.get("prefix") else "shallow" if config.get("prompt") else None
+  if kind is None:
+    raise InputError("this checkpoint carries no prompt", path=source,
+                     fix="The original's have 'prefix' or 'prompt' in config.json")  # fmt: skip
+  return kind
+
+
 def from_original(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> tuple[PromptSpec, Params]:
   """The prompt of a checkpoint that the original DPTDR saved.
 
@@ -300,9 +313,9 @@ def from_original(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) 
   mine = {
     name.removeprefix(prefix): np.asarray(a, np.float32) for name, a in tensors.items() if name.startswith(prefix)
   }
-  kind = "deep" if config.get("prefix") else "shallow" if config.get("prompt") else None
-  if kind is None or not mine:
-    raise InputError("this checkpoint carries no prompt", fix="The original's have 'prefix' or 'prompt' in config.json")
+  kind = check_original(config)
+  if not mine:
+    raise InputError("this checkpoint carries no prompt: no tensor of it has one")
   try:
     if kind == "deep":
       projection = "mlp" if config.get("prefix_projection") else "none"

@@ -51,27 +51,33 @@ def check(config: ConfigDict) -> None:
     value = functools.reduce(getattr, field.split("."), config)
     if value not in known:
       raise InputError(f"unknown {field}", value=value, fix=f"Use {', '.join(known)}")
-  spec, settings = steps.prompt_spec(config), vector_settings(config)
+  settings = vector_settings(config)
   if config.backbone.sha256 and not scratch.is_wanted(config):
     backbones.check_sha256(backbones.locate(config.backbone.path), config.backbone.sha256)
   encoder = encoder_config(config)
   backbones.resolve_dtype(config.compute_dtype)
+  spec = steps.prompt_spec(config) if trains(config) else PromptSpec(kind="none")
   check_lengths(encoder, spec, max(settings.query_length, settings.passage_length))
-  check_words(spec, encoder)
   for side in ("query", "passage") if has_queries(config) else ():
     wanted = settings.limit(side)
     if wanted - _SPECIAL > config.data.max_stored_tokens:
       what = f"text.{side}_length is beyond the {config.data.max_stored_tokens} tokens that are stored"
       raise InputError(what, value=wanted, fix="Raise data.max_stored_tokens")
-  if not (config.train.steps or config.train.epochs):
-    raise InputError("training has no steps", fix="Set train.steps or train.epochs above 0")
-  steps.check_optimizer(config.train)
-  sampling(config)
   meshes.make_mesh(fsdp=config.fsdp)
   measures.check((*config.evaluate.measures, config.train.select_by))
   for measure in config.evaluate.measures:
     if measures.cutoff(measure) > config.evaluate.depth:
       raise InputError(f"evaluate.measures looks deeper than evaluate.depth, {config.evaluate.depth}", value=measure)
+  if trains(config):
+    _check_training(config, spec, encoder)
+
+
+def _check_training(config: ConfigDict, spec: PromptSpec, encoder: EncoderConfig) -> None:
+  check_words(spec, encoder)
+  if not (config.train.steps or config.train.epochs):
+    raise InputError("training has no steps", fix="Set train.steps or train.epochs above 0")
+  steps.check_optimizer(config.train)
+  sampling(config)
   if config.train.evaluate_every and config.data.dev_split and config.data.dev_split == config.data.train_split:
     raise InputError("the dev split is the training split", value=config.data.dev_split, fix="Name another, or ''")
 

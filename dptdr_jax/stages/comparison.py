@@ -53,7 +53,9 @@ def _compare(runs: Sequence[Done], measure: str, split: str) -> dict[str, dict]:
   """By system: 'seeds', 'parameters', 'means', 'interval' and 'spread' of the measure, and against the first arm, over
   the seeds that both have: 'difference' (see `paired`)."""
   found, layouts = {}, [Layout.of(run.workdir) for run in runs]
-  for system, label in BASELINES.items():
+  results = [files.read_json(layout.results) for layout in layouts]
+  elsewhere = {name: name for each in results for name in each if not systems.is_own(name)}
+  for system, label in {**BASELINES, **elsewhere}.items():
     measured = [(layout, system) for layout in layouts if layout.per_query(system, split).exists()]
     if measured:
       found[label] = _system(measured[:1], split, measure) | {"parameters": 0}

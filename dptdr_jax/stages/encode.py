@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 # What the corpus' vectors by one system do not depend on, or what a writer of vectors asks for itself.
 BESIDE_CORPUS = frozenset((
   "stages", "files", "config.rounds", "config.evaluate.splits", "config.evaluate.backbone",
-  "config.evaluate.other_poolings", "config.evaluate.retrievers",
+  "config.evaluate.other_poolings",
 ))  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
       kind, ids = ("passage", data.ids) if part == "corpus" else ("query", data.splits[part].ids)
       made = _of_text(config, data, part, retriever) if system in elsewhere else stored(config, layout, part, retriever)
       encode(config, layout.embeddings(system, part), retriever, kind, ids, made)
+    del retriever, made  # and its backbone, before the next one's is read
 
 
 def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retriever) -> None:

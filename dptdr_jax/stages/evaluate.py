@@ -145,10 +145,12 @@ def _labels(config: ConfigDict) -> dict[str, str]:
 
 
 def _summary(config: ConfigDict, layout: Layout, data: PreparedData) -> Mapping:
-  backbone = common.load_backbone(config, layout)
+  tuned = config.rounds and config.prompt.kind == "none" and not config.cross.enabled
+  backbone = None if tuned else common.load_backbone(config, layout)
   trained, facts = {}, []
   if config.rounds:
     retriever = common.trained(config, layout, config.rounds, backbone)
+    backbone = backbone or retriever.backbone
     prompts = {id(tree): tree for tree in retriever.prompts.values()}.values()  # tied prompts count once
     count = sum(leaf.size for leaf in jax.tree.leaves(list(prompts)))
     trained["trained_parameters"] = backbone.num_parameters if retriever.spec.kind == "none" else count

@@ -83,6 +83,7 @@ NEUTRAL = (
   "train.loader_workers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
   "encode.batch_tokens", "index.device_bytes",
   "data.dir", "data.download", "backbone.path", "backbone.sha256",  # their files are hashed
+  "evaluate.retrievers",  # and theirs, by their names
   "data.train_split", "data.dev_split",  # of what learns from them, which names them
   "cross.depth", "cross.rerank",  # of what uses it, not of its training
   "cross.loader_workers", "cross.log_every", "cross.checkpoint_every", "cross.keep_checkpoints",
@@ -107,7 +108,7 @@ def stages(config: ConfigDict) -> list[Stage]:
   texts = ("text.separator", "text.query_template", "text.passage_template")
   model = ("compute_dtype", "backbone", "text", "vector")
   wanted = ("pretrain.tokenizer", "pretrain.vocabulary", "pretrain.shape", "pretrain.corpora", "seed")
-  beside = ("evaluate.backbone", "evaluate.other_poolings", "evaluate.retrievers")
+  baselines = ("evaluate.backbone", "evaluate.other_poolings")
   made = wanted if scratch.is_wanted(config) else ()  # then prepare trains the tokenizer
   prepared = Stage(
     "prepare", prepare.run, ("data", "backbone", *texts, *made), files=prepare.outside_files, together=False,
@@ -130,12 +131,13 @@ def stages(config: ConfigDict) -> list[Stage]:
   rounds = list(_rounds(config, names, model))
   names = ("prepare", *(stage.name for stage in rounds))
   trained = ("prepare", *(name for name in names if name.startswith("train")))
+  encoded = (*trained, "pretrain") if config.pretrain.enabled and not config.rounds else trained
   judged = tuple(config.evaluate.splits)
   return [
     *first,
     *rounds,
     Stage(
-      "encode", encode.run, ("encode", "rounds", "evaluate.splits", *beside, *model), inputs=trained,
+      "encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), inputs=encoded,
       files=_retrievers, splits=judged, kept=tuple(f"{system}/corpus" for system in systems.dense(config)),
       after=encode.BESIDE_CORPUS, repair="file",
     ),
@@ -219,7 +221,7 @@ class Outside:
 
   Attributes:
     fingerprints: their hashes.
-    homes: directories whose files are named from there, by their own names.
+    homes: directories whose files are named from there, by their own names, the first that a file is in.
   """
 
   fingerprints: manifest.Fingerprints
@@ -244,7 +246,8 @@ def check(config: ConfigDict) -> None:
   """Raises InputError for what a config alone shows to fail."""
   common.check(config)
   systems.check(config)
-  mine.check(config)
+  if common.trains(config):
+    mine.check(config)
   search.check(config, common.encoder_config(config).hidden_size)
   if config.pretrain.enabled:
     pretrain.check(config)
@@ -259,7 +262,8 @@ def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Plann
     InputError: whatever can be known to fail before any work is done.
   """
   check(config)
-  outside = Outside(manifest.Fingerprints(layout.root / "inputs.json", verify), prepare.homes(config))
+  homes = {**prepare.homes(config), **systems.homes(config)}
+  outside = Outside(manifest.Fingerprints(layout.root / "inputs.json", verify), homes)
   planned: list[Planned] = []
   for stage in stages(config):
     made_from = _describe(stage, config, planned, outside)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
 from dptdr_jax import retriever
-from dptdr_jax.core import files
+from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.stages import common
@@ -16,7 +17,7 @@ from dptdr_jax.stages.layout import Layout
 
 BM25 = "bm25"
 RERANKED = "reranked"  # the cross-encoder over the last round's retriever
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _OWN = re.compile(rf"{BM25}|{RERANKED}|(backbone|pretrain)(-.*)?|train\d+")  # names that a run has for its own
 
 
@@ -33,6 +34,8 @@ def check(config: ConfigDict) -> None:
   for pooling in config.evaluate.other_poolings:
     if pooling not in common.POOLINGS or pooling == config.vector.pooling:
       raise InputError("evaluate.other_poolings holds first or mean, not vector.pooling's own", value=pooling)
+  if saved(config) and not common.has_queries(config):
+    raise InputError("evaluate.retrievers, and this data has no queries", value=config.data.source)
   for directory in saved(config).values():
     retriever.check_saved(directory)
 
@@ -58,11 +61,16 @@ def saved(config: ConfigDict) -> dict[str, str]:
   for entry in config.evaluate.retrievers:
     name, _, directory = entry.partition("=")
     if not directory or not _NAME.fullmatch(name):
-      raise InputError("evaluate.retrievers holds NAME=DIR, the name of letters, digits, '.', '_' and '-'", value=entry)
-    if name in found or _OWN.fullmatch(name):
+      raise InputError("evaluate.retrievers holds NAME=DIR, the name of letters, digits, '_' and '-'", value=entry)
+    if name in found or is_own(name):
       raise InputError("evaluate.retrievers has a name that is taken", value=name, fix="Give it another one")
     found[name] = directory
   return found
+
+
+def is_own(name: str) -> bool:
+  """Whether a name in results.json is not that of a saved retriever from elsewhere."""
+  return bool(_OWN.fullmatch(name))
 
 
 def trained(config: ConfigDict) -> list[str]:
@@ -89,15 +97,19 @@ def shown(config: ConfigDict) -> str:
 def retrievers(config: ConfigDict, layout: Layout) -> Iterator[tuple[str, Retriever]]:
   """Every dense one; on the backbone that they share, unless they have weights of their own, which are read when it is
   their turn."""
-  shared, before = common.load_backbone(config, layout), None
+  shared, before, last = common.load_backbone(config, layout), None, None
   for system, (origin, pooling) in untuned(config).items():
     backbone, vector = shared, {**config.vector, "pooling": pooling}
     if origin == "backbone" and config.pretrain.enabled:
       backbone = before = before or common.base_backbone(config, layout)
     yield system, Retriever.untuned(backbone, **vector, **config.text)
   for system, directory in saved(config).items():
-    known = {one.hash: one for one in (shared, before) if one is not None}
-    yield system, common.load_retriever(config, directory, known.get(retriever.saved_backbone(directory)))
+    known = {one.hash: one for one in (last, before, shared) if one is not None}
+    last = known.get(retriever.saved_backbone(directory))
+    found = common.load_retriever(config, directory, last)
+    last = found.backbone
+    yield system, found
+    del found
   for number, system in enumerate(trained(config), 1):
     yield system, common.trained(config, layout, number, shared)
 
@@ -105,3 +117,8 @@ def retrievers(config: ConfigDict, layout: Layout) -> Iterator[tuple[str, Retrie
 def outside_files(config: ConfigDict) -> dict[str, list[files.Path]]:
   """The files of the saved ones, by name."""
   return {name: retriever.saved_files(directory) for name, directory in saved(config).items()}
+
+
+def homes(config: ConfigDict) -> dict[str, pathlib.Path]:
+  """The directories of the saved ones: their files are named from there, as they may stand elsewhere next time."""
+  return {f"retrievers/{name}": remote.staged(directory) for name, directory in saved(config).items()}

@@ -129,6 +129,21 @@ def test_logits_by_numpy(head):
   assert logits.dtype == np.float32 and np.ptp(logits) > 0.1
 
 
+def test_the_match_of_texts_that_are_empty_or_padded_further():
+  generator = np.random.default_rng(0)
+  hidden, lengths = generator.normal(size=(3, 8, 16)).astype(np.float32), np.array([6, 6, 4])
+  hidden[2, :4] = 1  # no token is apart from the others
+  segments = np.array([[0, 1, 1, 0, 2, 0, 0, 0], [0, 0, 2, 2, 2, 0, 0, 0], [0, 1, 0, 2, 0, 0, 0, 0]], np.int8)
+  met = cross.match(jnp.asarray(hidden), lengths, segments)
+  assert met[1] == 0 and abs(met[0]) < 1
+  wider = [np.concatenate([part, np.full_like(part, 3)[:, :5]], axis=1) for part in (hidden, 0 * segments)]
+  wider[1][:, :8] = segments
+  wider[1][:, 8:] = 0
+  np.testing.assert_allclose(cross.match(jnp.asarray(wider[0]), lengths, wider[1]), met, atol=1e-6)
+  slope = jax.grad(lambda hidden: jnp.sum(cross.match(hidden, lengths, segments)))(jnp.asarray(hidden))
+  assert np.isfinite(slope).all() and not slope[0, 6:].any()
+
+
 def test_gradient_is_that_of_the_plain_loss():
   state, batch = make_state(), make_batch()
 
