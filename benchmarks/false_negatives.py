@@ -129,7 +129,7 @@ def main() -> None:
     pool = pool_from_runs(pathlib.Path(place, "merged"), sources, positives, width=width)
     wanted = rules(positives, data)
     if args.cross_encoder:
-      wanted |= _crossed(args, layout, pool, place)
+      wanted |= _crossed(args, layout, pool)
     print(f"{len(queries):,} hidden positives, {pool.manifest['counts']['candidates']:,} candidates")
     print("| rule alone | hidden ones left | of those in the pool removed | others lost |\n|---|---|---|---|")
     for name, rule in wanted.items():
@@ -151,13 +151,14 @@ def _retriever(args: argparse.Namespace, layout: Layout) -> Retriever:
   return Retriever.untuned(Backbone.load(args.backbone), **settings)
 
 
-def _crossed(args: argparse.Namespace, layout: Layout, pool, place: str) -> dict[str, Rule]:
-  """The cross-encoder's thresholds."""
+def _crossed(args: argparse.Namespace, layout: Layout, pool) -> dict[str, Rule]:
+  """The cross-encoder's thresholds; its scores stay beside it, so that a killed run goes on."""
   encoder = CrossEncoder.load(args.cross_encoder)
   stores = TokenStore(layout.store(args.split)), TokenStore(layout.store("corpus"))
-  logits = cross.score_rows(encoder, *stores, np.asarray(pool.rows), pathlib.Path(place, "scores"))
-  scores = cross.Probabilities(logits)
-  return {f"cross-encoder ≥ {below}": CrossEncoderRule(scores, below, max(below, 0.9)) for below in (0.1, 0.5, 0.9)}
+  place = pathlib.Path(args.cross_encoder).with_name("scores-of-hidden")
+  scores = cross.Probabilities(cross.score_rows(encoder, *stores, np.asarray(pool.rows), place))
+  limits = (0.1, 0.5, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)
+  return {f"cross-encoder ≥ {below}": CrossEncoderRule(scores, below, max(below, 0.9)) for below in limits}
 
 
 class _Rows:
