@@ -58,6 +58,12 @@ def test_scores_are_sigmoids_of_the_head(encoder):
   assert scores.dtype == np.float32 and np.ptp(scores) > 1e-3
 
 
+def test_the_match_knows_a_passage_with_the_querys_words_before_any_training(encoder):
+  own, other = (encoder.score(QUERIES, PASSAGES[shift:] + PASSAGES[:shift]) for shift in (0, 1))  # 1: another topic
+  known = np.mean(own > other)
+  assert known > 0.9 if encoder.settings.head == "match" else known < 0.9, "token 0 does not"
+
+
 def test_stores_texts_and_order_agree(encoder, tmp_path):
   def write(name, texts):
     path = tmp_path / name

@@ -24,7 +24,7 @@ from dptdr_jax.models.represent import hidden_states, represent
 
 HEADS = ("match", "first")
 _HEAD_SCALE = 0.02  # standard deviation of fresh kernels (BERT's)
-_LOG_SCALE, _BIAS = float(np.log(10)), -0.6  # fresh: between what MiniLM's positives and negatives have, .74 and .48
+_LOG_SCALE, _BIAS = float(np.log(10)), -0.6  # fresh: between .74 and .48, MiniLM's positives and near negatives
 _QUERY, _PASSAGE = 1, 2  # in `segments`
 _SMALLEST = 1e-12  # a norm, or a sum of norms, below which it stays what it is
 
