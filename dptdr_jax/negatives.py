@@ -1,14 +1,16 @@
 """Hard negatives for other trainers, and for other people's embeddings.
 
-  python -m dptdr_jax.negatives export --workdir=DIR --round=1 --out=train.jsonl [--format=ntuples --count=8]
+  python -m dptdr_jax.negatives export --workdir=DIR --round=1 --out=train.jsonl [--format=ntuples --count=8] \\
+      [--separator='</s>']
   python -m dptdr_jax.negatives mine --passages=P.npy --queries=Q.npy --qrels=train.tsv --out=DIR \\
       [--passage_ids=P.txt --query_ids=Q.txt --depth=200 --relative_margin=0.95]
 
-`export` writes what round N of mining left, with texts: as the original's JSONL (query, positives, negatives) or as
-sentence-transformers' n-tuples (anchor, positive, negative_1 …). `mine` searches vectors [Q, H] in vectors [C, H],
-takes the judged positives and what scores too near to them out, and writes OUT/pool and OUT/negatives.jsonl (query,
-negatives and their scores, by id). Ids are lines of text files, by row; without them the row numbers are the ids.
-All paths but --workdir may be URLs.
+`export` writes what round N of mining left (or --generation=G of what was mined while round N trained), with texts: as
+the original's JSONL (query, positives, negatives) or as sentence-transformers' n-tuples (anchor, positive,
+negative_1 …). A passage is one string there, title, separator and text; a query without a positive or a negative is
+left out, as these trainers cannot read it. `mine` searches vectors [Q, H] in vectors [C, H], takes the judged positives
+and what scores too near to them out, and writes OUT/pool and OUT/negatives.jsonl (query, negatives and their scores, by
+id). Ids are lines of text files, by row; without them the row numbers are the ids. All paths but --workdir may be URLs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def main(argv: list[str]) -> int:
   try:
     if argv[1] == "export":
       _need("workdir", "out")
-      counts = handover.export(given.workdir, given.round, given.out, given.format, given.count)
+      counts = handover.export(given.workdir, given.round, given.out, given.format, given.count,
+                               generation=given.generation, separator=given.separator)  # fmt: skip
     else:
       _need("passages", "queries", "qrels", "out")
       passages = handover.Vectors(given.passages, given.passage_ids)
@@ -57,8 +60,10 @@ def define() -> None:
   """Defines the flags: not on import, where two commands in one process would clash."""
   flags.DEFINE_string("workdir", None, "export: directory of the run.")
   flags.DEFINE_integer("round", 1, "export: round of mining.")
+  flags.DEFINE_integer("generation", None, "export: of the pools that were mined while that round trained.")
   flags.DEFINE_enum("format", "original", ["original", "ntuples"], "export: layout of the lines.")
   flags.DEFINE_integer("count", 8, "export: negatives of an n-tuple; of 'original' all that are left are written.")
+  flags.DEFINE_string("separator", None, "export: between a passage's title and text; without it the run's own.")
   flags.DEFINE_string("out", None, "File or directory to write.")
   flags.DEFINE_string("passages", None, "mine: .npy, float [C, H].")
   flags.DEFINE_string("queries", None, "mine: .npy, float [Q, H].")

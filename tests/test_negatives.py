@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from test_rounds import make_config
 from dptdr_jax import pipeline
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.sources.original_jsonl import OriginalJsonl
-from dptdr_jax.stages import handover
+from dptdr_jax.retrieval.candidates import Reason
+from dptdr_jax.retrieval.qrels import Qrels
+from dptdr_jax.stages import handover, sources
 
 
 def call(*arguments: str) -> tuple[int, str]:
@@ -43,9 +46,33 @@ def test_the_exports_are_read_as_they_are_meant(workdir, tmp_path):
   assert lines and all(list(line) == ["anchor", "positive", "negative_1", "negative_2", "negative_3"] for line in lines)
 
 
+def test_what_was_mined_while_training_and_pseudo_positives_are_exported(workdir, tmp_path):
+  copy = tmp_path / "work"
+  shutil.copytree(workdir, copy)
+  shutil.copytree(copy / "mine0", copy / "train1/generations/2")
+  path = copy / "train1/generations/2/pool/reasons.npy"
+  reasons = np.load(path)
+  reasons[:, 0] = Reason.PSEUDO_POSITIVE
+  np.save(path, reasons)
+
+  def exported(**options) -> list[dict]:
+    handover.export(copy, options.pop("number", 1), tmp_path / "train.jsonl", "original", 0, **options)
+    return [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+
+  usual, without = exported(number=0), exported(generation=2)
+  run = json.loads((copy / "run.json").read_text())
+  run["config"]["mine"]["pseudo_positives"] = True
+  (copy / "run.json").write_text(json.dumps(run))
+  for before, left, line in zip(usual, without, exported(generation=2, separator=" | "), strict=True):
+    assert left["positives"] == before["positives"] and left["negatives"] == before["negatives"][1:]
+    assert line["positives"] == [text.replace(" ", " | ", 1) for text in (*before["positives"], before["negatives"][0])]
+
+
 def test_a_round_that_is_not_there(workdir, tmp_path):
-  with pytest.raises(InputError, match="round 3 of mining is not done"):
+  with pytest.raises(InputError, match="round 3 of mining is not done here.*There are mine0"):
     handover.export(workdir, 3, tmp_path / "x.jsonl", "original", 0)
+  with pytest.raises(InputError, match="generation 5 of round 1 is not done here"):
+    handover.export(workdir, 1, tmp_path / "x.jsonl", "original", 0, generation=5)
 
 
 def test_vectors_and_pools_on_a_remote(tmp_path, monkeypatch):
@@ -61,6 +88,21 @@ def test_vectors_and_pools_on_a_remote(tmp_path, monkeypatch):
   memory = fsspec.filesystem("memory")
   assert memory.cat("/negatives/out/negatives.jsonl") == (tmp_path / "local/negatives.jsonl").read_bytes()
   assert memory.cat("/negatives/out/pool/rows.npy") == (tmp_path / "local/pool/rows.npy").read_bytes()
+
+
+@pytest.mark.parametrize("block", [1, 3, 1000])
+def test_the_best_positive_s_score_whatever_is_scored_at_a_time(tmp_path, monkeypatch, block):
+  generator = np.random.default_rng(1)
+  for name, count in (("q", 9), ("p", 30)):
+    np.save(tmp_path / f"{name}.npy", generator.standard_normal((count, 8)).astype(np.float32))
+  queries, passages = (handover.Vectors(f"{tmp_path}/{name}.npy") for name in "qp")
+  judged = [(row, passage, int(passage != 7)) for row in (1, 2, 5, 8) for passage in range(row, 7 + row // 2)]
+  found = Qrels.from_triples(*np.array([*judged, (0, 7, 0)]).T, 9)
+  monkeypatch.setattr(sources, "_BLOCK", block)
+  scores = queries.matrix @ passages.matrix.T
+  wanted = [max((scores[row, at] for one, at, grade in judged if one == row and grade), default=np.nan)
+            for row in range(9)]  # fmt: skip
+  np.testing.assert_allclose(sources.positive_scores(queries, passages, found), wanted, rtol=1e-5)
 
 
 def test_vectors_from_elsewhere(tmp_path):

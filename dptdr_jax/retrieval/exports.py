@@ -54,30 +54,34 @@ def training_examples(
       shown.advance(len(block))
 
 
-def write_original(path: Path, examples: Iterable[Example]) -> dict[str, int]:
+def write_original(path: Path, examples: Iterable[Example], *, separator: str = " ") -> dict[str, int]:
   """Writes the original's training JSONL, atomically: {"query", "positives": [passage, …], "negatives": [passage, …]}.
 
-  A passage is its text, or {"title", "text"} where it has a title. A query without a positive is left out: the
-  original cannot read it. One without a negative is written with none.
+  A passage is one string, as the original hands it to its tokenizer. A query without a positive or without a negative
+  is left out: the original would draw from an empty list, and end.
+
+  Args:
+    path: replaced if it exists.
+    examples: see training_examples.
+    separator: between a title and its text.
 
   Returns:
-    Counts: "queries" written, "without a positive", "without a negative".
+    Counts: "queries" written, those "without a positive" and "without a negative".
   """
   counts = {"queries": 0, "without a positive": 0, "without a negative": 0}
-
-  def shown(passages: list[Passage]) -> list[str | dict[str, str]]:
-    return [{"title": title, "text": text} if title else text for title, text in passages]
-
   with atomic_path(path) as partial, open(partial, "w", encoding="utf-8") as stream:
     for query, positives, negatives in examples:
-      if not positives:
-        counts["without a positive"] += 1
+      if not positives or not negatives:
+        counts["without a negative" if positives else "without a positive"] += 1
         continue
       counts["queries"] += 1
-      counts["without a negative"] += not negatives
-      line = {"query": query, "positives": shown(positives), "negatives": shown(negatives)}
+      line = {"query": query, "positives": _joined(positives, separator), "negatives": _joined(negatives, separator)}
       stream.write(json.dumps(line, ensure_ascii=False) + "\n")
   return counts
+
+
+def _joined(passages: list[Passage], separator: str) -> list[str]:
+  return [f"{title}{separator}{text}" if title else text for title, text in passages]
 
 
 def write_ntuples(
@@ -109,10 +113,10 @@ def write_ntuples(
         counts["too few negatives"] += 1
         continue
       counts["queries"] += 1
-      joined = [f"{title}{separator}{text}" if title else text for title, text in negatives[:num_negatives]]
+      joined = _joined(negatives[:num_negatives], separator)
       columns = {f"negative_{number}": text for number, text in enumerate(joined, 1)}
-      for title, text in positives:
-        line = {"anchor": query, "positive": f"{title}{separator}{text}" if title else text, **columns}
+      for positive in _joined(positives, separator):
+        line = {"anchor": query, "positive": positive, **columns}
         stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         counts["lines"] += 1
   return counts

@@ -25,25 +25,42 @@ from dptdr_jax.stages.sources import positive_scores
 _SOURCE = "dense"
 
 
-def export(workdir: files.Path, number: int, out: files.Path, form: str, count: int) -> dict[str, int]:
-  """Writes the negatives of mining round `number` with their texts; 'original' or 'ntuples' of `count` negatives.
+def export(
+  workdir: files.Path, number: int, out: files.Path, form: str, count: int, *,
+  generation: int | None = None, separator: str | None = None,
+) -> dict[str, int]:  # fmt: skip
+  """Writes the negatives of mining round `number`, or of a generation that was mined while round `number` trained, with
+  their texts: 'original', or 'ntuples' of `count` negatives.
+
+  Pseudo-positives are positives there where the run trains on them. The separator stands between title and text; None:
+  the run's own.
 
   Raises:
-    InputError: no such round of mining.
+    InputError: no such round of mining, or no such generation.
   """
   layout = Layout.of(workdir)
-  if not (layout.pool(number) / "manifest.json").exists():
-    there = [one.parent.parent.name for one in sorted(layout.root.glob("mine*/pool/manifest.json"))]
-    fix = f"There are {', '.join(there)}: --round takes the number" if there else "Nothing is mined in this run yet"
-    raise InputError(f"round {number} of mining is not done here", path=layout.pool(number), fix=fix)
-  data = PreparedData(layout.prepared)
-  split = data.splits[files.read_json(layout.mining(number))["split"]]
-  examples = exports.training_examples(
-    Pool.open(layout.pool(number)), (query.text for query in split.queries.read()), split.positives, texts(data),
-  )  # fmt: skip
+  mined = layout.mine(number) if generation is None else layout.generation(number, generation)
+  if not (mined / "mining.json").exists():
+    what = f"round {number} of mining" if generation is None else f"generation {generation} of round {number}"
+    found = (*layout.root.glob("mine*/mining.json"), *layout.root.glob("train*/generations/*/mining.json"))
+    there = ", ".join(sorted(str(one.parent.relative_to(layout.root)) for one in found))
+    fix = f"There are {there}: --round and --generation take the numbers" if there else "Nothing is mined here yet"
+    raise InputError(f"{what} is not done here", path=mined, fix=fix)
+  data, pool = PreparedData(layout.prepared), Pool.open(mined / "pool")
+  split = data.splits[files.read_json(mined / "mining.json")["split"]]
+  config = files.read_json(layout.root / "run.json")["config"]
+  separator = config["text"]["separator"] if separator is None else separator
+
+  def positives(row: int) -> np.ndarray:
+    pseudo = pool.pseudo_positives(row) if config["mine"]["pseudo_positives"] else []
+    return np.concatenate([split.positives(row), pseudo]).astype(np.int64)
+
+  queries = (query.text for query in split.queries.read())
+  examples = exports.training_examples(pool, queries, positives, texts(data))
   with remote.written(out) as local:
-    original = form == "original"
-    return exports.write_original(local, examples) if original else exports.write_ntuples(local, examples, count)
+    if form == "original":
+      return exports.write_original(local, examples, separator=separator)
+    return exports.write_ntuples(local, examples, count, separator=separator)
 
 
 @dataclasses.dataclass(frozen=True)

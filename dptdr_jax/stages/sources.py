@@ -32,7 +32,7 @@ BM25, DENSE = "bm25", "dense"  # names among the sources: the second is the retr
 KINDS = (BM25, DENSE, "runs")  # as config.mine.sources names them
 FOUND = ("vectors", "index", "retrievers", "runs")  # what is dear: encoding and searching, hours at MS MARCO's size
 _RETRIEVER = re.compile(r"backbone|pretrain|train[1-9]\d*")
-_BLOCK = 65_536  # queries whose positives are scored at a time
+_BLOCK = 16_384  # judged positives that are scored at a time, and queries
 
 
 def check(config: ConfigDict) -> None:
@@ -306,8 +306,10 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
 def positive_scores(queries: Embeddings, passages: Embeddings, positives: Qrels) -> np.ndarray:
   """The best score of each query's judged positives, float32 [Q]; NaN where it has none."""
   best = np.full(len(queries), np.nan, np.float32)
-  for start in range(0, len(queries), _BLOCK):
-    stop = min(start + _BLOCK, len(queries))
+  stop = 0
+  while (start := stop) < len(queries):
+    most = np.searchsorted(positives.offsets, positives.offsets[start] + _BLOCK, side="right") - 1
+    stop = int(np.clip(most, start + 1, min(start + _BLOCK, len(queries))))
     span = slice(positives.offsets[start], positives.offsets[stop])
     owners = np.repeat(np.arange(stop - start), np.diff(positives.offsets[start : stop + 1]))
     relevant = positives.grades[span] > 0

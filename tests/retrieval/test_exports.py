@@ -30,14 +30,27 @@ def examples(most=None, queries=QUERIES):
 
 def test_the_original_s_files_come_back_through_our_reader(tmp_path):
   counts = write_original(tmp_path / "o" / "train.jsonl", examples())
-  assert counts == {"queries": 3, "without a positive": 1, "without a negative": 1}
+  assert counts == {"queries": 2, "without a positive": 1, "without a negative": 1}
   data = prepare_source(OriginalJsonl(tmp_path / "o"), tmp_path / "prepared")
   split = data.splits["train"]
   passages = [(passage.title, passage.text) for passage in data.passages.read()]
-  assert [query.text for query in split.queries.read()] == ["first?", "second?", "fourth?"]
-  for row, (positives, negatives) in enumerate([([2, 0], [3, 4]), ([4], [0, 2]), ([1], [])]):
-    assert [passages[place] for place in split.positives(row)] == [PASSAGES[place] for place in positives]
-    assert [passages[place] for place in split.negatives.rows(row)] == [PASSAGES[place] for place in negatives]
+  assert [query.text for query in split.queries.read()] == ["first?", "second?"]
+  wanted = [("", " ".join(filter(None, passage))) for passage in PASSAGES]
+  for row, (positives, negatives) in enumerate([([2, 0], [3, 4]), ([4], [0, 2])]):
+    assert [passages[place] for place in split.positives(row)] == [wanted[place] for place in positives]
+    assert [passages[place] for place in split.negatives.rows(row)] == [wanted[place] for place in negatives]
+
+
+def test_the_original_s_files_are_what_its_own_reader_takes(tmp_path):
+  """It hands each passage to a tokenizer as it stands, and draws from the positives and the negatives of every line."""
+  write_original(tmp_path / "train.jsonl", examples(), separator="</s>")
+  with open(tmp_path / "train.jsonl", encoding="utf-8") as stream:
+    lines = [json.loads(line) for line in stream]
+  assert len(lines) == 2 and lines[0]["negatives"] == ["Größe</s>three 猫", "four"]
+  for line in lines:
+    assert list(line) == ["query", "positives", "negatives"] and isinstance(line["query"], str)
+    for passages in (line["positives"], line["negatives"]):
+      assert passages and all(isinstance(passage, str) for passage in passages)
 
 
 def test_no_more_negatives_than_asked_for():
@@ -65,10 +78,10 @@ def test_ntuples_have_the_same_columns_everywhere(tmp_path):
 
 
 def test_errors_leave_the_old_file(tmp_path):
-  write_original(tmp_path / "a.jsonl", [Example("q", [("", "p")], [])])
+  write_original(tmp_path / "a.jsonl", [Example("q", [("", "p")], [("", "n")])])
 
   def broken():
-    yield Example("q", [("", "other")], [])
+    yield Example("q", [("", "other")], [("", "n")])
     raise RuntimeError("in the middle")
 
   with pytest.raises(RuntimeError, match="in the middle"):
