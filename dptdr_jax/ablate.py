@@ -4,8 +4,8 @@ An arm is a run with some fields changed; stages that arms have in common, with 
 done once. DIR/ablation.{json,md,html} has the measures over all seeds with 95 % intervals, the paired difference of
 every arm from the first with a randomisation test, and quality against trained parameters; an arm with a cross-encoder
 (cross.enabled=True) stands there twice, before and after reranking. Started again, it goes on. An arm whose loss is no
-longer finite is left out, and told at the end. It runs as one process. Other pairs, other measures:
-`python -m dptdr_jax.compare`.
+longer finite is left out, and told at the end; the baselines that it was to measure go to another one, and without the
+first arm there are no differences. It runs as one process. Other pairs, other measures: `python -m dptdr_jax.compare`.
 
 Arms by name: plain (prompts alone, one round), rip, unm, dptdr (both), finetune, finetune-unm, finetune-dptdr (all
 weights, the same steps, at a rate of 3e-5, whatever train.learning_rate is); unm-bm25, unm-dense (one source alone),
@@ -18,7 +18,7 @@ from __future__ import annotations
 import ast
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -159,21 +159,25 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
   return changed
 
 
-def _baselines_once(configs: Sequence[ConfigDict], directories: Sequence[pathlib.Path]) -> None:
-  """Leaves BM25 and saved retrievers to the first run, and the untuned backbone to the first that shows it before and
-  after pretraining.
+def _baselines_once(
+  configs: Sequence[ConfigDict], directories: Sequence[pathlib.Path], failed: Collection[int] = ()
+) -> list[ConfigDict]:
+  """The configs with BM25 and saved retrievers left to the first run that asks for them, and the untuned backbone to
+  the first that shows it before and after pretraining; none is left to a run that has failed.
 
   What a run has measured stays with it: an arm that is added, or named before it, makes nothing anew.
   """
+  made = [config.copy_and_resolve_references() for config in configs]
   have = [_measured_baselines(directory) for directory in directories]
-  every = range(len(configs))
-  pretrained = [run for run in every if configs[run].pretrain.enabled]
-  able = {"bm25": every, "retrievers": every, "backbone": pretrained or every}
-  for baseline, runs in able.items():
-    shown = next((run for run in runs if baseline in have[run]), runs[0])
-    for run, config in enumerate(configs):
+  for baseline in ("bm25", "retrievers", "backbone"):
+    able = [run for run, config in enumerate(configs) if run not in failed and config.evaluate[baseline]]
+    if baseline == "backbone":
+      able = [run for run in able if configs[run].pretrain.enabled] or able
+    shown = next((run for run in able if baseline in have[run]), able[0] if able else None)
+    for run, config in enumerate(made):
       if run != shown and baseline not in have[run]:
         config.evaluate[baseline] = () if baseline == "retrievers" else False
+  return made
 
 
 def _measured_baselines(directory: pathlib.Path) -> set[str]:
@@ -199,10 +203,10 @@ def ablate(
     for name, fields in arms.items()
     if seed == seeds[0] or name not in one_seed
   ]
-  done: list[comparison.Done] = []
   runs = workdir / "runs"
   directories = [runs / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
-  _baselines_once([changed for _, _, changed in planned], directories)
+  asked = [changed for _, _, changed in planned]
+  configs = _baselines_once(asked, directories)
   if len(set(directories)) < len(directories):
     raise InputError("two arms have names that are the same but for signs", value=list(arms))
   named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
@@ -211,9 +215,14 @@ def ablate(
       _check(changed, directory, measure, named, arms)
     except InputError as error:
       raise InputError(f"arm {name}: {error}") from error
-  failed: dict[str, DptdrError] = {}
-  for number, ((name, seed, changed), directory) in enumerate(zip(planned, directories, strict=True), 1):
-    progress.say(f"{name}, seed {seed} ({number} of {len(planned)})")
+  done: dict[int, comparison.Done] = {}
+  failed: dict[int, DptdrError] = {}
+  waiting = list(range(len(planned)))
+  while waiting:
+    run = waiting.pop(0)
+    (name, seed, _), changed, directory = planned[run], configs[run], directories[run]
+    again = ", again with baselines of one that failed" if run in done else ""
+    progress.say(f"{name}, seed {seed} ({run + 1} of {len(planned)}{again})")
     others = [other for other in sorted({*directories, *runs.glob("*")}) if other != directory]
     if linked := pipeline.share(changed, directory, others):
       progress.say(f"  shared with other arms: {', '.join(linked)}")
@@ -222,15 +231,19 @@ def ablate(
     except (InputError, PassingError):
       raise
     except DptdrError as error:  # a loss that is not finite, say: no reason for the others to wait
-      failed[f"{name}, seed {seed}"] = error
+      failed[run] = error
+      done.pop(run, None)
       progress.say(f"  failed: {error}")
+      before, configs = configs, _baselines_once(asked, directories, failed)
+      waiting = sorted({*waiting, *(other for other in done if configs[other] != before[other])})
       continue
-    done.append(comparison.Done(name, seed, changed.rounds, directory))
-    comparison.write(workdir, done, named, arms)
+    done[run] = comparison.Done(name, seed, changed.rounds, directory)
+    comparison.write(workdir, list(done.values()), named, arms)
   if done:
     progress.say(files.open_text(workdir / "ablation.md").read())
   if failed:
-    raise DptdrError("; ".join(f"{name} failed: {error}" for name, error in failed.items()))
+    told = [f"{planned[run][0]}, seed {planned[run][1]} failed: {error}" for run, error in failed.items()]
+    raise DptdrError("; ".join(told))
 
 
 def _check(

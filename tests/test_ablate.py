@@ -73,16 +73,44 @@ def test_shared_stages_are_done_once(finished):
   assert not (runs / "plain-0/train1/metrics.jsonl").samefile(runs / "plain-1/train1/metrics.jsonl")
 
 
+HOT = {"rounds": 1, "train.learning_rate": 1e30, "train.clip": 0.0, "train.schedule": "constant"}
+
+
 def test_an_arm_that_fails_keeps_no_other_from_running_and_finds_what_earlier_ones_have_done(finished):
   config, arms, workdir = finished
-  named = ablate.chosen(["plain"], ["hot: rounds=1, train.learning_rate=1e30, train.clip=0.0, train.schedule=constant"])
-  three = {"again": arms["plain"], "hot": named["hot"] | {"pretrain.enabled": False}, "once more": arms["plain"]}
+  three = {"again": arms["plain"], "hot": HOT | {"pretrain.enabled": False}, "once more": arms["plain"]}
   with pytest.raises(DptdrError, match="hot, seed 0 failed: step .* loss nan"):
     ablate.ablate(config, workdir, three, [0], [], "RR@10")
   shown = json.loads((workdir / "ablation.json").read_text())["dev"]
   assert list(shown) == ["BM25", "untuned backbone", "elsewhere", "again", "once more"]
   name = "train1/retriever/prompts.safetensors"
   assert (workdir / "runs/again-0" / name).samefile(workdir / "runs/plain-0" / name)
+  ablate.ablate(config, workdir, arms, [0, 1], ["P 2"], "RR@10")
+
+
+def test_what_a_failing_arm_was_to_measure_another_one_measures(finished):
+  config, arms, workdir = finished
+  runs = workdir / "runs"
+
+  def compared(some: dict[str, dict]) -> dict:
+    with pytest.raises(DptdrError, match="hot, seed 0 failed"):
+      ablate.ablate(config, workdir, some, [0], [], "RR@10")
+    return json.loads((workdir / "ablation.json").read_text())
+
+  ablate.ablate(config, workdir, {"first": arms["plain"], "second": arms["plain"]}, [0], [], "RR@10")
+  assert list(files.read_json(runs / "second-0/results.json")) == ["train1"]
+  failing_first = {"hot": HOT | {"pretrain.enabled": False}, "second": arms["plain"], "third": arms["unm"]}
+  found = compared(failing_first)
+  assert list(found["dev"]) == ["BM25", "untuned backbone", "elsewhere", "second", "third"]
+  assert found["reference"] is None and not any("difference" in each for each in found["dev"].values())
+  assert "No differences: the first arm, hot, is missing" in (workdir / "ablation.md").read_text()
+  assert list(files.read_json(runs / "third-0/results.json")) == ["train1", "train2"]
+  before = {name: (runs / name / "evaluate/manifest.json").stat().st_mtime_ns for name in ("second-0", "third-0")}
+  assert compared(failing_first) == found
+  assert {name: (runs / name / "evaluate/manifest.json").stat().st_mtime_ns for name in before} == before
+  # The one arm that pretrains was to show the backbone, and fails when the other has been evaluated.
+  found = compared({"fourth": arms["plain"] | {"train.learning_rate": 0.02}, "hot": HOT | {"pretrain.enabled": True}})
+  assert list(found["dev"]) == ["BM25", "untuned backbone", "elsewhere", "fourth"] and found["reference"] == "fourth"
   ablate.ablate(config, workdir, arms, [0, 1], ["P 2"], "RR@10")
 
 
@@ -120,11 +148,11 @@ def test_an_arm_that_is_added_leaves_the_baselines_where_they_are_measured(finis
 
   def baselines(*names: str) -> dict[str, tuple[bool, bool]]:
     configs = [ablate.configured(config, (arms | ablate.ARMS)[name], 0) for name in names]
-    ablate._baselines_once(configs, [workdir / "runs" / f"{name.replace(' ', '-')}-0" for name in names])
-    return {name: (made.evaluate.bm25, made.evaluate.backbone) for name, made in zip(names, configs, strict=True)}
+    left = ablate._baselines_once(configs, [workdir / "runs" / f"{name.replace(' ', '-')}-0" for name in names])
+    return {name: (made.evaluate.bm25, made.evaluate.backbone) for name, made in zip(names, left, strict=True)}
 
-  one, other = (ablate.configured(config, arms["plain"], 0) for _ in range(2))
-  ablate._baselines_once([one, other], [workdir / "runs/another-0", workdir / "runs/plain-0"])
+  plain = ablate.configured(config, arms["plain"], 0)
+  one, other = ablate._baselines_once([plain, plain], [workdir / "runs/another-0", workdir / "runs/plain-0"])
   assert not one.evaluate.retrievers and other.evaluate.retrievers
   assert baselines("rip", "plain", "P 2") == {"rip": (False, False), "plain": (True, False), "P 2": (False, True)}
   assert baselines("rip", "unm") == {"rip": (True, True), "unm": (False, False)}

@@ -36,11 +36,13 @@ def write(directory: pathlib.Path, runs: Sequence[Done], named: Mapping[str, str
 
   Args:
     named: by split, the measure that the tests and the plot are about, as it is called there.
-    arms: what was changed for each.
+    arms: what was changed for each; differences are from the first, and there are none where it has no run.
   """
-  found = {split: _compare(runs, measure, split) for split, measure in named.items()}
-  files.write_json(directory / "ablation.json", {**found, "arms": arms, "reference": runs[0].arm})
-  tables = {split: f"{_table(systems, named[split])}\n\n{_caption(runs)}" for split, systems in found.items()}
+  first = next(iter(arms))
+  there = any(run.arm == first for run in runs)
+  found = {split: _compare(runs, list(arms), measure, split) for split, measure in named.items()}
+  files.write_json(directory / "ablation.json", {**found, "arms": arms, "reference": first if there else None})
+  tables = {split: f"{_table(systems, named[split])}\n\n{_caption(first, there)}" for split, systems in found.items()}
   with files.atomic_path(directory / "ablation.md") as partial:
     partial.write_text("\n\n".join(f"{split}\n\n{table}" for split, table in tables.items()) + "\n", encoding="utf-8")
   parts = [f"<h2>{html.escape(split)}</h2>{_plot(systems, named[split])}<pre>{html.escape(tables[split])}</pre>"
@@ -49,7 +51,7 @@ def write(directory: pathlib.Path, runs: Sequence[Done], named: Mapping[str, str
     partial.write_text(f"<!doctype html><meta charset=utf-8><title>ablation</title>{''.join(parts)}", encoding="utf-8")
 
 
-def _compare(runs: Sequence[Done], measure: str, split: str) -> dict[str, dict]:
+def _compare(runs: Sequence[Done], arms: Sequence[str], measure: str, split: str) -> dict[str, dict]:
   """By system: 'seeds', 'parameters', 'means', 'interval' and 'spread' of the measure, and against the first arm, over
   the seeds that both have: 'difference' (see `paired`)."""
   found, layouts = {}, [Layout.of(run.workdir) for run in runs]
@@ -60,10 +62,12 @@ def _compare(runs: Sequence[Done], measure: str, split: str) -> dict[str, dict]:
     if measured:
       found[label] = _system(measured[:1], split, measure) | {"parameters": 0}
   reference: dict[int, tuple[Layout, str]] = {}
-  for arm in dict.fromkeys(run.arm for run in runs):
+  for arm in arms:
     mine = {
       run.seed: (layout, f"train{run.rounds}") for layout, run in zip(layouts, runs, strict=True) if run.arm == arm
     }
+    if not mine:
+      continue
     summary = files.read_json(next(iter(mine.values()))[0].summary)
     ranked = {arm: (mine, summary["trained_parameters"])}
     if crossed := summary.get("cross_parameters"):
@@ -74,7 +78,8 @@ def _compare(runs: Sequence[Done], measure: str, split: str) -> dict[str, dict]:
       if seeds := [seed for seed in by_seed if seed in reference]:
         pair = ([of[seed] for seed in seeds] for of in (by_seed, reference))
         found[name]["difference"] = paired(*(_mean(each, split, measure) for each in pair)) | {"seeds": len(seeds)}
-      reference = reference or by_seed
+      if name == arms[0]:
+        reference = by_seed
   return found
 
 
@@ -131,13 +136,17 @@ def shown(difference: Mapping) -> str:
   return f"{difference['mean']:+.4f} [{low:+.4f}, {high:+.4f}] | {difference['p']:.4f}"
 
 
-def _caption(runs: Sequence[Done]) -> str:
-  return (
+def _caption(first: str, there: bool) -> str:
+  differences = (
     f"Differences and p (randomisation test over queries, two-sided, not corrected for several tests) are against "
-    f"{runs[0].arm}, query by query, over the seeds that both have. Intervals and p are over queries: what another "
-    f"seed would give is in none of them, and of two runs that differ in their seeds alone p is below .05 in more than "
-    f"one case of twenty. Parameters are those that are trained for the task: pretraining's, of the backbone that "
-    f"tasks share, do not count."
+    f"{first}, query by query, over the seeds that both have."
+  )
+  missing = f"No differences: the first arm, {first}, is missing; `python -m dptdr_jax.compare` has any other pair's."
+  return (
+    f"{differences if there else missing} Intervals and p are over queries: what another seed would give is in none of "
+    f"them, and of two runs that differ in their seeds alone p is below .05 in more than one case of twenty. "
+    f"Parameters are those that are trained for the task: pretraining's, of the backbone that tasks share, do not "
+    f"count."
   )
 
 
