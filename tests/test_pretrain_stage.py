@@ -39,7 +39,7 @@ def make_config(directory: pathlib.Path, family: str = "bert", **pretrain):
   config = importlib.import_module("configs.beir").get_config()
   if not (directory / "data").exists():
     tiny.beir(directory / "data")
-    tiny.backbone(directory / family, family=family)
+    tiny.backbone(directory / family, family=family, head=family == "roberta")
   config.backbone.path = str(directory / family)
   config.data.dir = str(directory / "data")
   config.prompt.length = 4
@@ -102,6 +102,9 @@ def test_the_run_uses_and_reports_the_pretrained_backbone(finished):
   assert sum(about["corpora"][0]["passages"].values()) == 64 and about["corpora"][0]["truncated"] == 0
   batches = stage.make_batches(config, [TokenStore(workdir / "pretrain/tokens/0")], before)
   assert about["tokens"] == sum(batches.tokens(step) for step in range(STEPS))
+  by_epochs = config.copy_and_resolve_references()
+  by_epochs.pretrain.update({"steps": 0, "epochs": 1.3})
+  assert stage.steps_of(by_epochs, batches) == 11  # 64 passages, 8 a step
   assert Retriever.load(workdir / "train1/retriever").backbone.hash == after.hash
   page = (workdir / "report.html").read_text()
   assert all(words in page for words in ("Pretraining", "Uniformity", "dev/RR@10", "Tokens per second", "whole"))
@@ -124,23 +127,33 @@ def test_the_export_is_transformers_own(directory, finished, family, tmp_path):
   if family == "roberta":
     workdir = tmp_path / "work"
     pipeline.run(make_config(tmp_path, family, steps=2, evaluate_every=0), workdir, ["prepare", "pretrain"])
+    made, given = (
+      load_file(place / "model.safetensors") for place in (workdir / "pretrain/backbone", tmp_path / family)
+    )
+    for name, tensor in given.items():
+      if name.startswith("lm_head"):  # the checkpoint's own was trained on, two steps at 1e-3
+        np.testing.assert_allclose(made[name], tensor, atol=5e-3)
+        assert (made[name] != tensor).any(), name
   exported = workdir / "pretrain/backbone"
   kind = {"bert": transformers.BertForMaskedLM, "roberta": transformers.RobertaForMaskedLM}[family]
   model, report = kind.from_pretrained(exported, output_loading_info=True)
   assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-  own = Backbone.load(exported)
-  ids = np.array([own.tokenizer.wrap(own.tokenizer.encode(["merge heap stable"])[0])])
+  own, texts = Backbone.load(exported), ["merge heap stable", "node", "prime factor modulo integer fraction divisor"]
+  loaded = transformers.AutoTokenizer.from_pretrained(exported)
+  batch = loaded(texts, padding=True, return_tensors="pt")
+  ids, mask = batch["input_ids"].numpy(), batch["attention_mask"].numpy()
+  lengths = mask.sum(1)
+  for row, text in enumerate(own.tokenizer.encode(texts)):
+    assert ids[row, : lengths[row]].tolist() == own.tokenizer.wrap(text)
   with torch.no_grad():
-    wanted = model.eval()(torch.tensor(ids), output_hidden_states=True)
-  lengths = np.array([ids.shape[1]])
+    wanted = model.eval()(batch["input_ids"], batch["attention_mask"], output_hidden_states=True)
   hidden = hidden_states(own.config, PromptSpec("none"), own.params, None, ids, lengths)
-  np.testing.assert_allclose(hidden, wanted.hidden_states[-1].numpy(), atol=1e-4)
+  real = mask > 0
+  np.testing.assert_allclose(hidden[real], wanted.hidden_states[-1].numpy()[real], atol=1e-4)
   head = mlm.head_from_huggingface(load_file(exported / "model.safetensors"), own.config)
   assert np.abs(head["bias"]).max() > 1e-4, "a fresh head's is 0"
   logits = mlm.logits(head, own.params["embeddings"]["word"], hidden, own.config, np.float32)
-  np.testing.assert_allclose(logits, wanted.logits.numpy(), atol=1e-4)
-  loaded = transformers.AutoTokenizer.from_pretrained(exported)
-  assert loaded("merge heap stable")["input_ids"] == ids[0].tolist()
+  np.testing.assert_allclose(logits[real], wanted.logits.numpy()[real], atol=1e-4)
 
 
 def test_sigterm_saves_and_says_so(finished, monkeypatch, tmp_path):
@@ -159,18 +172,25 @@ def test_sigterm_saves_and_says_so(finished, monkeypatch, tmp_path):
 def test_several_corpora_a_token_budget_and_contrast_alone(directory, finished, tmp_path, caplog):
   lines = tmp_path / "more.jsonl"
   lines.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in tiny.sentences(20, 12, 7)))
+  tiny.backbone(tmp_path / "headed", head=True)
   config = make_config(
     directory, corpora=(str(finished[1]), str(lines)), weights=(1.0, 1.0), steps=0, tokens=400, mlm_weight=0.0,
     evaluate_every=0, chunk=1, remat="layer", fsdp=2, normalize=True, temperature=0.1, max_stored_tokens=13,
+    dropout=0.0, overlap=True,
   )  # fmt: skip
+  config.backbone.path = str(tmp_path / "headed")
   pipeline.run(config, tmp_path / "work", ["prepare", "pretrain"])
   about = manifest(tmp_path / "work")
   assert [corpus["truncated"] for corpus in about["corpora"]] == [64, 0]  # of 15 and of 12 tokens
-  assert f"{finished[1]}: 64 of 64 passages have 13 tokens or more" in caplog.text and "of 20" not in caplog.text
+  assert (
+    f"{finished[1]}: 64 of 64 passages have 13 tokens or more" in caplog.text and "20 passages have" not in caplog.text
+  )
   assert [corpus["passage"] for corpus in about["corpora"]] == [4 * about["steps"] % 64, 4 * about["steps"] % 20]
   assert 2 <= about["steps"] <= 4  # about 8 tokens a span
-  made = load_file(tmp_path / "work/pretrain/backbone/model.safetensors")
-  assert not [name for name in made if name.startswith("cls.")]
+  assert f"{lines}: both spans of 20 of 20 passages are the whole text unless one is drawn short, and" in caplog.text
+  made, given = (load_file(tmp_path / f"{place}/model.safetensors") for place in ("work/pretrain/backbone", "headed"))
+  heads = [name for name in given if name.startswith("cls.")]  # not trained, and kept
+  assert len(heads) == 5 and all((made[name] == given[name]).all() for name in heads)
   assert "mlm_loss" not in metrics(tmp_path / "work")[0]
 
 
@@ -191,6 +211,9 @@ def test_from_nothing(directory, tmp_path, monkeypatch):
   assert base.config.family == "roberta" and base.tokenizer.vocab_size == base.config.vocab_size <= 400
   results = json.loads((tmp_path / "work/results.json").read_text())
   assert list(results) == ["bm25", "backbone", "backbone-mean", "pretrain", "pretrain-mean", "train1"]
+  exported = tmp_path / "work/pretrain/backbone"
+  _, report = transformers.RobertaForMaskedLM.from_pretrained(exported, output_loading_info=True)
+  assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
   again = make_config(directory, tokenizer="train", vocabulary=400, shape=shape)
   again.backbone.path = ""
   pipeline.run(again, tmp_path / "again", ["prepare"])

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -96,7 +97,8 @@ class SpanBatches:
   A batch of S = 2n global spans on host p of h (s = S / h; K masked tokens at most):
     tokens int32 [s, T] (masked where there is masking), lengths int32 [s]: spans 2i and 2i + 1 are of one passage,
     positions int32 [s, K], labels int32 [s, K]: masked tokens, what stood there, −1 fills; only with masking,
-    groups int32 [S]: equal where spans are of the same passage (a small corpus may come round within a batch).
+    groups int32 [S]: equal where spans are of the same text (a small corpus may come round within a batch, a text may
+    stand in two corpora, or twice in one).
 
   Args:
     stores: token stores that know words.
@@ -188,9 +190,7 @@ class SpanBatches:
       masked = self._masking.apply(tokens, starts > 0, content, source)
       batch["tokens"], batch["positions"], batch["labels"] = masked
     batch = {name: value[self._mine] for name, value in batch.items()}
-    passage = np.stack([drawn.corpora, drawn.rows], 1)
-    groups = np.unique(passage, axis=0, return_inverse=True)[1].reshape(-1)
-    batch["groups"] = np.repeat(groups, 2).astype(np.int32)
+    batch["groups"] = np.repeat(self._groups(drawn), 2)
     return batch
 
   def load(self, start_step: int, stop_step: int, workers: int = 2) -> Iterator[Batch]:
@@ -207,6 +207,18 @@ class SpanBatches:
     owner = np.repeat(np.arange(len(drawn.rows)), 2)
     width = self._width(int(count.max()))
     return drawn, *self._gather(drawn, owner, first, count, totals, word_starts, width), source
+
+  def _groups(self, drawn: Drawn) -> np.ndarray:
+    """A number for each text that is drawn, int32 [n]."""
+    numbers: dict[bytes, int] = {}
+    found = []
+    for corpus, store in enumerate(self._stores):
+      rows = drawn.rows[drawn.corpora == corpus]
+      counts = store.lengths_at(rows)
+      flat, edges = store.heads(rows, counts), ragged.offsets_of(counts)
+      for begin, end in itertools.pairwise(edges):
+        found.append(numbers.setdefault(flat[begin:end].tobytes(), len(numbers)))
+    return np.array(found, np.int32)
 
   def _advanced(self, step: int) -> np.ndarray:
     """How many passages each corpus has given before a step."""

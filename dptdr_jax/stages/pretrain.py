@@ -25,6 +25,7 @@ from dptdr_jax.data.store import TokenStore, write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.data.vocabulary import LEAST
 from dptdr_jax.models import convert, mlm
+from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec, check_lengths
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import hosts
@@ -59,11 +60,8 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   trial = DevTrial.build(config, layout, PreparedData(layout.prepared), config.pretrain.evaluate_every)
   stores = _stores(config, layout, backbone)
   batches = make_batches(config, stores, backbone)
-  for name, kinds in zip(config.pretrain.corpora, batches.counts(), strict=True):
-    twins, number = kinds["twins"], sum(kinds.values())
-    if twins > _MANY_TWINS * number and hosts.is_main():
-      _log.warning("%s: %d of %d passages are so short that both of their spans are the whole text, unless one is "
-                   "drawn short (pretrain.span_tokens, .shortest, .overlap)", name, twins, number)  # fmt: skip
+  if hosts.is_main():
+    _warn_of_twins(config, backbone, batches)
   loop = PretrainLoop(config, backbone, head, steps_of(config, batches), batches, trial)
   checkpoints = Checkpoints(layout.pretrain / "checkpoints", keep=config.pretrain.keep_checkpoints)
   try:
@@ -71,6 +69,21 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   finally:
     checkpoints.close()
   _export(config, layout, loop, stores, batches)
+
+
+def _warn_of_twins(config: ConfigDict, backbone: Backbone, batches: SpanBatches) -> None:
+  """Where spans are the whole passage twice: too often, or with nothing that tells them apart."""
+  own = Dropout(backbone.config.hidden_dropout, backbone.config.attention_dropout)
+  rates = steps.dropout(config.pretrain.dropout) or own
+  alike = not (config.pretrain.mlm_weight or rates.hidden or rates.attention)
+  for name, kinds in zip(config.pretrain.corpora, batches.counts(), strict=True):
+    twins, number = kinds["twins"], sum(kinds.values())
+    if alike and twins:
+      _log.warning("%s: both spans of %d of %d passages are the whole text unless one is drawn short, and nothing else "
+                   "tells them apart: set pretrain.mlm_weight or .dropout above 0", name, twins, number)  # fmt: skip
+    elif twins > _MANY_TWINS * number:
+      _log.warning("%s: %d of %d passages are so short that both of their spans are the whole text, unless one is "
+                   "drawn short (pretrain.span_tokens, .shortest, .overlap)", name, twins, number)  # fmt: skip
 
 
 def check(config: ConfigDict) -> None:
@@ -239,7 +252,7 @@ class PretrainLoop(Loop):
     super().__init__("pretrain", pretrain, num_steps, state, trial is not None)
     self.tries_first = self.tries  # what pretraining gives shows beside what was there
     self.tokens = 0
-    self._seen, self._clock = 0, time.monotonic()  # tokens since the clock was started
+    self._seen, self._clock = 0, None  # tokens since the clock was started, after a step: the first one compiles
 
   def step(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     self.state, metrics = self._step(self.state, meshes.put_batch(batch, self._mesh, whole=("groups",)))
@@ -250,7 +263,7 @@ class PretrainLoop(Loop):
 
   def attempt(self, step: int, candidate: Retriever) -> Mapping[str, float]:
     figures = self._trial.evaluate(candidate)
-    self._seen, self._clock = 0, time.monotonic()
+    self._seen, self._clock = 0, None
     return figures
 
   def metadata(self, step: int) -> dict:
@@ -263,9 +276,12 @@ class PretrainLoop(Loop):
     found = dict(metrics)
     tokens = int(found.pop("tokens"))
     self.tokens += tokens
+    now = time.monotonic()
+    if self._clock is None:
+      self._clock = now
+      return found
     self._seen += tokens
     if written:
-      now = time.monotonic()
       found["tokens_per_second"] = self._seen / max(now - self._clock, 1e-9)
       self._seen, self._clock = 0, now
     return found

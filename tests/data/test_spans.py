@@ -301,6 +301,19 @@ def test_every_corpus_is_a_stream_of_its_own_and_weights_hold(roberta, tmp_path)
       batches_of(stores, weights=weights)
 
 
+def test_spans_of_one_text_are_one_group_wherever_it_stands(tokenizer, tmp_path):
+  written = texts(6, (8, 30))
+  stores = [
+    store_of(tokenizer, [*written, written[2]], tmp_path / "a"),
+    store_of(tokenizer, written[::-1], tmp_path / "b"),
+  ]
+  batches = batches_of(stores, weights=(7.0, 6.0), batch_size=26)  # every step all of both
+  batch, drawn = batches[3], batches.draw(3)
+  owners = [0, 1, 2, 3, 4, 5, 2], [5, 4, 3, 2, 1, 0]
+  of = np.array([owners[corpus][row] for corpus, row in zip(drawn.corpora, drawn.rows, strict=True) for _ in range(2)])
+  np.testing.assert_array_equal(batch["groups"][:, None] == batch["groups"], of[:, None] == of)
+
+
 @pytest.mark.parametrize("sizes", [(5, 5000), (2000, 5, 3000), (7, 5, 5000, 3)])
 def test_a_corpus_too_small_for_a_passage_a_step_gives_one_every_so_many(roberta, tmp_path, sizes):
   tokenizer = Tokenizer(roberta)
@@ -320,8 +333,8 @@ def test_a_corpus_too_small_for_a_passage_a_step_gives_one_every_so_many(roberta
   small = [step for step, part in enumerate(drawn) if sizes.index(5) in part.corpora]
   for step in (small[1] - 1, small[1]):  # without and with one
     batch, part = batches[step], batches.draw(step)
-    assert batch["tokens"].shape == (16, 16) and len(set(batch["groups"])) == 8
     texts_of = [stores[corpus][row].tolist() for corpus, row in zip(part.corpora, part.rows, strict=True)]
+    assert batch["tokens"].shape == (16, 16) and len(set(batch["groups"])) == len(set(map(tuple, texts_of)))
     plain = batches_of(stores, batch_size=16)[step]
     assert [row[1 : length - 1].tolist() for row, length in zip(plain["tokens"], plain["lengths"], strict=True)] == [
       text for text in texts_of for _ in range(2)

@@ -90,9 +90,13 @@ def bpe() -> tokenizers.Tokenizer:
 
 
 def backbone(
-  directory: pathlib.Path, *, family: str = "bert", hidden: int = 32, layers: int = 2, heads: int = 4, seed: int = 0
-) -> pathlib.Path:
-  """Writes a random BERT or RoBERTa in Hugging Face layout: config.json, model.safetensors, tokenizer files."""
+  directory: pathlib.Path, *, family: str = "bert", hidden: int = 32, layers: int = 2, heads: int = 4, seed: int = 0,
+  head: bool = False,
+) -> pathlib.Path:  # fmt: skip
+  """Writes a random BERT or RoBERTa in Hugging Face layout: config.json, model.safetensors, tokenizer files.
+
+  With `head` it has a language-model head, and its tensors the names of a whole checkpoint.
+  """
   directory.mkdir(parents=True, exist_ok=True)
   vocabulary, special, of_family = {
     "bert": (tokenizer, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
@@ -132,6 +136,15 @@ def backbone(
     norms += [f"{at}attention.output.LayerNorm", f"{at}output.LayerNorm"]
   for name in norms:
     tensors[f"{name}.weight"], tensors[f"{name}.bias"] = 1 + 0.1 * normal(hidden), 0.1 * normal(hidden)
+  if head:
+    tensors = {f"{family}.{name}": tensor for name, tensor in tensors.items()}
+    of_head = {
+      "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+      "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    }[family]
+    dense, norm, bias = of_head
+    tensors |= {f"{dense}.weight": normal(hidden, hidden), f"{dense}.bias": normal(hidden),
+                f"{norm}.weight": 1 + normal(hidden), f"{norm}.bias": normal(hidden), bias: normal(size)}  # fmt: skip
   (directory / "config.json").write_text(json.dumps(config))
   save_file(tensors, directory / "model.safetensors")
   vocabulary.save(str(directory / "tokenizer.json"))

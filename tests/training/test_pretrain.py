@@ -31,6 +31,7 @@ MODELS = {
   "contrast": PretrainModel(ENCODER, temperature=0.5, mlm_weight=0.0),
   "words": PretrainModel(ENCODER, temperature=0.5, contrast_weight=0.0),
   "remat": PretrainModel(ENCODER, temperature=0.5, remat="layer"),
+  "bfloat16": PretrainModel(ENCODER, temperature=0.5, compute_dtype=jnp.bfloat16),
 }
 OPTIMIZER = make_optimizer(make_schedule(1e-3, 20), weight_decay=0.01)
 SPANS = 32
@@ -94,6 +95,33 @@ def test_cache_devices_and_recomputing_change_nothing(devices, fsdp, chunk, name
   assert distance(gradient, wanted_gradient) < 1e-6
   as_floats = [{k: float(v) for k, v in figures.items()} for figures in (metrics, wanted_metrics)]
   assert as_floats[0] == pytest.approx(as_floats[1], rel=1e-5)
+  assert as_floats[0]["contrastive_loss"] == pytest.approx(as_floats[1]["contrastive_loss"], rel=1e-6)
+
+
+def test_dropout_is_on_and_a_function_of_the_step_and_the_row():
+  model, trainable = MODELS["both"], make_state("both", mesh_of(1)).trainable
+  spans = {name: value for name, value in make_batch().items() if name != "groups"}
+  run = jax.jit(lambda key, rows: model.outputs(trainable, key, spans | {"rows": rows}))
+  key, rows = jax.random.key(0), jnp.arange(SPANS)
+  usual, other = run(key, rows), run(jax.random.key(1), rows)
+  moved = run(key, rows.at[0].set(SPANS))
+  for name in ("vectors", "nll"):
+    assert np.abs(usual[name] - other[name]).max() > 1e-2
+    assert np.abs(usual[name] - moved[name])[0].max() > 1e-3
+    np.testing.assert_array_equal(usual[name][1:], moved[name][1:])
+
+
+def test_bfloat16_computes_and_float32_is_trained():
+  loss, metrics, gradient = gradient_of("bfloat16", chunk=8)
+  wanted, wanted_metrics, wanted_gradient = gradient_of("both")
+  assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {np.dtype(np.float32)}
+  assert {leaf.dtype for leaf in jax.tree.leaves(make_state("bfloat16", mesh_of(1)).opt_state)} <= {
+    np.dtype(np.float32), np.dtype(np.int32)
+  }  # fmt: skip
+  assert loss == pytest.approx(wanted, rel=1e-2) and loss != wanted
+  for name in ("contrastive_loss", "mlm_loss"):
+    assert float(metrics[name]) == pytest.approx(float(wanted_metrics[name]), rel=1e-2)
+  assert distance(gradient, wanted_gradient) < 0.05
 
 
 def test_the_losses_add_up_and_either_stands_alone():
