@@ -8,6 +8,8 @@ import itertools
 import shutil
 import threading
 import time
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from test_rounds import make_config, prompts
 
 from dptdr_jax import pipeline
 from dptdr_jax.core import preemption
-from dptdr_jax.core.errors import DptdrError
+from dptdr_jax.core.errors import DptdrError, InputError, PassingError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool
@@ -118,6 +120,21 @@ def test_another_process_waits_for_negatives_and_finds_them(directory, tmp_path,
     with pytest.raises(DptdrError, match="training has ended"):
       late.result()
   assert [record.getMessage() for record in caplog.records] == ["round 1 waits for negatives of generation 0"]
+
+
+def test_what_mining_fails_of_keeps_its_kind_and_path(directory, tmp_path, monkeypatch):
+  config, layout = make_config(directory, rounds=1, train__refresh_every=2), Layout.of(tmp_path)
+  monkeypatch.setattr(common, "train_groups", lambda *arguments: types.SimpleNamespace(group_size=2))
+  (layout.generation(1, 0) / "retriever").mkdir(parents=True)
+  (layout.generation(1, 0) / "retriever/retriever.json").touch()
+  for error, same in ((InputError("cut", path="a"), True), (PassingError("away"), True), (ValueError("7"), False)):
+    monkeypatch.setattr(Generations, "_mine", mock.Mock(side_effect=error))
+    with contextlib.closing(Generations(config, layout, None, 1, None)) as mining:
+      mining.resume(2)
+      with pytest.raises(DptdrError) as raised:
+        mining.at(2)
+      assert (raised.value is error) == same
+  assert type(raised.value) is DptdrError and str(raised.value) == "mining while round 1 trains failed: 7"
 
 
 def test_sigterm_in_a_trial_loses_no_generation(directory, tmp_path, monkeypatch):

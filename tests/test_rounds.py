@@ -22,6 +22,7 @@ from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool, Reason
+from dptdr_jax.retrieval.denoise import MarginRule
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.stages import common, mine, negatives_shown, search, steps
 from dptdr_jax.stages.layout import Layout
@@ -196,13 +197,16 @@ def begin(prepared, workdir: pathlib.Path) -> Layout:
   return Layout.of(workdir)
 
 
-def test_margins_on_runs_from_elsewhere(prepared, tmp_path):
+def test_margins_on_runs_from_elsewhere_and_what_is_told_of_them(prepared, tmp_path, caplog):
   config, layout = prepared[0].copy_and_resolve_references(), begin(prepared, tmp_path / "work")
   split = PreparedData(layout.prepared).splits["train"]
   query, positive = split.ids[0], int(split.positives(0)[0])
   others = [row for row in range(9) if row not in split.positives(0)][:3]
   found = zip([others[0], positive, *others[1:]], (9, 8, 7.9, 7), strict=True)
   lines = [f"{query} Q0 p{row} 1 {score} other\n" for row, score in found]
+  for number in (1, 2):
+    other = next(row for row in range(9) if row not in split.positives(number))
+    lines.append(f"{split.ids[number]} Q0 p{other} 1 9 other\n")
   (tmp_path / "other.trec").write_text("".join([*lines, "unjudged Q0 p0 1 9 other\n"]))
   config.mine.runs = (str(tmp_path / "other.trec"),)
   config.mine.outside.relative_margin, config.mine.same_text = 0.95, False
@@ -211,6 +215,23 @@ def test_margins_on_runs_from_elsewhere(prepared, tmp_path):
   assert pool.names == ("bm25", "other.trec")
   removed = pool.rows[0][pool.reasons[0] == Reason.RELATIVE_MARGIN]
   assert sorted(removed.tolist()) == others[:2] and not (pool.reasons[1:] == Reason.RELATIVE_MARGIN).any()
+  told = "other.trec finds no positive for 67% of the queries that it answers"
+  about = json.loads((layout.mine(0) / "mining.json").read_text())
+  assert [line for line in about["warnings"] if line.startswith(told)] and told in caplog.text
+  page = negatives_shown.section("Negatives", about)
+  assert f"<p class=warning>{told}" in page and page.count("<small>other.trec: relative margin ·") == 2
+
+
+def test_of_a_margin_the_source_is_told():
+  rules = [MarginRule("bm25", relative=0.9, absolute=3.0), MarginRule("dense", relative=0.9)]
+  scores = np.array([[[9.5, 0.99], [8, 0.99], [5, 0.99], [-np.inf, 0.99], [5, 0.5]]], np.float32)
+  relative, absolute = Reason.RELATIVE_MARGIN, Reason.ABSOLUTE_MARGIN
+  pool = Pool(
+    np.arange(5)[None], np.full((1, 5), 3), scores, np.zeros((1, 5, 2)), ("bm25", "dense"),
+    {"denoising": [{"rule": "text"}, *(rule.describe() for rule in rules)]}, np.array([[10, 1]], np.float32),
+    np.array([[relative, absolute, relative, relative, Reason.KEPT]], np.uint8),
+  )  # fmt: skip
+  assert negatives_shown._margins(pool, 0) == {0: "bm25", 1: "bm25", 2: "dense", 3: "dense"}
 
 
 def test_what_is_wrong_with_a_run_shows_before_any_search(prepared, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from dptdr_jax.retrieval.candidates import Pool, Reason
 
 # Shares above which a pool is suspicious; ours.
 ABOVE_POSITIVE = 0.5
+NOT_FOUND = 0.5
 EMPTY = 0.01
 ONE_SOURCE = 0.95
 
@@ -64,10 +65,11 @@ def suspicions(pool: Pool) -> list[str]:
   """Says what makes a pool suspicious, a line each; an empty list where nothing does.
 
   Of what is left after denoising: most negatives that a source knows score above its positive there; queries without a
-  negative; one source alone gave nearly all, though several were asked.
+  negative; one source alone gave nearly all, though several were asked. And of what was found: a source doesn't know
+  the positive's score for most queries that it answers, as a run that doesn't hold it; nothing can be compared there.
   """
   kept_in_all, empty = 0, 0
-  above, compared, alone = (np.zeros(len(pool.names), np.int64) for _ in range(3))
+  above, compared, alone, answered, not_found = (np.zeros(len(pool.names), np.int64) for _ in range(5))
   for block in pool.blocks():
     kept = pool.kept(block)
     kept_in_all += int(kept.sum())
@@ -77,7 +79,10 @@ def suspicions(pool: Pool) -> list[str]:
     if pool.positive_scores is not None:
       for source in range(len(pool.names)):
         scores, positive = pool.scores[block, :, source], pool.positive_scores[block, source, None]
-        known = kept & (scores > -np.inf) & ~np.isnan(positive)
+        unknown, scored = np.isnan(positive), scores > -np.inf
+        answered[source] += int((scored.any(1, keepdims=True) | ~unknown).sum())
+        not_found[source] += int((scored.any(1, keepdims=True) & unknown).sum())
+        known = kept & scored & ~unknown
         compared[source] += int(known.sum())
         above[source] += int((known & (scores > positive)).sum())
   found = []
@@ -85,6 +90,10 @@ def suspicions(pool: Pool) -> list[str]:
     if high > ABOVE_POSITIVE * known:
       found.append(f"{high / known:.0%} of the negatives that {name} knows score above the positive there: "
                    "many may be positives, or it ranks badly")  # fmt: skip
+  for name, missing, asked in zip(pool.names, not_found, answered, strict=True):
+    if missing > NOT_FOUND * asked:
+      found.append(f"{name} finds no positive for {missing / asked:.0%} of the queries that it answers: "
+                   "a margin on it says nothing there, where all that it gives stands above the positive")  # fmt: skip
   if empty > EMPTY * len(pool):
     found.append(f"{empty} of {len(pool)} queries ({empty / len(pool):.1%}) have no negative: they get random passages")
   if len(pool.names) > 1 and alone.max() > ONE_SOURCE * kept_in_all:

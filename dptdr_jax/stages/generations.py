@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files, preemption
-from dptdr_jax.core.errors import DptdrError
+from dptdr_jax.core.errors import DptdrError, InputError, PassingError
 from dptdr_jax.data.groups import TrainGroups
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retrieval.candidates import Pool
@@ -104,6 +104,8 @@ class Generations:
       return wanted in self._groups
 
   def _raise_failed(self) -> None:
+    if isinstance(self._failed, InputError | PassingError):
+      raise self._failed  # as it is: its path says what is made again, its kind whether a restart helps
     if self._failed is not None:
       raise DptdrError(f"mining while round {self._number} trains failed: {self._failed}") from self._failed
 

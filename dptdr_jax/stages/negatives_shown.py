@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
 from dptdr_jax.retrieval.candidates import Pool, Reason
+from dptdr_jax.retrieval.denoise import MarginRule
 from dptdr_jax.stages import drawing
 from dptdr_jax.stages.examples import shown
 
@@ -70,11 +71,13 @@ def _example(data: PreparedData, pool: Pool, split: PreparedSplit, query: int) -
   there = np.flatnonzero(pool.rows[query] >= 0)
   reasons = pool.verdicts(slice(query, query + 1))[0]
   removed = reasons[there] != Reason.KEPT
+  margins = _margins(pool, query)
 
   def described(places: np.ndarray) -> list[dict]:
     return [
       shown(data.passages[int(pool.rows[query, place])])
       | {"scores": _finite(pool.names, pool.scores[query, place]), "reason": Reason(int(reasons[place])).name}
+      | ({"margin_of": margins[place]} if place in margins else {})
       for place in places[:_SHOWN]
     ]
 
@@ -86,6 +89,19 @@ def _example(data: PreparedData, pool: Pool, split: PreparedSplit, query: int) -
     "removed": described(there[removed]),
     "numbers": [int((~removed).sum()), int(removed.sum())],
   }
+
+
+def _margins(pool: Pool, query: int) -> dict[int, str]:
+  """Whose margin took a candidate of a query, {place: source}: the reason is the same for all sources."""
+  block, found = slice(query, query + 1), {}
+  reasons = pool.verdicts(block)
+  for step in pool.manifest["denoising"]:
+    if step["rule"] == "margins":
+      rule = MarginRule(step["source"], step["relative"], step["absolute"])
+      for reason, hit in rule.judge(pool, block, pool.kept(block)).hits.items():
+        for place in np.flatnonzero(hit & (reasons == reason)):
+          found.setdefault(int(place), rule.source)  # the first that hits took it
+  return found
 
 
 def _finite(names: tuple[str, ...], scores: np.ndarray) -> dict[str, float]:
@@ -144,11 +160,16 @@ def _shown(example: Mapping) -> str:
   kept, removed = example["numbers"]
   items = [_item(example["positive"] | {"scores": example["positive_scores"]}, "relevant", "positive")]
   items += [_item(candidate, "other", "negative") for candidate in example["negatives"]]
-  items += [_item(candidate, "removed", _words(candidate["reason"])) for candidate in example["removed"]]
+  items += [_item(candidate, "removed", _why(candidate)) for candidate in example["removed"]]
   return (
     f"<details><summary>{html.escape(example['query'])} <small>{kept} negatives, {removed} taken out</small></summary>"
     f"<ul>{''.join(items)}</ul></details>"
   )
+
+
+def _why(candidate: Mapping) -> str:
+  words = _words(candidate["reason"])
+  return f"{candidate['margin_of']}: {words}" if "margin_of" in candidate else words
 
 
 def _words(reason: str) -> str:

@@ -55,6 +55,18 @@ def test_what_makes_a_pool_suspicious(monkeypatch):
   assert found[2].startswith("bm25 alone gave 100% of the negatives, though 2 sources")
 
 
+def test_a_source_that_finds_few_positives_is_suspicious(monkeypatch):
+  monkeypatch.setattr(candidates, "BLOCK_ENTRIES", 2)
+  rows, sources = [[1, 2], [3, 4], [5, 6], [7, -1]], [[1, 2], [1, 2], [1, 2], [2, 0]]
+  scores = np.full((4, 2, 2), -np.inf)
+  scores[:3, 0, 0], scores[:3, 1, 1], scores[3, 0, 1] = 5, 3, 3
+  positive = np.array([[6, 4], [np.nan, 4], [np.nan, 4], [np.nan, 4]])  # the last query bm25 doesn't answer
+  (found,) = suspicions(pool_of(rows, sources, scores, positive_scores=positive))
+  assert found.startswith("bm25 finds no positive for 67% of the queries that it answers: a margin on it says nothing")
+  positive[1, 0] = 6
+  assert suspicions(pool_of(rows, sources, scores, positive_scores=positive)) == []
+
+
 def test_what_denoising_removed_is_not_suspected():
   rows, scores = [[1, 2]], np.array([[[5], [1]]])
   above = {"scores": scores, "positive_scores": [[4]], "names": ("dense",)}
