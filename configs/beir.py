@@ -36,4 +36,8 @@ def get_config():
   c.train.queries = 32
   c.train.learning_rate = 2e-2
   c.train.schedule = "cosine"
+  c.cross.queries = 16  # of the cross-encoder, where it is enabled, too what docs/results.md measures
+  c.cross.init = "words"
+  c.cross.learning_rate = 1e-2
+  c.cross.schedule = "cosine"
   return c

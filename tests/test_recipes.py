@@ -17,6 +17,7 @@ from support import formats, tiny
 from dptdr_jax import pipeline
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.training.chunks import chunk_count
@@ -97,6 +98,17 @@ def test_msmarco_measures_are_those_of_ir_measures_on_the_official_files(msmarco
       run = [ir_measures.ScoredDoc(query, passage, -float(rank)) for query, _, passage, rank, _, _ in ranked]
       oracle = ir_measures.calc_aggregate(map(ir_measures.parse_measure, expected), qrels, run)
       assert splits[split] == pytest.approx({str(measure): value for measure, value in oracle.items()}, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["msmarco", "nq"])
+def test_every_strategy_of_the_paper_is_in_the_recipe(request, name):
+  config, workdir = request.getfixturevalue(name)
+  assert list(results_of(workdir)) == ["bm25", "backbone", "pretrain", "train1", "train2"]
+  assert Pool.open(workdir / "mine1/pool").names == ("bm25", "dense") and not (workdir / "train3").exists()
+  recipe = importlib.import_module(f"configs.{name}").get_config().pretrain
+  assert config.pretrain.enabled and config.train.restart and (recipe.spans, recipe.span_tokens) == (2048, 128)
+  assert (recipe.learning_rate, recipe.warmup, recipe.weight_decay, recipe.epochs) == (1e-4, 0.1, 0.01, 8.0)
+  assert (recipe.mlm_weight, recipe.mask_rate, recipe.short_share) == (1.0, 0.15, 0.1)
 
 
 def test_msmarco_runs_are_written_in_its_own_format_too(msmarco):

@@ -175,9 +175,10 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
   inputs, learned = before, (config.data.train_split,)
   tried = (*learned, config.data.dev_split)
   refreshed = config.train.refresh_every > 0
+  scored = ("cross.depth",) if config.mine.cross_encoder else ()
   for number in range(1, config.rounds + 1):
     if number > 1 or common.mines_first(config):
-      fields = ("mine", "encode", "index", "cross.depth", *model) if number > 1 else MINED_FIRST
+      fields = ("mine", "encode", "index", *scored, *model) if number > 1 else MINED_FIRST
       fields += ("data.train_split",)
       mined = functools.partial(mine.run, number=number - 1)
       parts = {"kept": sources.FOUND, "after": mine.AFTER_SEARCH}
@@ -192,7 +193,7 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
       yield crossed
       inputs = (*inputs, "cross")
     fields = ("seed", "train", "prompt", "data.train_split", "data.dev_split", *model)
-    fields += ("mine", "encode", "index", "cross.depth") if refreshed else ()
+    fields += ("mine", "encode", "index", *scored) if refreshed else ()
     first = number == 1 and not refreshed  # before anything is mined by a retriever
     fields += () if first else ("mine.pseudo_positives",)
     yield Stage(
@@ -272,9 +273,11 @@ def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Plann
 
 
 def _describe(stage: Stage, config: ConfigDict, before: Sequence[Planned], outside: Outside) -> dict[str, Any]:
-  plain, unread = config.to_dict(), {*NEUTRAL, *_overruled(config), *stage.unread}
-  fields = {}
+  plain, overruled = config.to_dict(), set(_overruled(config))
+  unread, fields = {*NEUTRAL, *overruled, *stage.unread}, {}
   for name in stage.fields:
+    if name in overruled:
+      continue
     value = functools.reduce(lambda at, part: at[part], name.split("."), plain)
     if isinstance(value, dict):
       value = {key: item for key, item in value.items() if f"{name}.{key}" not in unread}
@@ -302,6 +305,10 @@ def _overruled(config: ConfigDict) -> Iterator[str]:
     yield "pretrain.epochs"
   if config.train.sampling != "simans":
     yield from ("train.simans_source", "train.simans_a", "train.simans_b")
+  if not config.mine.cross_encoder:
+    yield from ("mine.negative_below", "mine.positive_above")
+  if not config.mine.runs:
+    yield "mine.outside"
   if config.data.source != "beir":
     yield "data.empty_text"
   if not scratch.is_wanted(config):

@@ -45,7 +45,7 @@ FLAGS = {
 MADE = {
   "pretrain": ("backbone/model.safetensors", "backbone/manifest.json", "metrics.jsonl"),
   "train1": ("retriever/prompts.safetensors", "metrics.jsonl",
-             *(f"generations/{which}/pool/rows.npy" for which in range(3))),
+             *(f"generations/{which}/pool/{name}.npy" for which in range(3) for name in ("rows", "reasons"))),
 }  # fmt: skip
 
 
