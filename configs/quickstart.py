@@ -20,7 +20,7 @@ def get_config():
   c.data.dev_modules = ("scipy.signal", "orbax")
   c.text.passage_length = 96
   c.pretrain.spans = 128
-  c.pretrain.overlap = False  # as docs/results.md has measured it here
+  c.pretrain.overlap = False  # docstrings are short: most would be the same span twice
   c.pretrain.neighbours = 1
   c.pretrain.learning_rate = 2e-5
   c.pretrain.steps = 40

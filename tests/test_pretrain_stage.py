@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -105,6 +106,11 @@ def test_the_run_uses_and_reports_the_pretrained_backbone(finished):
   by_epochs = config.copy_and_resolve_references()
   by_epochs.pretrain.update({"steps": 0, "epochs": 1.3})
   assert stage.steps_of(by_epochs, batches) == 11  # 64 passages, 8 a step
+  loop = types.SimpleNamespace(_batches=batches, state=types.SimpleNamespace(step=10))
+  stage.PretrainLoop.restored(loop, {"corpora": [{"epoch": 1, "passage": 16}], "tokens": 7})
+  assert loop.tokens == 7
+  with pytest.raises(InputError, match="elsewhere in the corpora"):
+    stage.PretrainLoop.restored(loop, {"corpora": [{"epoch": 1, "passage": 8}], "tokens": 7})
   assert Retriever.load(workdir / "train1/retriever").backbone.hash == after.hash
   page = (workdir / "report.html").read_text()
   assert all(words in page for words in ("Pretraining", "Uniformity", "dev/RR@10", "Tokens per second", "whole"))

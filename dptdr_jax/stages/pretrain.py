@@ -270,6 +270,10 @@ class PretrainLoop(Loop):
     return {"corpora": self._batches.position(step), "tokens": self.tokens}
 
   def restored(self, metadata: Mapping[str, Any]) -> None:
+    here = self._batches.position(int(self.state.step))
+    if metadata["corpora"] != here:
+      raise InputError("a checkpoint stands elsewhere in the corpora than this version's order of passages",
+                       value=(metadata["corpora"], here), fix="Remove the run's pretrain/checkpoints")  # fmt: skip
     self.tokens = metadata["tokens"]
 
   def figures(self, metrics: Mapping[str, float], written: bool) -> dict[str, float]:
