@@ -34,7 +34,8 @@ def get_config():
   c.rounds = 2  # UNM: the negatives of round 2 are BM25's and those of round 1's retriever in one pool, denoised
   c.mine.bm25.depth = 200
   c.mine.dense.depth = 200
-  c.mine.dense.relative_margin = 1.0  # raw dot products: any other share of them depends on where they have their zero
+  c.mine.dense.relative_margin = 1.0  # what round 1's retriever puts above the judged one; scores are raw dot
+  # products, and any other share of them depends on where they have their zero
   c.evaluate.splits = ("dev",)
   c.evaluate.graded_splits = ("dl19", "dl20")
   c.evaluate.msmarco_format = True

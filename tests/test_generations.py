@@ -20,7 +20,7 @@ from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import DptdrError, InputError, PassingError
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retrieval.bm25 import Bm25
-from dptdr_jax.retrieval.candidates import Pool
+from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import hosts
 from dptdr_jax.stages import common, generations, mine, report, search
@@ -84,6 +84,20 @@ def test_negatives_are_mined_anew_while_training_goes_on(directory, tmp_path, mo
   mine.mine(asked)
   np.testing.assert_array_equal(Pool.open(tmp_path / "again/pool").rows, pools[0].rows)
   assert [path.name for path in (tmp_path / "again/runs").iterdir()] == ["dense"]
+
+
+def test_the_cross_encoder_denoises_what_is_mined_while_training(directory, tmp_path):
+  config = make_config(directory, rounds=1, train__refresh_every=2, train__steps=6, train__passages=3)
+  config.cross.update({"enabled": True, "steps": 2, "queries": 4, "passages": 2, "evaluate_every": 0, "length": 4})
+  config.cross.update({"pair_length": 48, "depth": 5, "head": "first"})
+  config.mine.update({"cross_encoder": True, "negative_below": 0.5, "positive_above": 0.504})
+  pipeline.run(config, tmp_path / "work", ["prepare", "mine", "cross", "train"])
+  for number in (0, 1):
+    pool = Pool.open(tmp_path / f"work/train1/generations/{number}/pool")
+    asked = (np.isin(pool.reasons, (Reason.KEPT, Reason.CROSS_ENCODER, Reason.PSEUDO_POSITIVE)) & (pool.rows >= 0)).sum(
+      1
+    )
+    assert asked.max() == 5 and {Reason.CROSS_ENCODER, Reason.NOT_SCORED} <= set(np.unique(pool.reasons))
 
 
 def test_another_process_waits_for_negatives_and_finds_them(directory, tmp_path, monkeypatch, caplog):
