@@ -5,17 +5,18 @@
 For each pool (mineN, and what was mined while training): candidates that may be negatives, and how many of them are
 judged relevant for their query, have the text of a positive, or hold a positive's text of 40 characters or more in one
 piece; case, white space and signs do not count. Shorter positives ("Yes.") may stand in passages that do not answer:
-those that hold one are counted beside. Ends with status 1 where one of the first three is not 0. Texts are held in
-memory.
+those that hold one are counted beside. Ends with status 1 where one of the first three is not 0, and with 2 where there
+is no pool. Texts are held in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
-import re
 import sys
 import unicodedata
+
+import regex
 
 from dptdr_jax.core import files, progress
 from dptdr_jax.data.prepare import PreparedData
@@ -28,7 +29,7 @@ COUNTED = ("judged relevant", "of a positive's text", f"with a positive's text o
 
 def normalised(text: str) -> str:
   """Letters, marks and digits in lower case, one space for whatever else."""
-  return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).lower()).strip()
+  return regex.sub(r"[^\p{L}\p{M}\p{N}]+", " ", unicodedata.normalize("NFKC", text).lower()).strip()
 
 
 def count(pool: Pool, texts: list[str], whole: list[str], split) -> tuple[int, list[int], int]:
@@ -37,7 +38,7 @@ def count(pool: Pool, texts: list[str], whole: list[str], split) -> tuple[int, l
   with progress.bar("check", len(pool), "query") as shown:
     for query in range(len(pool)):
       judged = set(split.positives(query).tolist())
-      said = {texts[row] for row in judged} | {whole[row] for row in judged}
+      said = ({texts[row] for row in judged} | {whole[row] for row in judged}) - {""}
       inside = {texts[row] for row in judged if texts[row]}
       for row in pool.candidates(query).tolist():
         held = [text for text in inside if text in whole[row]]
@@ -58,13 +59,17 @@ def main() -> int:
   data = PreparedData(layout.prepared)
   passages = [(normalised(passage.title), normalised(passage.text)) for passage in data.passages.read()]
   texts, whole = [text for _, text in passages], [" ".join(filter(None, parts)) for parts in passages]
+  mined = sorted((*layout.root.glob("mine*/mining.json"), *layout.root.glob("train*/generations/*/mining.json")))
+  if not mined:
+    print(f"{layout.root}: nothing is mined here")
+    return 2
   bad = 0
-  for place in sorted((*layout.root.glob("mine*/pool"), *layout.root.glob("train*/generations/*/pool"))):
-    split = data.splits[files.read_json(place.parent / "mining.json")["split"]]
-    negatives, found, short = count(Pool.open(place), texts, whole, split)
+  for path in mined:
+    split = data.splits[files.read_json(path)["split"]]
+    negatives, found, short = count(Pool.open(path.parent / "pool"), texts, whole, split)
     told = ", ".join(f"{number:,} {kind}" for number, kind in zip(found, COUNTED, strict=True))
     print(
-      f"{place.parent.relative_to(layout.root)}: {negatives:,} negatives; {told}; {short:,} with a shorter one inside"
+      f"{path.parent.relative_to(layout.root)}: {negatives:,} negatives; {told}; {short:,} with a shorter one inside"
     )
     bad += sum(found)
   return 1 if bad else 0

@@ -232,7 +232,8 @@ def ablate(
       raise
     except DptdrError as error:  # a loss that is not finite, say: no reason for the others to wait
       failed[run] = error
-      done.pop(run, None)
+      if done.pop(run, None) and done:
+        comparison.write(workdir, list(done.values()), named, arms)
       progress.say(f"  failed: {error}")
       before, configs = configs, _baselines_once(asked, directories, failed)
       waiting = sorted({*waiting, *(other for other in done if configs[other] != before[other])})

@@ -63,7 +63,7 @@ def define() -> None:
   flags.DEFINE_integer("generation", None, "export: of the pools that were mined while that round trained.")
   flags.DEFINE_enum("format", "original", ["original", "ntuples"], "export: layout of the lines.")
   flags.DEFINE_integer("count", 8, "export: negatives of an n-tuple; of 'original' all that are left are written.")
-  flags.DEFINE_string("separator", None, "export: between a passage's title and text; without it the run's own.")
+  flags.DEFINE_string("separator", None, "export: between title and text; default: the run's own, in n-tuples a space.")
   flags.DEFINE_string("out", None, "File or directory to write.")
   flags.DEFINE_string("passages", None, "mine: .npy, float [C, H].")
   flags.DEFINE_string("queries", None, "mine: .npy, float [Q, H].")

@@ -55,10 +55,11 @@ def test_what_a_training_does_not_read_is_not_in_its_key(directory):
   assert same(**crossed, vector__temperature=0.1) == {"prepare", "mine0", "cross"}
   denoised = {"mine__cross_encoder": True}
   assert {"train1", "cross"} <= same(**crossed, **denoised, mine__pseudo_positives=True)
-  unread = {"mine__outside__depth": 7, "mine__negative_below": 0.05, "mine__positive_above": 0.95, "cross__depth": 9}
-  assert same(**crossed, **unread) == training | later, "no run file, and the cross-encoder is not asked"
-  for field in set(unread) - {"mine__outside__depth"}:
-    there = keys(**crossed, **denoised, **{field: unread[field]})
-    assert there["mine1"] != keys(**crossed, **denoised)["mine1"], field
+  unread = {"mine__negative_below": 0.05, "mine__positive_above": 0.95, "cross__depth": 9}
+  assert same(**crossed, **unread) == training | later, "the cross-encoder is not asked"
+  for stage, early in (("mine1", {}), ("train1", {"train__refresh_every": 2})):
+    for field, value in unread.items():
+      there = keys(**crossed, **denoised, **early, **{field: value})
+      assert there[stage] != keys(**crossed, **denoised, **early)[stage], field
   drawn = {"train__sampling": "simans", "train__simans_source": "bm25"}
   assert keys(**drawn)["train1"] != keys(**drawn, train__simans_a=3.0)["train1"]

@@ -60,9 +60,8 @@ def test_what_was_mined_while_training_and_pseudo_positives_are_exported(workdir
     return [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
 
   usual, without = exported(number=0), exported(generation=2)
-  run = json.loads((copy / "run.json").read_text())
-  run["config"]["mine"]["pseudo_positives"] = True
-  (copy / "run.json").write_text(json.dumps(run))
+  about = copy / "train1/generations/2/mining.json"
+  about.write_text(json.dumps(json.loads(about.read_text()) | {"pseudo_positives": True}))
   for before, left, line in zip(usual, without, exported(generation=2, separator=" | "), strict=True):
     assert left["positives"] == before["positives"] and left["negatives"] == before["negatives"][1:]
     assert line["positives"] == [text.replace(" ", " | ", 1) for text in (*before["positives"], before["negatives"][0])]

@@ -109,11 +109,18 @@ def test_the_run_uses_and_reports_the_pretrained_backbone(finished):
   loop = types.SimpleNamespace(_batches=batches, state=types.SimpleNamespace(step=10))
   stage.PretrainLoop.restored(loop, {"corpora": [{"epoch": 1, "passage": 16}], "tokens": 7})
   assert loop.tokens == 7
-  with pytest.raises(InputError, match="elsewhere in the corpora"):
+  with pytest.raises(InputError, match="another place of the corpora"):
     stage.PretrainLoop.restored(loop, {"corpora": [{"epoch": 1, "passage": 8}], "tokens": 7})
   assert Retriever.load(workdir / "train1/retriever").backbone.hash == after.hash
   page = (workdir / "report.html").read_text()
   assert all(words in page for words in ("Pretraining", "Uniformity", "dev/RR@10", "Tokens per second", "whole"))
+
+
+def test_the_clock_starts_after_the_step_that_compiles(monkeypatch):
+  loop, now = types.SimpleNamespace(tokens=0, _seen=0, _clock=None), iter([100.0, 101.0, 104.0, 106.0])
+  monkeypatch.setattr(stage, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+  found = [stage.PretrainLoop.figures(loop, {"tokens": 8.0}, written) for written in (True, False, True, True)]
+  assert found == [{}, {}, {"tokens_per_second": 4.0}, {"tokens_per_second": 4.0}] and loop.tokens == 32
 
 
 def test_metrics_hold_what_a_reader_wants(finished):

@@ -77,11 +77,13 @@ def suspicions(pool: Pool) -> list[str]:
     bits = pool.sources[block][kept]
     alone += [int((bits == 1 << source).sum()) for source in range(len(pool.names))]
     if pool.positive_scores is not None:
+      judged = ~np.isnan(pool.positive_scores[block]).all(1, keepdims=True) | (len(pool.names) == 1)  # or none knows it
       for source in range(len(pool.names)):
         scores, positive = pool.scores[block, :, source], pool.positive_scores[block, source, None]
         unknown, scored = np.isnan(positive), scores > -np.inf
-        answered[source] += int((scored.any(1, keepdims=True) | ~unknown).sum())
-        not_found[source] += int((scored.any(1, keepdims=True) & unknown).sum())
+        asked = judged & (scored.any(1, keepdims=True) | ~unknown)
+        answered[source] += int(asked.sum())
+        not_found[source] += int((asked & unknown).sum())
         known = kept & scored & ~unknown
         compared[source] += int(known.sum())
         above[source] += int((known & (scores > positive)).sum())

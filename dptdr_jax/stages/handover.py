@@ -32,8 +32,8 @@ def export(
   """Writes the negatives of mining round `number`, or of a generation that was mined while round `number` trained, with
   their texts: 'original', or 'ntuples' of `count` negatives.
 
-  Pseudo-positives are positives there where the run trains on them. The separator stands between title and text; None:
-  the run's own.
+  Where the run trains on pseudo-positives they are positives there, too. The separator stands between title and text;
+  None: the run's own for 'original', a space for n-tuples.
 
   Raises:
     InputError: no such round of mining, or no such generation.
@@ -47,18 +47,20 @@ def export(
     fix = f"There are {there}: --round and --generation take the numbers" if there else "Nothing is mined here yet"
     raise InputError(f"{what} is not done here", path=mined, fix=fix)
   data, pool = PreparedData(layout.prepared), Pool.open(mined / "pool")
-  split = data.splits[files.read_json(mined / "mining.json")["split"]]
-  config = files.read_json(layout.root / "run.json")["config"]
-  separator = config["text"]["separator"] if separator is None else separator
+  about = files.read_json(mined / "mining.json")
+  split, original = data.splits[about["split"]], form == "original"
+  if separator is None:
+    separator = about.get("separator", " ") if original else " "
 
   def positives(row: int) -> np.ndarray:
-    pseudo = pool.pseudo_positives(row) if config["mine"]["pseudo_positives"] else []
-    return np.concatenate([split.positives(row), pseudo]).astype(np.int64)
+    judged = split.positives(row)  # none: the run does not train on the query
+    pseudo = pool.pseudo_positives(row) if about.get("pseudo_positives") and len(judged) else []
+    return np.concatenate([judged, pseudo]).astype(np.int64)
 
   queries = (query.text for query in split.queries.read())
   examples = exports.training_examples(pool, queries, positives, texts(data))
   with remote.written(out) as local:
-    if form == "original":
+    if original:
       return exports.write_original(local, examples, separator=separator)
     return exports.write_ntuples(local, examples, count, separator=separator)
 

@@ -24,6 +24,8 @@ def summary(config: ConfigDict, data: PreparedData, pool: Pool, warnings: list[s
   manifest = pool.manifest
   return {
     "split": config.data.train_split,
+    "separator": config.text.separator,
+    "pseudo_positives": config.mine.pseudo_positives,
     "sources": list(pool.names),
     "counts": manifest["counts"],
     "combinations": manifest["combinations"],

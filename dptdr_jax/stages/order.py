@@ -273,11 +273,9 @@ def plan(config: ConfigDict, layout: Layout, verify: bool = False) -> list[Plann
 
 
 def _describe(stage: Stage, config: ConfigDict, before: Sequence[Planned], outside: Outside) -> dict[str, Any]:
-  plain, overruled = config.to_dict(), set(_overruled(config))
-  unread, fields = {*NEUTRAL, *overruled, *stage.unread}, {}
+  plain, unread = config.to_dict(), {*NEUTRAL, *_overruled(config), *stage.unread}
+  fields = {}
   for name in stage.fields:
-    if name in overruled:
-      continue
     value = functools.reduce(lambda at, part: at[part], name.split("."), plain)
     if isinstance(value, dict):
       value = {key: item for key, item in value.items() if f"{name}.{key}" not in unread}
@@ -307,8 +305,6 @@ def _overruled(config: ConfigDict) -> Iterator[str]:
     yield from ("train.simans_source", "train.simans_a", "train.simans_b")
   if not config.mine.cross_encoder:
     yield from ("mine.negative_below", "mine.positive_above")
-  if not config.mine.runs:
-    yield "mine.outside"
   if config.data.source != "beir":
     yield "data.empty_text"
   if not scratch.is_wanted(config):

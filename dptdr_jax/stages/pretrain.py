@@ -272,7 +272,7 @@ class PretrainLoop(Loop):
   def restored(self, metadata: Mapping[str, Any]) -> None:
     here = self._batches.position(int(self.state.step))
     if metadata["corpora"] != here:
-      raise InputError("a checkpoint stands elsewhere in the corpora than this version's order of passages",
+      raise InputError("a checkpoint stands at another place of the corpora than its step does in this version",
                        value=(metadata["corpora"], here), fix="Remove the run's pretrain/checkpoints")  # fmt: skip
     self.tokens = metadata["tokens"]
 

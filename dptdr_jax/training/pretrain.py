@@ -216,14 +216,14 @@ class _Passes:
 
 
 def span_contrast(vectors: jax.Array, groups: jax.Array, temperature: float) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Each span against all others of the batch; its partner is right, other spans of the same passage don't count.
+  """Each span against all others of the batch; its partner is right, other spans of the same text don't count.
 
   Args:
-    vectors: [S, H], partners in rows 2i and 2i + 1. groups: [S] int32, equal for spans of one passage.
+    vectors: [S, H], partners in rows 2i and 2i + 1. groups: [S] int32, equal for spans of one text.
 
   Returns:
     The mean cross-entropy, and scalars: 'accuracy', the share of spans whose partner scores highest, and of the
-    normalised vectors 'alignment' E‖x − x⁺‖² and 'uniformity' log E exp(−2‖x − y‖²) over spans of different passages
+    normalised vectors 'alignment' E‖x − x⁺‖² and 'uniformity' log E exp(−2‖x − y‖²) over spans of different texts
     (Wang and Isola 2020).
   """
   partner = jnp.arange(vectors.shape[0]) ^ 1
