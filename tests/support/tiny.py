@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import tokenizers
@@ -137,14 +138,7 @@ def backbone(
   for name in norms:
     tensors[f"{name}.weight"], tensors[f"{name}.bias"] = 1 + 0.1 * normal(hidden), 0.1 * normal(hidden)
   if head:
-    tensors = {f"{family}.{name}": tensor for name, tensor in tensors.items()}
-    of_head = {
-      "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
-      "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
-    }[family]
-    dense, norm, bias = of_head
-    tensors |= {f"{dense}.weight": normal(hidden, hidden), f"{dense}.bias": normal(hidden),
-                f"{norm}.weight": 1 + normal(hidden), f"{norm}.bias": normal(hidden), bias: normal(size)}  # fmt: skip
+    tensors = {f"{family}.{name}": tensor for name, tensor in tensors.items()} | _head(family, size, hidden, normal)
   (directory / "config.json").write_text(json.dumps(config))
   save_file(tensors, directory / "model.safetensors")
   vocabulary.save(str(directory / "tokenizer.json"))
@@ -152,6 +146,18 @@ def backbone(
   tokens = {"tokenizer_class": f"{family.capitalize()}Tokenizer", **dict(zip(names, special, strict=True))}
   (directory / "tokenizer_config.json").write_text(json.dumps(tokens))
   return directory
+
+
+def _head(family: str, size: int, hidden: int, normal: Callable[..., np.ndarray]) -> dict[str, np.ndarray]:
+  """A language-model head's tensors, tied to the word embeddings."""
+  dense, norm, bias = {
+    "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+    "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+  }[family]
+  return {
+    f"{dense}.weight": normal(hidden, hidden), f"{dense}.bias": normal(hidden),
+    f"{norm}.weight": 1 + normal(hidden), f"{norm}.bias": normal(hidden), bias: normal(size),
+  }  # fmt: skip
 
 
 def run_flags(directory: pathlib.Path) -> list[str]:
