@@ -178,6 +178,8 @@ def _copy(stream: BinaryIO, path: pathlib.Path, description: str, size: int | No
 
 
 def _link(path: pathlib.Path, target: pathlib.Path) -> None:
+  if target.exists() and target.samefile(path):  # the same folder by another name: removing it would lose the file
+    return
   target.parent.mkdir(parents=True, exist_ok=True)
   files.remove(target)
   target.symlink_to(path.resolve())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ from dptdr_jax.data import ragged
 from dptdr_jax.data.ids import DuplicateId, IdTable, IdTableWriter
 from dptdr_jax.data.sources import Source
 
+_log = logging.getLogger(__name__)
+
 CORPUS = "corpus"
 _CHUNK = 1 << 16
 T = TypeVar("T")
@@ -33,7 +36,8 @@ class PreparedSplit:
   Attributes:
     ids: IdTable, row ↔ id.
     queries: sequence of Query with random access; `queries.read(start)` streams.
-    judgements: RowLists of judged passage rows, their grades as values.
+    judgements: RowLists of judged passage rows, their grades as values; a training query's own first, then what is
+      relevant to another one of the same text.
     negatives: RowLists of the negatives that came with the data.
   """
 
@@ -128,12 +132,15 @@ def _write_corpus(source: Source, target: pathlib.Path, stamp: dict[str, Any]) -
 def _write_split(
   source: Source, split: str, target: pathlib.Path, stamp: dict[str, Any], passages: IdTable, training: bool
 ) -> None:
+  from dptdr_jax.data.builders import TextRows
+
   with files.atomic_directory(target) as partial:
     queries = _write_text(source, split, partial)
     if not len(queries):
       what = "no training query left" if training else f"no query in split {split}"
       raise InputError(what, path=_first_file(source, split), fix="A query counts when the split's qrels name it")
-    judgements = _write_judgements(source, split, partial / "judgements", queries, passages)
+    texts = (query.text for query in TextRows(partial, split).read()) if training else ()
+    judgements = _write_judgements(source, split, partial / "judgements", queries, passages, texts)
     _write_negatives(source, split, partial / "negatives", queries, passages)
     trainable = int(sum(bool((judgements.values(row) > 0).any()) for row in range(len(queries))))
     if training and not trainable:
@@ -157,8 +164,14 @@ def _write_text(source: Source, part: str, directory: pathlib.Path) -> IdTable:
 
 
 def _write_judgements(
-  source: Source, split: str, directory: pathlib.Path, queries: IdTable, passages: IdTable
+  source: Source,
+  split: str,
+  directory: pathlib.Path,
+  queries: IdTable,
+  passages: IdTable,
+  texts: Iterable[str],
 ) -> ragged.RowLists:
+  """Writes the judgements by row; `texts` of all queries, or none: what is relevant to one is to those of its text."""
   query_rows, passage_rows, grades = [_empty()], [_empty()], [_empty()]
   for start, chunk in _chunks(source.judgements(split)):
     query_ids, passage_ids, values = zip(*chunk, strict=True)
@@ -180,7 +193,35 @@ def _write_judgements(
     raise InputError("one pair is judged twice, with different grades", path=path, line=line, value=pair)
   keep = np.ones(len(rows), bool)
   keep[again] = False
-  return ragged.write_lists(directory, len(queries), rows[keep], columns[keep], values[keep])
+  rows, columns, values = rows[keep], columns[keep], values[keep]
+  if (shared := _shared(texts, rows, columns, values)) is not None:
+    rows, columns = np.concatenate([rows, shared[0]]), np.concatenate([columns, shared[1]])
+    values = np.concatenate([values, np.ones(len(shared[0]), np.int64)])
+    what = "%s: %d judgements are shared between queries of one text, so that none has another's positive as negative"
+    _log.info(what, split, len(shared[0]))
+  return ragged.write_lists(directory, len(queries), rows, columns, values)
+
+
+def _shared(
+  texts: Iterable[str], rows: np.ndarray, columns: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """What is relevant to a query and not judged for another one of the same text, but for case and white space.
+
+  Returns:
+    Query and passage rows to add, int64 each, or None.
+  """
+  digests = [hashlib.blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest() for text in texts]
+  if len(set(digests)) == len(digests):
+    return None
+  _, group, sizes = np.unique(np.array(digests, "S8"), return_inverse=True, return_counts=True)
+  relevant = (values > 0) & (sizes[group[rows]] > 1)
+  pairs = np.unique(np.stack([group[rows[relevant]], columns[relevant]], axis=1), axis=0)
+  starts, ends = (np.searchsorted(pairs[:, 0], group, side) for side in ("left", "right"))
+  queries = np.repeat(np.arange(len(group)), ends - starts)
+  passages = ragged.gather(pairs[:, 1], starts, ends - starts)
+  width = int(max(columns.max(initial=0), passages.max(initial=0))) + 1
+  new = ~np.isin(queries * width + passages, rows * width + columns)
+  return (queries[new], passages[new]) if new.any() else None
 
 
 def _write_negatives(
@@ -206,7 +247,8 @@ def _known(
   unknown = np.flatnonzero(rows < 0)
   if len(unknown):
     path, line = _place(source, kind, int(indices[int(unknown[0])]), split)
-    raise InputError(f"unknown {what} id in {kind}", path=path, line=line, value=ids[unknown[0]])
+    fix = "It is among one query's that begin on this line" if (what, kind) == ("passage", "negatives") else None
+    raise InputError(f"unknown {what} id in {kind}", path=path, line=line, value=ids[unknown[0]], fix=fix)
   return rows
 
 

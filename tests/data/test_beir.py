@@ -1,5 +1,6 @@
 """BEIR folders: what is read, and what each kind of damage is called."""
 
+import codecs
 import json
 
 import pytest
@@ -50,6 +51,8 @@ def test_what_becomes_of_a_passage_without_text(beir, write):
     list(Beir(beir).passages())
   kept = [Passage("d0", "", "Only a title"), Passage("d1", "", "")]
   assert list(Beir(beir, empty_text="keep").passages()) == kept
+  write("beir/corpus.jsonl", [titled | {"text": None}])
+  assert list(Beir(beir).passages()) == [Passage("d0", "", "Only a title")]
   with pytest.raises(InputError, match="unknown data.empty_text: 'drop'. Use error, title, keep"):
     Beir(beir, empty_text="drop")
 
@@ -81,7 +84,7 @@ GOOD = json.dumps({"_id": "a", "text": "x"})
     ('{"_id": "", "text": "t"}', "empty _id"),
     ('{"_id": "a b", "text": "t"}', "_id has white space"),
     ('{"_id": "d", "text": "  "}', "empty text"),
-    ('{"_id": "d"}', "text must be a string"),
+    ('{"_id": "d", "contents": "x"}', "no text: {'_id'"),
     ('{"_id": "d", "text": 5}', "text must be a string"),
     ('{"_id": "d", "title": 5, "text": "t"}', "a title must be a string"),
     ('{"_id": "d", "text": "half \\ud800"}', "half a surrogate pair"),
@@ -98,6 +101,13 @@ def test_bytes_that_are_not_utf8(beir, write):
   write("beir/corpus.jsonl", GOOD.encode() + b'\n{"_id": "d", "text": "caf\xe9"}\n')
   with pytest.raises(InputError, match=r"corpus\.jsonl:2: not UTF-8"):
     list(Beir(beir).passages())
+
+
+def test_a_byte_order_mark_is_no_text(beir, write):
+  plain = list(Beir(beir).passages()), list(Beir(beir).judgements("train"))
+  for name in ("corpus.jsonl", "qrels/train.tsv"):
+    write(f"beir/{name}", codecs.BOM_UTF8 + (beir / name).read_bytes())
+  assert (list(Beir(beir).passages()), list(Beir(beir).judgements("train"))) == plain
 
 
 def test_truncated_gzip(beir, write):

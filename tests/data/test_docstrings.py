@@ -224,6 +224,14 @@ def test_input_errors_name_the_culprit(packages):
     source(packages=("sys",)).files()
 
 
+def test_a_split_without_modules_is_none(packages):
+  packages(three_packages())
+  assert source().splits() == ("train", "dev", "test")
+  assert source(dev_modules=()).splits() == ("train", "test")
+  made = source(dev_modules=(), test_modules=())
+  assert made.splits() == ("train",) and len(names(made, "train")) == 3
+
+
 def test_a_package_may_be_one_file(packages):
   root = packages(three_packages())
   (root / "lonepkg.py").write_text(function("sail", "Sail across the narrow bay.", body(4)))

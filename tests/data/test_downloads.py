@@ -110,6 +110,19 @@ def test_unpacked_members_in_the_manual_directory_will_do(tmp_path):
   assert (found / "para.title.txt").read_text() == "0\tZero\n"
 
 
+def test_a_manual_directory_that_is_the_target_by_another_name_keeps_its_files(served, tmp_path, monkeypatch):
+  monkeypatch.setitem(downloads.DATASETS, "msmarco", ("marco.tar.gz", "qrels.train.tsv"))
+  served("qrels.train.tsv", b"1\t0\t2\t1\n")
+  (tmp_path / "d").mkdir()
+  (tmp_path / "other").symlink_to(tmp_path / "d")
+  contents = {"para.title.txt": b"0\tZero\n", "qrels.train.tsv": b"1\t0\t2\t1\n"}
+  for name, content in contents.items():
+    (tmp_path / "d" / name).write_bytes(content)
+  for directory, manual in (("d", "other"), ("other", "d"), ("d", "d")):
+    found = fetch_dataset("msmarco", tmp_path / directory, tmp_path / manual)
+    assert {path.name: path.read_bytes() for path in found.iterdir()} == contents
+
+
 def test_a_broken_archive_is_told_of_and_stays(served, tmp_path):
   whole = _archive({"para.title.txt": b"".join(b"%d\tTitle %d\n" % (row, row * 7919) for row in range(500))})
   served("marco.tar.gz", whole[:-1000], md5=None, size=None)

@@ -71,7 +71,13 @@ def test_answers_are_parsed_and_never_run(directory, write, answers):
 
 @pytest.mark.parametrize(
   ("line", "what"),
-  [("2\tno title", "3 columns expected, 2 found"), ("2\t \tT", "empty text"), ("\ttext\tT", "empty id")],
+  [
+    ("2\tno title", "3 columns expected, 2 found"),
+    ("2\t \tT", "empty text"),
+    ("\ttext\tT", "empty id"),
+    ('2\ttext\t"Heroes\n3\ttext\tT', "broken table"),  # would be one field up to the file's end
+    ('2\ttext\t"Heroes" (album)', "broken table"),
+  ],
 )
 def test_damaged_passages(directory, write, line, what):
   write("n/psgs_w100.tsv.gz", ["id\ttext\ttitle", line])

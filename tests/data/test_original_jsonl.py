@@ -79,6 +79,7 @@ def test_ids_of_queries_tell_their_files_apart(write, tmp_path):
     ({"query": "q", "positives": []}, "judgements", "no positives"),
     ({"query": "q", "positives": "p"}, "judgements", "positives must be a list"),
     ({"query": "q", "positives": [""]}, "passages", "empty text in positives"),
+    ({"query": "q", "positives": [{"title": [5], "text": "p"}]}, "passages", "a title in positives must be a string"),
     ({"query": "q", "positives": ["p"], "negatives": [["x"]]}, "passages", "token ids must be whole numbers"),
   ],
 )

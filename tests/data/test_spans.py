@@ -382,7 +382,9 @@ def test_plain_text_and_json_lines(write):
     ("b.jsonl", [{"text": "x", "title": 3}], "b.jsonl:1: a title must be a string"),
     ("b.txt", b"fine\n\xff\xfe\n", "b.txt:2: not UTF-8"),
     ("b.txt", [""], "b.txt: empty corpus"),
-    ("b.json", ["", '{"text": "x"}'], "b.json:2: a line of plain text is a JSON object"),
+    ("b.json", ["", '{"text": "x"}'], "b.json:2: a file of plain text begins as JSON"),
+    ("b.json", ["[", '  {"text": "x"}', "]"], "b.json:1: a file of plain text begins as JSON"),
+    ("b.json", ['[{"text": "x"},', '{"text": "y"}]'], "b.json:1: a file of plain text begins as JSON"),
   ],
 )
 def test_bad_lines_are_named(write, name, lines, where):

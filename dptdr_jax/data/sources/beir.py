@@ -80,8 +80,10 @@ class Beir(FileSource):
       title = value.get("title") or ""
       if not isinstance(title, str):
         raise InputError("a title must be a string", path=path, line=line, value=title)
-      title, text = unicode_of(title.strip(), "title", path, line), value.get("text")
-      if isinstance(text, str) and not text.strip():
+      if "text" not in value:  # not an empty one: a file with another name for it would be read as titles alone
+        raise InputError("no text", path=path, line=line, value=value)
+      title, text = unicode_of(title.strip(), "title", path, line), value["text"]
+      if text is None or (isinstance(text, str) and not text.strip()):
         title, text = self._of_empty(title, path, line)
       else:
         text = text_of(text, "text", path, line)

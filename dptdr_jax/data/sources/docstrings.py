@@ -84,8 +84,9 @@ class DocstringSource:
   min_body_words: int = 15
 
   def splits(self) -> tuple[str, ...]:
-    """The splits, training first."""
-    return SPLITS
+    """The splits, training first; of the others those that have modules."""
+    held_out = {"dev": self.dev_modules, "test": self.test_modules}
+    return tuple(split for split in SPLITS if held_out.get(split, True))
 
   def passages(self) -> Iterator[Passage]:
     """Yields the whole corpus: the passages of all splits, sorted by id."""

@@ -68,12 +68,13 @@ class FileSource:
 
 
 def read_lines(path: str | pathlib.Path) -> Iterator[tuple[int, str]]:
-  """Yields (line from 1, text without its end); only "\\n" ends a line. Bytes that are not UTF-8 are an InputError."""
+  """Yields (line from 1, text without its end); only "\\n" ends a line, and a byte order mark is none of it. Bytes
+  that are not UTF-8 are an InputError."""
   line = 0
   with open_text(path) as stream:
     try:
       for line, raw in enumerate(stream.buffer, start=1):
-        yield line, raw.decode("utf-8").rstrip("\r\n")
+        yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
       raise InputError("not UTF-8", path=path, line=line, value=error.object[error.start : error.start + 8]) from error
     except (EOFError, zlib.error, OSError) as error:
@@ -178,7 +179,7 @@ class _Buffer:
 
 def _blocks(path: str | pathlib.Path, size: int = 1 << 22) -> Iterator[str]:
   """Yields a UTF-8 text file in blocks of about `size` bytes."""
-  decoder = codecs.getincrementaldecoder("utf-8")()
+  decoder = codecs.getincrementaldecoder("utf-8-sig")()
   line, raw = 1, b""
   with open_text(path) as stream:
     try:

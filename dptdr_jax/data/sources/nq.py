@@ -130,7 +130,7 @@ def _answers(value: object, path: pathlib.Path, line: int) -> tuple[str, ...]:
 def _quoted_columns(path: pathlib.Path, count: int) -> Iterator[tuple[int, list[str]]]:
   """Yields (line, fields) of a tab-separated file whose fields may be quoted as csv does ("" for a quote)."""
   csv.field_size_limit(sys.maxsize)
-  reader = csv.reader((text + "\n" for _, text in read_lines(path)), delimiter="\t")
+  reader = csv.reader((text + "\n" for _, text in read_lines(path)), delimiter="\t", strict=True)
   while True:
     line = reader.line_num + 1
     try:

@@ -122,7 +122,10 @@ class OriginalJsonl(FileSource):
     for entry in entries:
       title = ""
       if isinstance(entry, dict):
-        title, entry = unicode_of(str(entry.get("title") or "").strip(), "title", path, line), entry.get("text")
+        title, entry = entry.get("title") or "", entry.get("text")
+        if not isinstance(title, str):
+          raise InputError(f"a title in {name} must be a string", path=path, line=line, value=title)
+        title = unicode_of(title.strip(), "title", path, line)
       text = self._text(entry, f"text in {name}", path, line, check)
       digest = hashlib.blake2b(f"{title}\0{text}".encode(), digest_size=12).hexdigest()
       yield Passage(digest, title, text)

@@ -45,8 +45,8 @@ class PlainText:
     for line, text in read_lines(self.path):
       if not text.strip():
         continue
-      if first and _is_object(text):
-        raise InputError("a line of plain text is a JSON object", path=self.path, line=line, value=text.strip(),
+      if first and _is_json(text):
+        raise InputError("a file of plain text begins as JSON", path=self.path, line=line, value=text.strip(),
                          fix=f"A name that ends in {', '.join(_JSON)} says that these are JSON lines")  # fmt: skip
       first = False
       yield Passage(str(line), "", text.strip())
@@ -60,7 +60,11 @@ class PlainText:
       yield Passage(str(line), title, text_of(value.get("text"), "text", self.path, line))
 
 
-def _is_object(text: str) -> bool:
+def _is_json(text: str) -> bool:
+  """Whether a first line is an object, or what an array or an object over several lines begins with."""
+  text = text.strip()
+  if text in ("[", "{") or text.startswith("[{"):
+    return True
   try:
     return isinstance(json.loads(text), dict)
   except ValueError:
