@@ -60,8 +60,14 @@ def parse_arguments() -> argparse.Namespace:
   return parser.parse_args()
 
 
+def relevant(judged: Qrels) -> Qrels:
+  """Without what is judged and not relevant."""
+  owners, kept = np.repeat(np.arange(len(judged)), np.diff(judged.offsets)), judged.grades > 0
+  return Qrels.from_triples(owners[kept], judged.rows[kept], judged.grades[kept], len(judged))
+
+
 def hide(positives: Qrels, seed: int = 0) -> tuple[Qrels, np.ndarray, np.ndarray, np.ndarray]:
-  """Qrels without one positive of each query that has several; those queries, what was hidden, and who was kept."""
+  """Positives without one of each query that has several; those queries, what was hidden, and who was kept."""
   generator = np.random.default_rng(seed)
   counts = np.diff(positives.offsets)
   queries = np.flatnonzero(counts > 1)
@@ -104,7 +110,7 @@ def main() -> None:
   layout = Layout.of(args.workdir)
   data = PreparedData(layout.prepared)
   split = data.splits[args.split]
-  positives, queries, hidden, _ = hide(common.qrels(split))
+  positives, queries, hidden, _ = hide(relevant(common.qrels(split)))
   if args.write_qrels:
     write_qrels(pathlib.Path(args.write_qrels), positives, split.ids, data.ids)
     return

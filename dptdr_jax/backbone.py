@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,7 @@ class Backbone:
     hash: over its tensors' names, dtypes, shapes and bytes.
     compute_dtype: of matrix products, 'float32' or 'bfloat16'.
     mesh: the devices that encode.
+    source: the directory that holds these weights; None: they are nowhere yet.
   """
 
   path: str
@@ -58,6 +60,7 @@ class Backbone:
   hash: str
   compute_dtype: str
   mesh: jax.sharding.Mesh = dataclasses.field(repr=False)
+  source: pathlib.Path | None = None
 
   @classmethod
   def load(cls, path: files.Path, *, compute_dtype: str = "auto", sha256: str = "", fsdp: int = 1) -> Backbone:
@@ -91,13 +94,13 @@ class Backbone:
     dtype = resolve_dtype(compute_dtype)
     config = EncoderConfig.from_file(directory / "config.json")
     params = convert.from_huggingface(tensors, config, dtype=jnp.dtype(dtype), source=directory)
-    home = _tokenizer_home(directory)
+    home = tokenizer_home(directory)
     tokenizer = Tokenizer(home) if home else None
     if tokenizer is not None:
       tokenizer.check_model(config.vocab_size, directory)
     mesh = meshes.make_mesh(fsdp=math.gcd(fsdp, jax.local_device_count()), devices=jax.local_devices())
     params = params if on_host else jax.device_put(params, by_rules(params, mesh))
-    return cls(path, config, params, tokenizer, hash_tensors(encoder_tensors(tensors)), dtype, mesh)
+    return cls(path, config, params, tokenizer, hash_tensors(encoder_tensors(tensors)), dtype, mesh, directory)
 
   def with_params(self, params: Any) -> Backbone:
     """A backbone of the same shape with other weights (tuned ones, say), which are stored with whatever uses it."""
@@ -105,7 +108,8 @@ class Backbone:
     params = convert.from_huggingface(convert.to_huggingface(params, self.config), self.config, dtype=dtype)
     tensors = convert.to_huggingface(params, self.config)  # of the weights as they compute and are stored
     placed = jax.device_put(params, by_rules(params, self.mesh))
-    return dataclasses.replace(self, path=BESIDE, params=placed, hash=hash_tensors(encoder_tensors(tensors)))
+    tuned_hash = hash_tensors(encoder_tensors(tensors))
+    return dataclasses.replace(self, path=BESIDE, params=placed, hash=tuned_hash, source=None)
 
   @property
   def num_parameters(self) -> int:
@@ -146,7 +150,7 @@ def locate(path: str) -> pathlib.Path:
 def files_of(directory: pathlib.Path) -> list[pathlib.Path]:
   """What is read of a backbone's directory, sorted: whatever else comes to lie there makes no other backbone."""
   found = convert.weight_files(directory)
-  for place, names in (directory, ("config.json", *_PUBLISHED)), (_tokenizer_home(directory), _TOKENIZER_FILES):
+  for place, names in (directory, ("config.json", *_PUBLISHED)), (tokenizer_home(directory), _TOKENIZER_FILES):
     found += [path for name in names for path in (place.glob(name) if place else ()) if path.is_file()]
   return sorted(found)
 
@@ -156,6 +160,21 @@ def name(backbone: Backbone, directory: files.Path) -> dict[str, str]:
   local = backbone.path != BESIDE and pathlib.Path(backbone.path).is_dir() and not remote.is_remote(directory)
   seen = {"relative_path": os.path.relpath(backbone.path, directory)} if local else {}
   return {"path": backbone.path, "hash": backbone.hash, **seen}
+
+
+def write_beside(backbone: Backbone, directory: pathlib.Path) -> None:
+  """Writes a backbone that is stored with what uses it into `directory`; one that is named elsewhere it leaves there.
+
+  What was read from files is copied, as its weights in memory may be rounded to the dtype of products.
+  """
+  if backbone.path != BESIDE:
+    return
+  if backbone.source is None:
+    export(directory / "backbone", backbone.params, backbone.config, backbone.tokenizer)
+    return
+  (directory / "backbone").mkdir()
+  for path in files_of(backbone.source):
+    shutil.copyfile(path, directory / "backbone" / path.relative_to(backbone.source))
 
 
 def load_named(
@@ -277,7 +296,7 @@ def published_vectors(directory: pathlib.Path) -> dict[str, Any]:
   return said
 
 
-def _tokenizer_home(directory: pathlib.Path) -> pathlib.Path | None:
+def tokenizer_home(directory: pathlib.Path) -> pathlib.Path | None:
   """Where a backbone's tokenizer is: beside it, or above both sides of an untied checkpoint of the original."""
   homes = [directory, directory.parent] if directory.name in ("query_model", "passage_model") else [directory]
   return next((home for home in homes if any((home / name).is_file() for name in _TOKENIZER_FILES)), None)

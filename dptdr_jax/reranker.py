@@ -90,12 +90,15 @@ class CrossEncoder:
       about.setdefault("head", "first")  # the one head that there was
       settings = PairSettings(**{field.name: about[field.name] for field in dataclasses.fields(PairSettings)})
     backbone = backbones.load_named(path / _ABOUT, named, backbone, tokenizer)
-    trainable = prompts.unflatten(convert.read_safetensors(path / _TENSORS))
+    trainable = {"prompt": {}, **prompts.unflatten(convert.read_safetensors(path / _TENSORS))}  # kind 'none' has none
     check_cross(spec, settings.head, trainable, backbone.config, path / _TENSORS)
     return cls(backbone, spec, trainable, settings)
 
   def save(self, path: files.Path) -> None:
-    """Writes cross_encoder.json and prompts.safetensors, as a whole or not at all; the backbone is named and hashed."""
+    """Writes cross_encoder.json and prompts.safetensors, as a whole or not at all; the backbone is named and hashed.
+
+    One that is stored with its retriever, where all weights were tuned, is written beside.
+    """
     with remote.written(path, last=_ABOUT, whole=True) as local, files.atomic_directory(local) as partial:
       convert.write_safetensors(partial / _TENSORS, prompts.flatten(self.trainable))
       about = {
@@ -105,6 +108,7 @@ class CrossEncoder:
         "backbone": backbones.name(self.backbone, path),
         "tokenizer": {"hash": self.backbone.tokenizer.hash},
       }
+      backbones.write_beside(self.backbone, partial)
       (partial / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
   @property

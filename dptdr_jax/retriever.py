@@ -122,9 +122,7 @@ class Retriever:
         "passage_backbone": self.passage_backbone and backbones.name(self.passage_backbone, path),
         "tokenizer": {"hash": self.backbone.tokenizer.hash if self.backbone.tokenizer else None},
       }
-      if self.backbone.path == backbones.BESIDE:
-        backbone = self.backbone
-        backbones.export(partial / "backbone", backbone.params, backbone.config, backbone.tokenizer)
+      backbones.write_beside(self.backbone, partial)
       (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
   @functools.cached_property
@@ -212,7 +210,14 @@ class Retriever:
     self, store: TokenStore, kind: str, rows: np.ndarray | None = None, *,
     batch_tokens: int = buckets.BATCH_TOKENS, description: str = "",
   ) -> np.ndarray:  # fmt: skip
-    """Vectors of rows of a token store, float32 [n, H], in the order of `rows` (default: all)."""
+    """Vectors of rows of a token store, float32 [n, H], in the order of `rows` (default: all).
+
+    Raises:
+      InputError: a store of another tokenizer.
+    """
+    tokenizer = self.backbone.tokenizer
+    if tokenizer is not None and store.tokenizer_hash != tokenizer.hash:
+      raise InputError("tokens of another tokenizer than the retriever's", path=store.path)
     rows = np.arange(len(store)) if rows is None else np.asarray(rows)
     return self._encode(_Stored(store, rows, self.settings.limit(kind)), kind, batch_tokens, description)
 
@@ -296,23 +301,32 @@ def check_saved(path: files.Path) -> None:
   """Looks at a saved retriever without reading weights.
 
   Raises:
-    InputError: there is none, it is not whole, or its backbone is not where it is named.
+    InputError: there is none, it is not whole, or a backbone or its tokenizer is not where it is named.
   """
   path = _home(path)
   if not (path / _DESCRIPTION).is_file():
     for place in _sides(path).values():
       prompts.check_original(files.read_json(place / "config.json"), place)
+      _check_tokenizer(place)
     return
   about, spec, settings = _described(path)
   if not (path / _PROMPTS).is_file():
     raise InputError("no prompts here", path=path / _PROMPTS)
-  try:
-    directory = backbones.locate(backbones.find_named(path, about["backbone"]))
-  except InputError as error:
-    raise InputError(f"its backbone cannot be had: {error}", path=path / _DESCRIPTION) from error
-  config = EncoderConfig.from_file(directory / "config.json")
-  prompts.check_lengths(config, spec, max(settings.query_length, settings.passage_length))
-  Tokenizer(directory)
+  for named in filter(None, (about["backbone"], about["passage_backbone"])):
+    try:
+      directory = backbones.locate(backbones.find_named(path, named))
+    except InputError as error:
+      raise InputError(f"its backbone cannot be had: {error}", path=path / _DESCRIPTION) from error
+    config = EncoderConfig.from_file(directory / "config.json")
+    prompts.check_lengths(config, spec, max(settings.query_length, settings.passage_length))
+    _check_tokenizer(directory)
+
+
+def _check_tokenizer(directory: pathlib.Path) -> None:
+  home = backbones.tokenizer_home(directory)
+  if home is None:
+    raise InputError("no tokenizer here, and texts need one", path=directory)
+  Tokenizer(home)
 
 
 def saved_files(path: files.Path) -> list[pathlib.Path]:

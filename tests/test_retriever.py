@@ -15,6 +15,9 @@ from support import tiny
 from dptdr_jax import Backbone, Retriever
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.records import Passage
+from dptdr_jax.data.store import TokenStore, write_token_store
+from dptdr_jax.data.tokenizer import Tokenizer
+from dptdr_jax.retriever import check_saved
 
 UNTIED = pathlib.Path(__file__).parent / "fixtures" / "golden" / "roberta_prefix_untied"
 
@@ -58,6 +61,16 @@ def test_token_ids_are_held_to_the_vocabulary(retriever):
     retriever.encode_tokens(ids, mask, "doc")
 
 
+def test_a_store_of_another_tokenizer_is_refused(retriever, tmp_path):
+  other = tiny.backbone(tmp_path / "roberta", family="roberta")
+  for place, tokenizer in (("own", retriever.backbone.tokenizer), ("other", Tokenizer(other))):
+    write_token_store(lambda start: iter(["merge sort"][start:]), 1, tokenizer, tmp_path / place, max_tokens=30)
+  own, alien = (TokenStore(tmp_path / place) for place in ("own", "other"))
+  np.testing.assert_array_equal(retriever.encode_store(own, "query"), retriever.encode_queries(["merge sort"]))
+  with pytest.raises(InputError, match="other: tokens of another tokenizer than the retriever's"):
+    retriever.encode_store(alien, "query")
+
+
 def test_lengths_leave_room_for_a_text(retriever):
   for query_length, passage_length in ((2, 32), (32, 1)):
     with pytest.raises(InputError, match="leave no room for a text: .*above 2"):
@@ -88,14 +101,21 @@ def untied(tmp_path):
 
 def test_a_tokenizer_at_the_root_is_both_sides(untied, tmp_path):
   assert Retriever.load(untied).backbone.tokenizer is None
+  with pytest.raises(InputError, match="query_model: no tokenizer here"):
+    check_saved(untied)
   size = json.loads((untied / "query_model" / "config.json").read_text())["vocab_size"]
   content = json.loads(tiny.tokenizer().to_str())
   content["model"]["vocab"] = {piece: number for piece, number in content["model"]["vocab"].items() if number < size}
   (untied / "tokenizer.json").write_text(json.dumps(content))
+  check_saved(untied)
   loaded = Retriever.load(untied)
   vectors = loaded.encode_queries(["merge sort"])
   loaded.save(tmp_path / "saved")
   np.testing.assert_array_equal(Retriever.load(tmp_path / "saved").encode_queries(["merge sort"]), vectors)
+  check_saved(tmp_path / "saved")
+  shutil.rmtree(untied / "passage_model")
+  with pytest.raises(InputError, match=r"retriever\.json: its backbone cannot be had: .*passage_model"):
+    check_saved(tmp_path / "saved")
 
 
 def test_both_sides_have_prompts_of_one_kind_that_fit(untied):

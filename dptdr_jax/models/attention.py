@@ -8,6 +8,7 @@ Tokens are padded on the right and the prompt is always visible, so what a row s
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +74,9 @@ def choose_method(method, query, key, prompt, bias, noise) -> str:
 
   'split' takes one product over the prompt and one over the tokens under one softmax: the prompt is never copied and
   every option works; XLA fuses the softmax, but the scores pass through memory. 'concat' copies the prompt in front of
-  every example's keys, for a fused kernel that keeps no scores; there is one on NVIDIA GPUs only (cuDNN: 16-bit, even
-  lengths, D ≤ 128 and a multiple of 8, no dropout here). 'auto' takes 'concat' exactly where that kernel runs:
-  elsewhere the copy buys nothing.
+  every example's keys, for a fused kernel that keeps no scores; there is one on NVIDIA GPUs from Ampere on (cuDNN:
+  16-bit, even lengths, D ≤ 128 and a multiple of 8, no dropout here). 'auto' takes 'concat' exactly where that kernel
+  runs: elsewhere the copy buys nothing.
   """
   dropped = noise is not None and noise.rates.attention > 0
   if method == "auto":
@@ -91,13 +92,21 @@ def choose_method(method, query, key, prompt, bias, noise) -> str:
 def _has_fused_kernel(query, key, prompt) -> bool:
   keys = key.shape[1] + (0 if prompt is None else prompt[0].shape[0])
   return (
-    jax.default_backend() == "gpu"
+    _is_ampere_or_later()
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and query.shape[-1] % 8 == 0
     and query.shape[-1] <= 128
     and query.shape[1] % 2 == 0
     and keys % 2 == 0
   )
+
+
+def _is_ampere_or_later() -> bool:
+  """Whether this process computes on NVIDIA GPUs that cuDNN's kernel runs on; ROCm calls itself 'gpu', too."""
+  if jax.default_backend() != "gpu":
+    return False
+  capability = getattr(jax.local_devices()[0], "compute_capability", "")
+  return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 
 
 def _split(query, key, value, lengths, prompt, bias, noise, layer, *, scale, first_row):

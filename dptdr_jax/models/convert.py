@@ -94,7 +94,7 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
   import safetensors.numpy
 
   if not path.is_file():
-    raise InputError("the index names this file, but it is missing", path=path)
+    raise InputError("this file is missing", path=path, fix="Copy the whole directory again")
   try:
     return safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, json.JSONDecodeError, ValueError) as error:
@@ -111,8 +111,10 @@ def _read_torch(path: pathlib.Path) -> Tensors:
     tensors = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # torch raises its own, pickle's, zipfile's and the runtime's errors here
     raise InputError(f"not a whole weights-only torch file ({error})", path=path) from error
+  if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    raise InputError("not a flat dict of tensors", path=path, fix="Save model.state_dict() alone")
   # numpy knows no bfloat16 of torch's: float32 holds every value of the 16-bit kinds exactly.
-  return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+  return {name: (t.float() if t.is_floating_point() else t).detach().numpy() for name, t in tensors.items()}
 
 
 def init_params(key: jax.Array, config: EncoderConfig) -> Params:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
@@ -137,6 +138,11 @@ def test_damaged_and_missing_files(tensors, tmp_path, monkeypatch):
   path.write_bytes(b"PK\x03\x04 cut short")
   with pytest.raises(InputError, match="pytorch_model.bin: not a whole"):
     convert.load_backbone_tensors(tmp_path)
+  torch.save({"model": {"weight": torch.zeros(2)}}, path)
+  with pytest.raises(InputError, match="not a flat dict of tensors.*state_dict"):
+    convert.load_backbone_tensors(tmp_path)
+  torch.save({"weight": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}, path)
+  np.testing.assert_array_equal(convert.load_backbone_tensors(tmp_path)["weight"], np.ones(2, np.float32))
   monkeypatch.setitem(__import__("sys").modules, "torch", None)
   with pytest.raises(InputError, match="Install torch"):
     convert.load_backbone_tensors(tmp_path)
@@ -159,7 +165,7 @@ def test_sharded_weights(tensors, tmp_path):
   loaded = convert.load_backbone_tensors(tmp_path)
   assert loaded.keys() == tensors.keys()
   (tmp_path / "b.safetensors").unlink()
-  with pytest.raises(InputError, match="b.safetensors"):
+  with pytest.raises(InputError, match="b.safetensors: this file is missing"):
     convert.load_backbone_tensors(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """A vector depends on text, prompt and key: not on padding, batch or order, nor on how attention is computed."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.models import convert, dropout, prompts
+from dptdr_jax.models.attention import choose_method
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
@@ -22,6 +24,19 @@ HIDDEN = jax.jit(hidden_states, static_argnames=("config", "spec"))
 
 def _vectors(model, pooling="first", normalize=False, **options):
   return np.asarray(ENCODE(*model.arguments(), pooling=pooling, normalize=normalize, **options))
+
+
+@pytest.mark.parametrize(
+  ("backend", "capability", "method"),
+  [("gpu", "9.0", "concat"), ("gpu", "10.0", "concat"), ("gpu", "7.5", "split"), ("gpu", "gfx90a", "split"),
+   ("tpu", None, "split")],
+)  # fmt: skip
+def test_the_fused_kernel_is_taken_where_it_runs(monkeypatch, backend, capability, method):
+  device = types.SimpleNamespace() if capability is None else types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  query, key = (jnp.zeros((2, rows, 4, 64), jnp.bfloat16) for rows in (8, 8))
+  assert choose_method("auto", query, key, None, None, None) == method
 
 
 @pytest.mark.parametrize(
