@@ -118,9 +118,9 @@ def remove(path: Path) -> None:
   Killed meanwhile it leaves a part of the tree under another name, which the next call removes.
   """
   path = pathlib.Path(path)
+  aside = path.with_name(f"{path.name}.removed")
+  shutil.rmtree(aside, ignore_errors=True)
   if path.is_dir() and not path.is_symlink():
-    aside = path.with_name(f"{path.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     shutil.rmtree(aside)
   else:

@@ -87,13 +87,19 @@ class Mirror:
       thread.join(wait_s)
 
   def keep(self, name: str, key: str) -> None:
-    """Makes the copy of a finished stage whole, and adds what came to those before (BM25's index comes to prepare)."""
+    """Makes the copy of a finished stage whole, and adds what came to those before (BM25's index comes to prepare).
+
+    SIGTERM ends it after the files at hand; the next start goes on.
+    """
     self._ended[name] = key
     for each, its_key in self._ended.items():
       copy = self._copies[each]
       if not copy.is_whole(its_key) and not copy.is_begun(its_key):
         self._insist(each, lambda copy=copy, its_key=its_key: copy.begin(its_key))
-      self._insist(each, lambda copy=copy, its_key=its_key: copy.update(its_key, ended=True))
+      going = functools.partial(copy.update, its_key, ended=True, go_on=lambda: not preemption.asked())
+      self._insist(each, going)
+      if not copy.is_whole(its_key):
+        preemption.check(f"the copy of {each} is not whole")
 
   def _insist(self, name: str, action: Callable[[], Any]) -> Any:
     fix = "The local files are whole: run the same command again when the remote can be reached"

@@ -30,7 +30,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.remote import RemoteDirectory
 
 _LOOKS = 100  # at a directory that keeps changing; then a later look will do
-_UNFINISHED = (".partial", ".replaced", ".growing")  # ends of names that are not yet, or no longer, whole
+_UNFINISHED = (".partial", ".replaced", ".removed", ".growing")  # ends of names that are not yet, or no longer, whole
 _UNFINISHED_CHECKPOINT = "orbax-checkpoint-tmp"
 _GROWS = "metrics.jsonl"  # appended to at any time, and cut to the checkpoint on resuming: taken after all else
 _MANY = 100  # files that are worth a bar

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dptdr_jax.core import files
+from dptdr_jax.core import files, preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import ragged
 from dptdr_jax.data.ids import DuplicateId, IdTable, IdTableWriter
@@ -276,6 +276,7 @@ def _chunks(records: Iterator[T]) -> Iterator[tuple[int, list[T]]]:
   while chunk := list(itertools.islice(records, _CHUNK)):
     yield start, chunk
     start += len(chunk)
+    preemption.check("judgements and negatives will be read again")
 
 
 def _empty() -> np.ndarray:

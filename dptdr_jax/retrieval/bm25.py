@@ -147,6 +147,7 @@ def _count(
       while rows < shard_rows and (chunk := list(itertools.islice(texts, min(_CHUNK, shard_rows - rows)))):
         frequencies = _count_chunk(chunk, rows, vocabulary, frequencies, lengths, stream)
         rows += len(chunk)
+        preemption.check("the BM25 index will be built again")
     if not rows:
       os.remove(stream.name)
     if rows < shard_rows:

@@ -7,7 +7,7 @@ import gzip
 import pytest
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.core.files import read_json
+from dptdr_jax.core.files import read_json, remove
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,14 @@ def test_a_broken_file_is_named(tmp_path, content, message):
     read_json(path)
   path.write_bytes('{"a": "café"}'.encode())
   assert read_json(path) == {"a": "café"}
+
+
+def test_what_a_kill_left_of_a_removal_goes_with_the_next_one(tmp_path):
+  for place in ("tree", "tree.removed"):
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "file").touch()
+  remove(tmp_path / "tree")
+  assert not list(tmp_path.iterdir())
+  (tmp_path / "tree.removed").mkdir()  # killed after the tree had lost its name
+  remove(tmp_path / "tree")
+  assert not list(tmp_path.iterdir())

@@ -276,6 +276,22 @@ def test_sigterm_while_the_remote_hangs_is_not_held_up(log, tmp_path, caplog, mo
   assert fetched(tmp_path / "other") == STATES[0]  # a machine that lives on may still end it
 
 
+def test_sigterm_while_a_finished_stage_is_copied_ends_it_and_the_next_start_goes_on(log, tmp_path, monkeypatch):
+  write(tmp_path, STATES[-1])
+  copies = Mirror(URL, tmp_path)
+  copies.fetch(STAGE, "k1", {})
+  with monkeypatch.context() as told:
+    told.setattr(preemption, "asked", lambda: ("put", "train1/metrics.jsonl") in log)
+    told.setattr(remote, "parts", lambda todo: [[one] for one in todo])
+    with pytest.raises(preemption.Preempted, match="the copy of train1 is not whole"):
+      copies.keep(STAGE, "k1")
+  assert [path for operation, path in log if operation == "put"] == ["train1/metrics.jsonl"]
+  again = Mirror(URL, tmp_path)
+  again.fetch(STAGE, "k1", {})
+  again.keep(STAGE, "k1")
+  assert fetched(tmp_path / "other") == STATES[-1]
+
+
 def test_a_list_that_was_written_though_it_seemed_to_fail(memory, tmp_path, monkeypatch):
   copies = Mirror(URL, tmp_path)
   copies.fetch(STAGE, "k1", {})
