@@ -173,7 +173,7 @@ def _mine() -> dict:
     runs=(),  # TREC run files of other retrievers over the training queries; file names tell them apart
     outside=_mined_from(depth=200),  # how each of them is used
     width=0,  # candidates that a query has in all; 0: whatever the sources give
-    same_text=True,  # take out what equals or contains a positive's text, whatever its id
+    same_text=True,  # take out what equals a positive's text, or contains one of 40 characters or more
     cross_encoder=False,  # after all else, keep only what the cross-encoder (see cross) is sure of (RocketQA)
     negative_below=0.1,  # probability below which a candidate stays a negative (RocketQA: .1)
     positive_above=0.9,  # and above which it is a pseudo-positive (RocketQA: .9)
@@ -196,7 +196,7 @@ def _mined_from(depth: int) -> dict:
 
 def _cross() -> dict:
   return dict(
-    enabled=False,  # train a cross-encoder (prompts and a head on the same backbone): it denoises pools and reranks
+    enabled=False,  # train a cross-encoder (prompts and a head on the same backbone): it reranks, see also mine
     negatives="bm25",  # 'source' (the data's own), 'bm25' (those of mine0) or 'random'
     epochs=2.0,  # passes over the training queries; ignored where steps > 0
     steps=0,  # optimiser steps; 0: from epochs

@@ -212,6 +212,8 @@ def ablate(
   named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
   for (name, _, changed), directory in zip(planned, directories, strict=True):
     try:
+      if changed.evaluate.measures != config.evaluate.measures:
+        raise InputError("arms are compared by the measures of the config", value=changed.evaluate.measures)
       _check(changed, directory, measure, named, arms)
     except InputError as error:
       raise InputError(f"arm {name}: {error}") from error

@@ -15,7 +15,6 @@ from absl import flags
 
 from dptdr_jax.core import commands, files, progress
 from dptdr_jax.core.errors import DptdrError, InputError
-from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.stages import comparison
 from dptdr_jax.stages.layout import Layout
 
@@ -71,9 +70,8 @@ def _measured(named: str, split: str) -> tuple[list[str], dict[str, np.ndarray]]
   path = layout.per_query(system, split)
   if not path.is_file():
     raise InputError("no such system, or it is not measured on this split", path=path, value=split)
-  ids = PreparedData(layout.prepared).splits[split].ids
   with np.load(path) as found:
-    return list(ids.ids(range(len(ids)))), dict(found)
+    return comparison.query_ids(layout, split), dict(found)
 
 
 def define() -> None:

@@ -71,19 +71,18 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, 
   _agree_on_directory(config, layout)
   planned = [Planned(stage, *named) for stage, named in zip(order.stages(config), said, strict=True)]
   chosen = _choose([item.stage.name for item in planned], only)
-  for item in planned:
-    if item.stage.name in chosen and not _is_done(layout, item.stage, item.key):
-      item.stage.fits(config)
+  todo = [item.stage for item in planned if not _is_done(layout, item.stage, item.key)]
+  wanted = [stage for stage in todo if stage.name in chosen]
+  _check_inputs(wanted, [stage.name for stage in todo if stage not in wanted])
+  for stage in wanted:
+    stage.fits(config)
   for item in planned:
     stage = item.stage
     done = _is_done(layout, stage, item.key)
     hosts.barrier(f"before {stage.name}")  # nobody begins while another one looks
-    if stage.name not in chosen:
-      if not done and any(stage.name in later.stage.inputs for later in planned if later.stage.name in chosen):
-        raise DptdrError(f"stage {stage.name} is not done, and {', '.join(chosen)} needs it; add it to --stages")
-    elif done:
+    if stage.name in chosen and done:
       _log.info("%s: done before", stage.name)
-    else:
+    elif stage.name in chosen:
       _execute(stage, config, layout, item.made_from, item.key, mirror)
       done = True
     if done and mirror:
@@ -91,6 +90,14 @@ def _run(config: ConfigDict, layout: Layout, only: Sequence[str], verify: bool, 
   last = planned[-2]  # before the report
   if hosts.is_main() and _is_done(layout, last.stage, last.key):
     progress.say(report.table(config, layout, seconds(layout, config)))
+
+
+def _check_inputs(wanted: Sequence[Stage], missing: Sequence[str]) -> None:
+  """Raises DptdrError where stages that are to run read one of those that are neither done nor chosen."""
+  for name in missing:
+    if readers := [stage.name for stage in wanted if name in stage.inputs]:
+      needs = f"{', '.join(readers)} need{'s' * (len(readers) == 1)} it"
+      raise DptdrError(f"stage {name} is not done, and {needs}; add it to --stages")
 
 
 def _agree_on_directory(config: ConfigDict, layout: Layout) -> None:

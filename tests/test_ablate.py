@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from support import tiny
 from test_rounds import make_config
 
-from dptdr_jax import Backbone, Retriever, ablate, compare
+from dptdr_jax import Backbone, Retriever, ablate, compare, pipeline
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import DptdrError, InputError
 from dptdr_jax.retrieval import measures
-from dptdr_jax.stages import order
+from dptdr_jax.stages import comparison, order
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,20 @@ def test_two_systems_beside_each_other(finished):
       compare.compare(named, split, wanted)
 
 
+def test_an_arm_with_other_queries_has_no_difference(finished, tmp_path):
+  _, _, workdir = finished
+  shutil.copytree(workdir / "runs/unm-0", tmp_path / "other")
+  files.remove(tmp_path / "other/prepare")
+  other = make_config(tmp_path, data__dir=str(tiny.beir(tmp_path / "queries", queries=9)))
+  pipeline.run(other, tmp_path / "other", ["prepare"])
+  runs = [comparison.Done("plain", 0, 1, workdir / "runs/plain-0")]
+  runs += [comparison.Done(name, 0, 2, place) for name, place in (("unm", workdir / "runs/unm-0"),
+                                                                 ("other", tmp_path / "other"))]  # fmt: skip
+  comparison.write(tmp_path, runs, {"dev": "RR@10"}, {"plain": {}, "unm": {}, "other": {}})
+  found = json.loads((tmp_path / "ablation.json").read_text())["dev"]
+  assert "difference" in found["unm"] and "difference" not in found["other"]
+
+
 def test_a_rerun_does_nothing(finished):
   config, arms, workdir = finished
   before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/*/manifest.json")}
@@ -183,6 +199,9 @@ def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
   late = ablate.chosen(["plain"], ["bad: train.sampling=best"])
   with pytest.raises(InputError, match="unknown sampling"):
     ablate.ablate(config, workdir / "other", late, [0], [], "RR@10")
+  fewer = ablate.chosen(["plain"], ["fewer: rounds=1, evaluate.measures=('RR@10',)"])
+  with pytest.raises(InputError, match="arm fewer: arms are compared by the measures of the config"):
+    ablate.ablate(config, workdir / "other", fewer, [0], [], "RR@10")
   odd = ablate.chosen(["plain"], ["odd: rounds=1, train.query_chunk=3, train.queries=40"])
   with pytest.raises(InputError, match="arm odd: train.query_chunk: .* does not divide the 5 rows"):
     ablate.ablate(config, workdir / "other", odd, [0], [], "RR@10")

@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -236,6 +237,25 @@ def test_what_broke_after_its_stage_is_made_again(trained, end):
     assert end(config, work)[0] == 0
     assert (work / broken).read_bytes() == whole and (work / "results.json").read_bytes() == results
     assert kept.stat().st_mtime_ns == made
+
+
+def test_a_damaged_index_is_built_again(tmp_path, end):
+  tiny.beir(tmp_path / "data")
+  tiny.backbone(tmp_path / "backbone")
+  config, work = make_config(tmp_path), tmp_path / "work"
+  config.rounds, config.evaluate.bm25, config.evaluate.backbone, config.index.factory = 0, True, True, "IVF4,Flat"
+  pipeline.run(config, work)
+  results = (work / "results.json").read_bytes()
+  for broken in ("prepare/bm25/data-00000.npy", "evaluate/index/backbone/index.faiss"):
+    whole = (work / broken).read_bytes()
+    (work / broken).write_bytes(whole[: len(whole) // 2])
+    for name in ("found", "parts"):  # all is searched again
+      shutil.rmtree(work / "evaluate" / name)
+    (work / "evaluate/manifest.json").unlink()
+    status, said = end(config, work)
+    assert status == 1 and "It is removed, and the next start does so" in said
+    assert end(config, work)[0] == 0
+    assert len((work / broken).read_bytes()) == len(whole) and (work / "results.json").read_bytes() == results
 
 
 def test_truncated_prompts(trained, end):

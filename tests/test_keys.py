@@ -22,6 +22,9 @@ def test_a_round_on_bm25_alone_does_not_depend_on_the_retriever_to_come(director
   usual, later = keys(), keys(mine__dense__relative_margin=0.5, mine__sources=("dense",), mine__cross_encoder=False)
   assert [name for name in usual if usual[name] == later[name]] == ["prepare", "mine0", "train1"]
   assert keys(mine__bm25__depth=5)["mine0"] != usual["mine0"]
+  assert keys(encode__shard_passages=7) == usual, "how much a kill may lose changes no vector"
+  assert list(keys(rounds=1)) == ["prepare", "mine0", "train1", "encode", "evaluate", "report"]
+  assert "mine0" not in keys(rounds=1, train__passages=1), "no negative would be drawn"
 
 
 def test_what_is_encoded_depends_on_the_baselines_and_on_the_pretraining_below(directory):

@@ -194,8 +194,11 @@ def test_stages_by_name(tmp_path):
   config = make_config(tmp_path)
   with pytest.raises(DptdrError, match="no stage is named 'trian'"):
     pipeline.run(config, tmp_path / "work", ["trian"])
-  with pytest.raises(DptdrError, match="prepare is not done, and mine0, train1 needs it; add it to --stages"):
+  with pytest.raises(DptdrError, match="prepare is not done, and mine0, train1 need it; add it to --stages"):
     pipeline.run(config, tmp_path / "work", ["mine", "train"])
+  with pytest.raises(DptdrError, match="train1 is not done, and encode needs it; add it to --stages"):
+    pipeline.run(config, tmp_path / "work", ["prepare", "encode"])
+  assert not done_at(tmp_path / "work"), "it shows before anything is run"
   pipeline.run(config, tmp_path / "work", ["prepare", "mine", "train"])
   assert set(done_at(tmp_path / "work")) == {"prepare", "mine0", "train1"}
 
@@ -234,10 +237,15 @@ def test_stages_by_name(tmp_path):
     ({"train__warmup": 3.0, "train__steps": 0}, "a warm-up of so many steps"),
     ({"train__negatives": "source", "train__passages": 2}, "'source', and no negatives come with this data"),
     ({"cross__enabled": True, "cross__epochs": 0.0}, "a cross-encoder's training has no steps"),
+    ({"evaluate__answers": True, "evaluate__measures": ("Success@5",)}, "no query of split dev has one"),
+    ({"evaluate__splits": ("dev", "empty")}, "nothing is judged in split empty, which RR@10 needs"),
+    ({"index__search_parameters": "nprobe=4"}, "search is exact: 'nprobe=4'"),
   ],
 )
 def test_what_cannot_work_is_said_before_any_work(tmp_path, fields, message):
   tiny.beir(tmp_path / "data")
+  if "empty" in fields.get("evaluate__splits", ()):
+    (tmp_path / "data/qrels/empty.tsv").write_text("query-id\tcorpus-id\tscore\n")
   with pytest.raises(InputError, match=message):
     pipeline.run(make_config(tmp_path, **fields), tmp_path / "work")
   assert not done_at(tmp_path / "work")

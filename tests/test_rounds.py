@@ -331,6 +331,8 @@ def test_search_on_the_devices_gives_the_same_results(finished, directory, tmp_p
     ({"index__backend": "devices", "index__factory": "HNSW32"}, "HNSW32"),
     ({"train__sampling": "best"}, "unknown sampling"),
     ({"mine__width": -1}, "mine.width is not negative"),
+    ({"train__passages": 1}, "negatives are mined, and train.passages is 1"),
+    ({"train__passages": 1, "rounds": 1, "train__refresh_every": 2}, "negatives are mined, and train.passages is 1"),
     ({"mine__dense__depth": 2**15}, "mine.dense.depth is beyond the 32,767 ranks"),
     ({"mine__outside__relative_margin": -1.0}, "a share above 0"),
     ({"rounds": 1, "cross__enabled": True, "mine__cross_encoder": True}, "after round 1 or while it trains"),

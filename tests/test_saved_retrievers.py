@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import shutil
 
@@ -12,12 +13,14 @@ import pytest
 from support import tiny
 from test_pipeline import make_config
 
-from dptdr_jax import Backbone, Retriever, compare, pipeline
+from dptdr_jax import Backbone, CrossEncoder, Retriever, compare, pipeline
 from dptdr_jax import backbone as backbones
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.sources.beir import Beir
 from dptdr_jax.models import prompts
+from dptdr_jax.models.cross import init_cross
 from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.reranker import PairSettings
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retriever import VectorSettings
 
@@ -105,6 +108,42 @@ def test_one_with_weights_of_its_own_beside_a_training(measured, tmp_path):
   assert list(json.loads((tmp_path / "work/results.json").read_text())) == ["tuned", "docs", "train1"]
   expected = Retriever.load(directory / "finetuned").encode_passages(Beir(tmp_path / "data").passages())
   np.testing.assert_allclose(Embeddings(tmp_path / "work/encode/tuned/corpus").take(range(24)), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
+def test_nothing_made_of_another_corpus_is_searched(tmp_path, factory):
+  """Other texts under the same ids, for a retriever that stays: neither its index nor vectors that lie in a pool."""
+  tiny.beir(tmp_path / "data", passages=48, queries=12)
+  config = make_config(tmp_path, rounds=0, evaluate__bm25=False, index__factory=factory)
+  config.index.search_parameters = "nprobe=4" if factory != "Flat" else ""  # all lists: exact
+  pipeline.run(config, tmp_path / "work")
+  before = json.loads((tmp_path / "work/results.json").read_text())
+  mined = tmp_path / "work/mine1/retrievers/backbone/vectors/corpus"  # as a run of two rounds leaves them
+  shutil.copytree(tmp_path / "work/encode/backbone/corpus", mined)
+  corpus = tmp_path / "data/corpus.jsonl.gz"
+  lines = [json.loads(line) for line in gzip.decompress(corpus.read_bytes()).splitlines()]
+  turned = [line | {"text": other["text"]} for line, other in zip(lines, lines[7:] + lines[:7], strict=True)]
+  corpus.write_bytes(gzip.compress("".join(f"{json.dumps(line)}\n" for line in turned).encode()))
+  pipeline.run(config, tmp_path / "work")
+  pipeline.run(config, tmp_path / "fresh")
+  found, expected = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("work", "fresh"))
+  assert found == expected != before
+
+
+def test_a_tuned_backbone_goes_with_what_is_saved_again(tmp_path):
+  base = Backbone.load(tiny.backbone(tmp_path / "base"))
+  tuned = base.with_params(jax.tree.map(lambda leaf: leaf + 0.001 / 3, base.params))
+  Retriever.untuned(tuned, passage_length=48).save(tmp_path / "tuned")
+  Retriever.load(tmp_path / "tuned", compute_dtype="bfloat16").save(tmp_path / "served")  # weights rounded in memory
+  served, first = (Retriever.load(tmp_path / name) for name in ("served", "tuned"))
+  assert served.hash == first.hash
+  np.testing.assert_array_equal(served.encode_queries(["merge sort"]), first.encode_queries(["merge sort"]))
+  spec = PromptSpec("none")  # a head alone
+  trainable = jax.device_get(init_cross(jax.random.key(0), spec, base.config))
+  cross = CrossEncoder(first.backbone, spec, trainable, PairSettings(query_length=12, pair_length=24))
+  cross.save(tmp_path / "cross")
+  pair = ["merge sort"], ["a merge of two lists"]
+  np.testing.assert_array_equal(CrossEncoder.load(tmp_path / "cross").score(*pair), cross.score(*pair))
 
 
 @pytest.mark.parametrize(

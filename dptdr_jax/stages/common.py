@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files
-from dptdr_jax.core.errors import InputError
+from dptdr_jax.core.errors import InputError, PassingError
 from dptdr_jax.data.batches import TrainBatches
 from dptdr_jax.data.groups import Negatives, Sampling, TrainGroups
 from dptdr_jax.data.prepare import PreparedData, PreparedSplit
@@ -90,6 +91,11 @@ def has_queries(config: ConfigDict) -> bool:
 def trains(config: ConfigDict) -> bool:
   """Whether prompts are trained; else what is trained already is measured, or a backbone pretrained."""
   return has_queries(config) and config.rounds > 0
+
+
+def measured_by_answers(config: ConfigDict) -> list[str]:
+  """The measures that are taken by answers, not by judgements: Success@k, where the config says so."""
+  return [name for name in config.evaluate.measures if config.evaluate.answers and name.startswith("Success@")]
 
 
 def encoder_config(config: ConfigDict) -> EncoderConfig:
@@ -213,15 +219,19 @@ def sampling(config: ConfigDict) -> Sampling:
 
 def _negatives(config: ConfigDict, layout: Layout, data: PreparedData, number: int) -> Negatives | None:
   """What round `number` draws from: from the second on, what the round before mined."""
-  named = config.train.negatives
-  if number > 1 or named == "bm25":
+  if number > 1 or draws_from_bm25(config):
     return pool_negatives(config, Pool.open(layout.pool(number - 1)))
-  return data.splits[config.data.train_split].negatives if named == "source" else None
+  return data.splits[config.data.train_split].negatives if config.train.negatives == "source" else None
 
 
 def mines_first(config: ConfigDict) -> bool:
   """Whether there is a pool before round 1: BM25's negatives, for the retriever or for the cross-encoder."""
-  return trains(config) and "bm25" in (config.train.negatives, config.cross.enabled and config.cross.negatives)
+  return draws_from_bm25(config) or (trains(config) and config.cross.enabled and config.cross.negatives == "bm25")
+
+
+def draws_from_bm25(config: ConfigDict) -> bool:
+  """Whether round 1 takes negatives that BM25 has found; with one passage a query it takes none."""
+  return trains(config) and config.train.negatives == "bm25" and config.train.passages > 1
 
 
 def pool_negatives(config: ConfigDict, pool: Pool) -> PoolNegatives:
@@ -278,4 +288,20 @@ def bm25(layout: Layout, data: PreparedData) -> Bm25:
   """The BM25 index of the corpus, title and text joined by a space; built by the first stage that asks for it."""
   if not (layout.bm25 / "manifest.json").exists():
     Bm25.build((f"{p.title} {p.text}".strip() for p in data.passages.read()), layout.bm25)
-  return Bm25(layout.bm25)
+  with built_again(layout.bm25):
+    return Bm25(layout.bm25)
+
+
+@contextlib.contextmanager
+def built_again(index: pathlib.Path) -> Iterator[None]:
+  """Removes an index that the `with` block cannot read, so that it is built by whoever asks next.
+
+  Raises:
+    PassingError: in place of the InputError.
+  """
+  try:
+    yield
+  except InputError as error:
+    with contextlib.suppress(FileNotFoundError):  # another process was first
+      files.remove(index)
+    raise PassingError(f"{error} It is removed, and the next start does so") from error

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dptdr_jax.core import files
+from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.retrieval import measures
 from dptdr_jax.stages import drawing, systems
 from dptdr_jax.stages.layout import Layout
@@ -53,7 +54,7 @@ def write(directory: pathlib.Path, runs: Sequence[Done], named: Mapping[str, str
 
 def _compare(runs: Sequence[Done], arms: Sequence[str], measure: str, split: str) -> dict[str, dict]:
   """By system: 'seeds', 'parameters', 'means', 'interval' and 'spread' of the measure, and against the first arm, over
-  the seeds that both have: 'difference' (see `paired`)."""
+  the seeds that both have and where both have the same queries: 'difference' (see `paired`)."""
   found, layouts = {}, [Layout.of(run.workdir) for run in runs]
   results = [files.read_json(layout.results) for layout in layouts]
   elsewhere = {name: name for each in results for name in each if not systems.is_own(name)}
@@ -75,12 +76,19 @@ def _compare(runs: Sequence[Done], arms: Sequence[str], measure: str, split: str
       ranked[f"{arm}{RERANKED}"] = again, summary["trained_parameters"] + crossed
     for name, (by_seed, parameters) in ranked.items():
       found[name] = _system(list(by_seed.values()), split, measure) | {"parameters": parameters}
-      if seeds := [seed for seed in by_seed if seed in reference]:
+      seeds = [seed for seed in by_seed if seed in reference]
+      if seeds and query_ids(by_seed[seeds[0]][0], split) == query_ids(reference[seeds[0]][0], split):
         pair = ([of[seed] for seed in seeds] for of in (by_seed, reference))
         found[name]["difference"] = paired(*(_mean(each, split, measure) for each in pair)) | {"seeds": len(seeds)}
       if name == arms[0]:
         reference = by_seed
   return found
+
+
+def query_ids(layout: Layout, split: str) -> list[str]:
+  """The ids of the queries that a run has in a split."""
+  ids = PreparedData(layout.prepared).splits[split].ids
+  return list(ids.ids(range(len(ids))))
 
 
 def paired(values: np.ndarray, reference: np.ndarray) -> dict[str, float | tuple[float, float]]:
@@ -139,7 +147,7 @@ def shown(difference: Mapping) -> str:
 def _caption(first: str, there: bool) -> str:
   differences = (
     f"Differences and p (randomisation test over queries, two-sided, not corrected for several tests) are against "
-    f"{first}, query by query, over the seeds that both have."
+    f"{first}, query by query, over the seeds that both have; an arm with other queries has none."
   )
   missing = f"No differences: the first arm, {first}, is missing; `python -m dptdr_jax.compare` has any other pair's."
   return (

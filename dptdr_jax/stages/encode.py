@@ -38,9 +38,9 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
         if hosts.is_main():
           _take_over(config, layout, system, retriever)
         hosts.barrier(f"{system}: what mining has encoded")
-      kind, ids = ("passage", data.ids) if part == "corpus" else ("query", data.splits[part].ids)
+      ids = data.ids if part == "corpus" else data.splits[part].ids
       made = _of_text(config, data, part, retriever) if system in elsewhere else stored(config, layout, part, retriever)
-      encode(config, layout.embeddings(system, part), retriever, kind, ids, made)
+      encode(config, layout, layout.embeddings(system, part), retriever, ids, made)
     del retriever, made  # and its backbone, before the next one's is read
 
 
@@ -50,7 +50,7 @@ def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retri
   places = [layout.mined_vectors(int(system.removeprefix("train")) if own else 1, "corpus", "" if own else system)]
   if not own and config.train.refresh_every:  # while round 1 trained
     places.append(layout.train(1) / "retrievers" / system / "vectors" / "corpus")
-  target, source = layout.embeddings(system, "corpus"), _source(retriever, "passage")
+  target, source = layout.embeddings(system, "corpus"), _source(layout, "corpus", retriever)
   for mined in places:
     if not (mined / "manifest.json").exists():
       continue
@@ -60,17 +60,24 @@ def _take_over(config: ConfigDict, layout: Layout, system: str, retriever: Retri
       files.link_tree(mined, target)
 
 
-def _source(retriever: Retriever, kind: str) -> dict:
-  """What vectors depend on; the dtype of products too, so that what one machine began another does not mix with."""
-  about = {"retriever": retriever.hash, "kind": kind, "tokens": retriever.settings.limit(kind)}
+def _source(layout: Layout, part: str, retriever: Retriever) -> dict:
+  """What vectors depend on, the texts too: those of another corpus, and an index of them, are others though all else is
+  the same. The dtype of products as well, so that what one machine began another does not mix with."""
+  kind, texts = _kind(part), TokenStore(layout.store(part)).key
+  about = {"retriever": retriever.hash, "kind": kind, "tokens": retriever.settings.limit(kind), "texts": texts}
   return about | {"compute_dtype": retriever.backbone.compute_dtype}
+
+
+def _kind(part: str) -> str:
+  """What the texts of the corpus ('corpus') or of a split are to a retriever."""
+  return "passage" if part == "corpus" else "query"
 
 
 def stored(config: ConfigDict, layout: Layout, part: str, retriever: Retriever) -> Callable[[range], np.ndarray]:
   """What makes vectors of rows of the corpus ('corpus') or of a split's queries, out of their token store."""
   store = TokenStore(layout.store(part))
   options = {"batch_tokens": config.encode.batch_tokens, "description": f"encode {part}"}
-  return lambda rows: retriever.encode_store(store, "passage" if part == "corpus" else "query", rows, **options)
+  return lambda rows: retriever.encode_store(store, _kind(part), rows, **options)
 
 
 def _of_text(config: ConfigDict, data: PreparedData, part: str, retriever: Retriever) -> Callable[[range], np.ndarray]:
@@ -81,7 +88,7 @@ def _of_text(config: ConfigDict, data: PreparedData, part: str, retriever: Retri
 
 
 def encode(
-  config: ConfigDict, directory: files.Path, retriever: Retriever, kind: str, ids: IdTable,
+  config: ConfigDict, layout: Layout, directory: files.Path, retriever: Retriever, ids: IdTable,
   made: Callable[[range], np.ndarray], together: bool = True,
 ) -> None:  # fmt: skip
   """Vectors of passages or of queries into `directory`, which has the part's name; whole shards are kept.
@@ -95,7 +102,7 @@ def encode(
   meet = hosts.barrier if together else lambda name: None
   part = directory.name
   writer = EmbeddingWriter(
-    directory, count=len(ids), width=retriever.backbone.config.hidden_size, source=_source(retriever, kind),
+    directory, count=len(ids), width=retriever.backbone.config.hidden_size, source=_source(layout, part, retriever),
     shard_rows=config.encode.shard_passages, dtype=config.encode.dtype, begins=index == 0,
   )  # fmt: skip
   missing = hosts.first_says(writer.missing) if together else writer.missing()

@@ -100,13 +100,10 @@ def _measure(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (measure, its value for every query that counts); Success@k is by answer match where the config says so."""
   wanted = list(config.evaluate.measures)
-  by_answers = [name for name in wanted if config.evaluate.answers and name.startswith("Success@")]
+  by_answers = common.measured_by_answers(config)
   if by_answers:
     cutoffs = [int(name.partition("@")[2]) for name in by_answers]
     lists = [query.answers for query in queries.queries.read()]
-    if not any(lists):
-      fix = "Set evaluate.answers to False, or leave the split out"
-      raise InputError("evaluate.answers, and no query of the split has one", value=split, fix=fix)
     hits = answers.match_run(found, lists, _texts(data), depth=max(cutoffs))
     yield from measures.evaluate_hits(hits, cutoffs).values.items()
   by_judgement = [name_on(config, split, name) for name in wanted if name not in by_answers]

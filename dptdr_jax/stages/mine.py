@@ -47,6 +47,9 @@ def check(config: ConfigDict) -> None:
   if config.cross.enabled and config.cross.negatives == "bm25" and not mine.bm25.depth:
     raise InputError("cross.negatives is bm25, and mine.bm25.depth is 0")
   sources.check(config)
+  if sources.mines_with_retriever(config) and config.train.passages == 1 and not mine.pseudo_positives:
+    raise InputError("negatives are mined, and train.passages is 1: a query's positive and none of them",
+                     fix="Set train.passages to 2 or more")  # fmt: skip
   if mine.width < 0:
     raise InputError("mine.width is not negative", value=mine.width, fix="0: whatever the sources give")
   if mine.near_duplicate and not (mine.same_text and 0 < mine.near_duplicate <= 1):

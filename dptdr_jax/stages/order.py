@@ -81,7 +81,7 @@ NEUTRAL = (
   "train.query_chunk", "train.passage_chunk", "train.remat", "cross.chunk",
   "pretrain.chunk", "pretrain.remat", "pretrain.fsdp",
   "train.loader_workers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
-  "encode.batch_tokens", "index.device_bytes",
+  "encode.batch_tokens", "encode.shard_passages", "index.device_bytes",
   "data.dir", "data.download", "backbone.path", "backbone.sha256",  # their files are hashed
   "evaluate.retrievers",  # and theirs, by their names
   "data.train_split", "data.dev_split",  # of what learns from them, which names them
@@ -199,7 +199,7 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
     yield Stage(
       f"train{number}", functools.partial(train.run, number=number), fields,
       unread=("train.restart",) if number == 1 else (),
-      inputs=inputs if not first or config.train.negatives == "bm25" else before,
+      inputs=inputs if not first or common.draws_from_bm25(config) else before,
       files=_runs if refreshed else lambda config: {}, splits=tried, fits=train.check_devices, repair="",
     )  # fmt: skip
     inputs = (*inputs, f"train{number}")

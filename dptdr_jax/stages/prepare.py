@@ -122,6 +122,7 @@ def outside_files(config: ConfigDict) -> dict[str, Any]:
   splits = source.splits()
   if common.has_queries(config):
     _check_splits(config, splits)
+    _check_measures(config, source)
   if common.trains(config):
     _check_negatives(config, source)
   found = {"corpus": source.files(), "splits": {name: source.files(name) for name in splits}}
@@ -138,6 +139,20 @@ def _check_negatives(config: ConfigDict, source: Source) -> None:
       fix = f"Set {field} to bm25 or random; MS MARCO's are a file of their own, see configs/msmarco.py"
       raise InputError(f"{field} is 'source', and no negatives come with this data", path=config.data.dir or None,
                        fix=fix)  # fmt: skip
+
+
+def _check_measures(config: ConfigDict, source: Source) -> None:
+  """Raises InputError for a split that has not what a measure is taken by, judgements or answers."""
+  answered = common.measured_by_answers(config)
+  judged = [name for name in config.evaluate.measures if name not in answered]
+  for split in config.evaluate.splits:
+    if judged and next(iter(source.judgements(split)), None) is None:
+      fix = f"Leave {split} out of evaluate.splits, or measure Success@k alone where it has answers"
+      raise InputError(f"nothing is judged in split {split}, which {judged[0]} needs", path=config.data.dir or None,
+                       fix=fix)  # fmt: skip
+    if answered and not any(query.answers for query in source.queries(split)):
+      raise InputError(f"evaluate.answers is set, and no query of split {split} has one", path=config.data.dir or None,
+                       fix="Set evaluate.answers to False, or leave the split out")  # fmt: skip
 
 
 def homes(config: ConfigDict) -> dict[str, pathlib.Path]:

@@ -19,6 +19,7 @@ from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retrieval.search import search_exact
 from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
+from dptdr_jax.stages import common
 
 _PART = 16_384  # 8.8 million passages of width 384 against so many are 1.1e14 operations: minutes of a host
 _BM25_PART = 2048  # 8.8 million passages: .19 s a query of a slow core
@@ -42,7 +43,8 @@ def dense(
   if config.index.factory == "Flat":  # straight from the shards: no second copy of the corpus in memory
     return search_exact(vectors, passages, depth)
   build(config, passages, index)
-  opened = Index.load(index)
+  with common.built_again(index):
+    opened = Index.load(index)
   opened.set_parameters(parameters(config.index.search_parameters))
   return opened.search(vectors, depth)
 
@@ -109,6 +111,9 @@ def check(config: ConfigDict, width: int) -> None:
   if index.backend == "devices" and index.factory != "Flat":
     raise InputError("search on the devices is exact: index.factory is FAISS's", value=index.factory, fix="Use Flat")
   wanted = parameters(index.search_parameters)
+  if wanted and index.factory == "Flat":
+    raise InputError("index.search_parameters are an index', and search is exact", value=index.search_parameters,
+                     fix="Set index.factory, or leave them out")  # fmt: skip
   if index.backend == "faiss":
     Index.check(width, index.factory, wanted)
 

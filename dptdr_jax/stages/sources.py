@@ -231,9 +231,8 @@ class Sources:
 
   def _encode(self, name: str) -> None:
     """Makes vectors of the training queries and of the corpus by a retriever, where they are not whole."""
-    parts = {self._split: "query", "corpus": "passage"}
     ids = {self._split: self.data.splits[self._split].ids, "corpus": self.data.ids}
-    places = {part: self._home(name) / "vectors" / part for part in parts}
+    places = {part: self._home(name) / "vectors" / part for part in ids}
 
     def whole() -> bool:
       return all((place / "manifest.json").exists() for place in places.values())
@@ -241,9 +240,9 @@ class Sources:
     if hosts.first_says(whole) if self.together else whole():
       return
     retriever = self._retriever(name)
-    for part, kind in parts.items():
+    for part, place in places.items():
       made = encode.stored(self.config, self.layout, part, retriever)
-      encode.encode(self.config, places[part], retriever, kind, ids[part], made, self.together)
+      encode.encode(self.config, self.layout, place, retriever, ids[part], made, self.together)
 
   def _retriever(self, name: str) -> Retriever:
     if name == DENSE and self.retriever is not None:
