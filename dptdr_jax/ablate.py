@@ -142,10 +142,12 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
   """
   changed = config.copy_and_resolve_references()
   changed.lock()  # an unknown field is an error
-  try:
-    changed.update_from_flattened_dict(fields)
-  except (KeyError, TypeError) as error:
-    raise InputError(f"an arm's field cannot be set ({error})", value=fields) from None
+  for field, value in fields.items():
+    try:
+      changed.update_from_flattened_dict({field: value})
+    except (KeyError, TypeError) as error:
+      told = str(error.args[0]).splitlines()[-1].strip()  # 'Did you mean …', or what type is wanted
+      raise InputError(f"an arm's field cannot be set ({told})", value=f"{field}={value}") from None
   if not sources.mines_with_retriever(changed):  # nothing is mined that these could denoise
     for name in ("cross_encoder", "pseudo_positives"):
       changed.mine[name] &= f"mine.{name}" in fields  # what the arm itself says is checked
@@ -157,6 +159,13 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
     changed.train.simans_source = sources.DENSE  # nothing that is there has its scores, so that all is drawn at random
   changed.seed = seed
   return changed
+
+
+def _configured(config: ConfigDict, name: str, fields: dict, seed: int) -> ConfigDict:
+  try:
+    return configured(config, fields, seed)
+  except InputError as error:
+    raise InputError(f"arm {name}: {error}") from error
 
 
 def _baselines_once(
@@ -198,7 +207,7 @@ def ablate(
   if unknown := [name for name in one_seed if name not in arms]:
     raise InputError("one_seed names arms of this ablation", value=unknown, fix=f"Arms: {', '.join(arms)}")
   planned = [
-    (name, seed, configured(config, fields, seed))
+    (name, seed, _configured(config, name, fields, seed))
     for seed in seeds
     for name, fields in arms.items()
     if seed == seeds[0] or name not in one_seed

@@ -136,11 +136,10 @@ def share(config: ConfigDict, workdir: files.Path, others: Sequence[files.Path])
     theirs = [Layout.of(other).stage(stage.name) for other in others]
     made = {source: found for source in theirs if (found := manifest.read(source / manifest.NAME)) is not None}
     same = [source for source in made if made[source]["key"] == item.key]
-    alike = [source for source in made if stage.has_kept_of(made[source]["made_from"], item.made_from)]
     if same:
       files.link_tree(same[0], directory)
       shared.append(stage.name)
-    elif not directory.exists() and (found := _kept_elsewhere(item, {source: made[source] for source in alike})):
+    elif not directory.exists() and (found := _kept_elsewhere(item, made)):
       _link_kept(item, found, directory)
       shared.append(f"{' and '.join(found)} of {stage.name}")
   return shared
@@ -155,7 +154,8 @@ def _kept_elsewhere(item: Planned, made: Mapping[pathlib.Path, Mapping[str, Any]
   """
   found: dict[str, pathlib.Path] = {}
   ours = item.made_from
-  for part, source in itertools.product(item.stage.kept, made):
+  alike = {source: item.stage.kept_of(about["made_from"], ours) for source, about in made.items()}
+  for part, source in ((part, source) for source, parts in alike.items() for part in parts):
     maker = part.partition("/")[0]
     theirs = made[source]["made_from"]
     same = [of["stages"].get(maker) or of["files"].get("retrievers", {}).get(maker) for of in (ours, theirs)]
@@ -229,8 +229,8 @@ def _execute_first(
     before = files.read_json(begun)
     if before["key"] != key:
       changes = manifest.differences(before["made_from"], description)
-      same = stage.has_kept_of(before["made_from"], description)
-      kept = [part for part in stage.kept if same and (directory / part).exists()]
+      patterns = stage.kept_of(before["made_from"], description)
+      kept = [found.relative_to(directory).as_posix() for part in patterns for found in directory.glob(part)]
       _log.info("%s: done anew%s, because of %s", stage.name, f" but for {', '.join(kept)}" if kept else "",
                 "; ".join(changes) or "a newer layout")  # fmt: skip
       manifest.clear(directory, kept)

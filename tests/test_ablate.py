@@ -234,8 +234,13 @@ def test_seeds_that_cannot_be_read(texts):
 
 
 def test_fields_of_an_arm(finished):
-  config, _, _ = finished
+  config, _, workdir = finished
   (fields,) = ablate.chosen([], ["x: evaluate.splits=('dev', 'test'), compute_dtype=float32, train.clip=0.5"]).values()
   assert fields == {"evaluate.splits": ("dev", "test"), "compute_dtype": "float32", "train.clip": 0.5}
-  with pytest.raises(InputError, match="cannot be set"):
-    ablate.configured(config, {"prompt.lenth": 8}, 0)
+  for wrong, message in (
+    ("prompt.lenth", 'Did you mean "length"'),
+    ("prompt.length", "cannot be casted to type <class"),
+  ):
+    arms = {"plain": {}, "odd": {wrong: "eight"}}
+    with pytest.raises(InputError, match=f"^arm odd: an arm's field cannot be set .*{message}.*: '{wrong}=eight'$"):
+      ablate.ablate(config, workdir / "other", arms, [0], [], "RR@10")

@@ -27,6 +27,24 @@ def test_a_round_on_bm25_alone_does_not_depend_on_the_retriever_to_come(director
   assert "mine0" not in keys(rounds=1, train__passages=1), "no negative would be drawn"
 
 
+def test_what_is_dear_of_a_pool_stays_for_what_it_does_not_depend_on(directory):
+  def mined(**fields) -> order.Planned:
+    plan = order.plan(make_config(directory, **fields), Layout.of(directory / "planned"))
+    return next(item for item in plan if item.stage.name == "mine1")
+
+  def kept(**fields) -> set[str]:
+    changed = mined(**fields)
+    return {part for part in changed.stage.kept_of(mined().made_from, changed.made_from) if "-of-" not in part}
+
+  encoded = {"vectors", "index", "retrievers"}
+  (directory / "another.trec").touch()
+  assert kept(mine__runs=(str(directory / "another.trec"),)) == encoded | {"runs/bm25", "runs/dense"}
+  assert kept(mine__bm25__depth=5, mine__dense__relative_margin=0.5) == encoded | {"runs/dense"}
+  assert kept(mine__dense__depth=5) == kept(index__factory="IVF4,Flat") == encoded | {"runs/bm25"}
+  assert kept(train__steps=3) == kept(encode__dtype="float16") == {"runs/bm25"}
+  assert not kept(seed=1, data__train_split="dev", data__dev_split="")
+
+
 def test_what_is_encoded_depends_on_the_baselines_and_on_the_pretraining_below(directory):
   def key(stage: str = "encode", **fields) -> str:
     config = make_config(directory, pretrain__enabled=True, pretrain__steps=5, **fields)

@@ -111,16 +111,15 @@ def test_vectors_from_elsewhere(tmp_path):
   np.save(tmp_path / "p.npy", passages.astype(np.float16))
   np.save(tmp_path / "q.npy", queries)
   (tmp_path / "ids.txt").write_text("".join(f"d{row}\n" for row in range(50)))
-  (tmp_path / "qrels.tsv").write_text(
-    "query-id\tcorpus-id\tscore\n" + "".join(f"{row}\td{row}\t1\n" for row in range(6))
-  )
+  judged = "".join(f"{row}\td{row}\t{grade}\n" for row, grade in enumerate((1, 1, 0, 1, 1)))
+  (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)  # of the last one nothing is known
   command = ["mine", f"--passages={tmp_path}/p.npy", f"--queries={tmp_path}/q.npy", f"--qrels={tmp_path}/qrels.tsv",
              f"--passage_ids={tmp_path}/ids.txt", f"--out={tmp_path}/out", "--depth=10",
              "--relative_margin=0.5"]  # fmt: skip
   assert call(*command)[0] == 0
   lines = [json.loads(line) for line in (tmp_path / "out/negatives.jsonl").read_text().splitlines()]
   scores = queries @ passages.astype(np.float16).astype(np.float32).T
-  for row, line in enumerate(lines):
+  for row, line in zip((0, 1, 3, 4), lines, strict=True):
     ranked = np.argsort(-scores[row])[:10]
     wanted = [f"d{passage}" for passage in ranked if passage != row and scores[row, passage] <= 0.5 * scores[row, row]]
     assert line["query"] == str(row) and line["negatives"] == wanted

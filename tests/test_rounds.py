@@ -125,10 +125,11 @@ def test_a_rerun_does_nothing_and_another_margin_only_what_follows(finished, tmp
   np.testing.assert_array_equal(reasons[0], reasons[1])
   assert (reasons[0] != reasons[2]).any()
   changed.mine.dense.depth, encoded = 10, "train1/corpus of encode"  # train2 will be another
-  assert pipeline.share(changed, tmp_path / "deeper", [workdir]) == ["prepare", "train1", encoded]
+  shared = pipeline.share(changed, tmp_path / "deeper", [workdir])
+  assert shared == ["prepare", "train1", "vectors and runs/bm25 of mine1", encoded]
   changed.mine.dense.update({"depth": 20, "relative_margin": 0.5})
   shared = pipeline.share(changed, tmp_path / "other", [workdir])
-  assert shared == ["prepare", "train1", "vectors and runs of mine1", encoded]
+  assert shared == ["prepare", "train1", "vectors and runs/bm25 and runs/dense of mine1", encoded]
   pipeline.run(changed, tmp_path / "other", ["mine1"])
   assert (tmp_path / "other/mine1/vectors/corpus/vectors-00000.npy").samefile(found[0])
 

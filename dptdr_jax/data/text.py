@@ -99,3 +99,7 @@ def check_templates(query_template: str, passage_template: str) -> None:
     if not fields <= known or "text" not in fields:
       wanted = ", ".join(f"{{{name}}}" for name in sorted(known))
       raise InputError(f"a template must have {{text}} and no field but {wanted}", value=template)
+    try:
+      template.format(**dict.fromkeys(known, ""))
+    except (ValueError, LookupError, AttributeError) as error:  # a conversion or a format that text does not have
+      raise InputError(f"broken template ({error})", value=template, fix="Write a field's name alone") from error

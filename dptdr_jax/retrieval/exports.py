@@ -100,6 +100,9 @@ def write_ntuples(
 
   Returns:
     Counts: "lines" and "queries" written, queries "without a positive" and with "too few negatives".
+
+  Raises:
+    InputError: no query has so many.
   """
   if num_negatives < 1:
     raise InputError("n-tuples have at least 1 negative", value=num_negatives)
@@ -119,4 +122,6 @@ def write_ntuples(
         line = {"anchor": query, "positive": positive, **columns}
         stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         counts["lines"] += 1
+    if not counts["lines"]:
+      raise InputError("no query has a positive and so many negatives", value=num_negatives)
   return counts

@@ -45,6 +45,8 @@ CHOICES = {
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done: ranges, lengths, names, measures."""
   ranges.check(config)
+  if config.pretrain.tokenizer == "train" and not config.pretrain.enabled:
+    raise InputError("pretrain.tokenizer is train, and nothing is pretrained", fix="Set pretrain.enabled to True")
   if not (has_queries(config) or config.pretrain.enabled):
     raise InputError("data.source text has no queries, and all that it is for is pretraining",
                      fix="Set pretrain.enabled to True")  # fmt: skip
@@ -65,6 +67,8 @@ def check(config: ConfigDict) -> None:
       what = f"text.{side}_length is beyond the {config.data.max_stored_tokens} tokens that are stored"
       raise InputError(what, value=wanted, fix="Raise data.max_stored_tokens")
   meshes.make_mesh(fsdp=config.fsdp)
+  if has_queries(config) and not config.evaluate.measures:
+    raise InputError("evaluate.measures names no measure", fix="Name some: ('RR@10', 'R@100')")
   measures.check((*config.evaluate.measures, config.train.select_by))
   for measure in config.evaluate.measures:
     if measures.cutoff(measure) > config.evaluate.depth:

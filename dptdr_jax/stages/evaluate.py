@@ -36,6 +36,8 @@ def run(config: ConfigDict, workdir: files.Path) -> None:
   names = systems.names(config)
   results: dict[str, dict] = {system: {} for system in names}
   intervals: dict[str, dict] = {system: {} for system in names}
+  if common.trains(config) and config.data.train_split in config.evaluate.splits:
+    _log.warning("%s is measured, and is what was trained on", config.data.train_split)
   for system in names:
     for split in config.evaluate.splits:
       part = layout.part(system, split)

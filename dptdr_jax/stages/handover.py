@@ -110,7 +110,10 @@ def mine(
   passages: Vectors, queries: Vectors, qrels: files.Path, out: files.Path, *, depth: int, first: int = 0,
   relative: float | None = None, absolute: float | None = None,
 ) -> dict[str, int]:  # fmt: skip
-  """Writes OUT/pool and OUT/negatives.jsonl: {"query", "negatives", "scores"} by id, best first; returns counts."""
+  """Writes OUT/pool and OUT/negatives.jsonl: {"query", "negatives", "scores"} by id, best first; returns counts.
+
+  A query without a positive is left out: what is found for it may well be one.
+  """
   depth = min(depth, len(passages))
   if not 0 <= first < depth <= MAX_DEPTH:
     raise InputError(f"ranks go from 0 ≤ first < depth ≤ {MAX_DEPTH}", value=(first, depth))
@@ -124,12 +127,14 @@ def mine(
     pool = denoise(out / "pool", out / "merged", rules)
     files.remove(out / "merged")
     with files.atomic_path(out / "negatives.jsonl") as partial, open(partial, "w", encoding="utf-8") as stream:
-      for row, query in enumerate(queries.ids):
+      judged = np.array([(positives.of(row)[1] > 0).any() for row in range(len(queries))])
+      for row in np.flatnonzero(judged):
         scores, _ = pool.candidate_scores(row, _SOURCE)
         found = [passages.ids[passage] for passage in pool.candidates(row)]
-        line = {"query": query, "negatives": found, "scores": [round(float(score), 6) for score in scores]}
+        line = {"query": queries.ids[row], "negatives": found, "scores": [round(float(score), 6) for score in scores]}
         stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-  return {"queries": len(queries), **pool.manifest["counts"], "left": pool.manifest["kept"]}
+  counts = {"queries": int(judged.sum()), "without a positive": int((~judged).sum())}
+  return {**counts, **pool.manifest["counts"], "left": pool.manifest["kept"]}
 
 
 def _read_qrels(path: files.Path, queries: Vectors, passages: Vectors) -> Qrels:

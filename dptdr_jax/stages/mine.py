@@ -29,15 +29,6 @@ from dptdr_jax.stages.sources import Sources
 
 _log = logging.getLogger(__name__)
 
-# What does not touch sources.FOUND: it says which of the candidates found become negatives.
-AFTER_SEARCH = frozenset((
-  *(f"config.mine.{source}.{field}" for source in ("bm25", "dense", "outside")
-    for field in ("first", "quota", "relative_margin", "absolute_margin")),
-  *(f"config.mine.{field}" for field in ("same_text", "near_duplicate", "cross_encoder", "negative_below",
-                                         "positive_above", "pseudo_positives", "width", "retrievers", "sources")),
-  "config.cross.depth", "stages.cross",
-))  # fmt: skip
-
 
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
@@ -48,8 +48,8 @@ class Stage:
     text_alone: what it makes depends on the text that is prepared and not on its token stores: templates do not count.
     together: all processes of the run work in it; else the first one alone, and the others wait.
     beside: what it writes outside of its own directory, by path from the run's.
-    kept: parts of its directory that do not depend on what `after` names, and are not made again for it.
-    after: fields ('config.a.b'), inputs ('stages.a'; 'stages': all) and groups of files ('files.a').
+    kept: parts of its directory, as patterns, that are not made again where nothing else has changed than what stands
+      beside each: fields ('config.a.b'), inputs ('stages.a'; 'stages': all) and groups of files ('files.a').
     fits: raises InputError where the devices that are here cannot do it; what is done needs none of them.
     repair: how a file that broke after the end is made again: with the 'part' of the directory that it is in, as a
       'file' of its own (the stage looks for what is not whole), or '' not at all (it was chosen on the way to the end).
@@ -65,14 +65,14 @@ class Stage:
   text_alone: bool = False
   together: bool = True
   beside: tuple[str, ...] = ()
-  kept: tuple[str, ...] = ()
-  after: frozenset[str] = frozenset()
+  kept: Mapping[str, Collection[str]] = dataclasses.field(default_factory=dict)
   fits: Callable[[ConfigDict], None] = lambda config: None
   repair: Literal["part", "file", ""] = "part"
 
-  def has_kept_of(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether there are kept parts, and made from this or from that they are the same."""
-    return bool(self.kept) and not manifest.differences(*(manifest.without(each, self.after) for each in (one, other)))
+  def kept_of(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Its kept parts that are the same, made from this or from that."""
+    return [part for part, beside in self.kept.items()
+            if not manifest.differences(*(manifest.without(each, beside) for each in (one, other)))]  # fmt: skip
 
 
 # Fields of a stage that cannot change what it makes, but for the order in which sums are rounded, as the number of
@@ -112,17 +112,17 @@ def stages(config: ConfigDict) -> list[Stage]:
   made = wanted if scratch.is_wanted(config) else ()  # then prepare trains the tokenizer
   prepared = Stage(
     "prepare", prepare.run, ("data", "backbone", *texts, *made), files=prepare.outside_files, together=False,
-    kept=prepare.OF_CORPUS, after=frozenset({"files.splits"}),
+    kept=dict.fromkeys(prepare.OF_CORPUS, ("files.splits",)),
   )  # fmt: skip
   first = [prepared]
   if config.pretrain.enabled:
     fields = ("seed", "pretrain", "compute_dtype", "backbone", "text.separator", "vector.pooling")
     beside = (*(f"pretrain.{name}" for name in config.pretrain if name not in pretrain.OF_TOKENS), "vector.pooling")
-    tokens = {"kept": ("tokens",), "after": frozenset(f"config.{name}" for name in ("seed", "compute_dtype", *beside))}
+    tokens = {"tokens": [f"config.{name}" for name in ("seed", "compute_dtype", *beside)]}
     first.append(
       Stage(
         "pretrain", pretrain.run, fields, inputs=("prepare",), files=_corpora, text_alone=True,
-        fits=pretrain.check_devices, **tokens,
+        fits=pretrain.check_devices, kept=tokens,
       )
     )  # fmt: skip
   names = tuple(stage.name for stage in first)
@@ -138,8 +138,8 @@ def stages(config: ConfigDict) -> list[Stage]:
     *rounds,
     Stage(
       "encode", encode.run, ("encode", "rounds", "evaluate.splits", *baselines, *model), inputs=encoded,
-      files=_retrievers, splits=judged, kept=tuple(f"{system}/corpus" for system in systems.dense(config)),
-      after=encode.BESIDE_CORPUS, repair="file",
+      files=_retrievers, splits=judged, repair="file",
+      kept={f"{system}/corpus": encode.BESIDE_CORPUS for system in systems.dense(config)},
     ),
     Stage(
       "evaluate",
@@ -149,8 +149,7 @@ def stages(config: ConfigDict) -> list[Stage]:
       splits=judged,
       together=False,
       beside=("results.json",),
-      kept=evaluate.FOUND,
-      after=frozenset(("config", "corpus", "files", "stages")),
+      kept=dict.fromkeys(evaluate.FOUND, ("config", "corpus", "files", "stages")),
     ),
     Stage(
       "report", report.run, (), inputs=(*names, "evaluate"), splits=judged, together=False, beside=("report.html",)
@@ -181,8 +180,8 @@ def _rounds(config: ConfigDict, before: tuple[str, ...], model: tuple[str, ...])
       fields = ("mine", "encode", "index", *scored, *model) if number > 1 else MINED_FIRST
       fields += ("data.train_split",)
       mined = functools.partial(mine.run, number=number - 1)
-      parts = {"kept": sources.FOUND, "after": mine.AFTER_SEARCH}
-      yield Stage(f"mine{number - 1}", mined, fields, inputs=inputs, files=_runs, splits=learned, **parts)
+      kept = sources.kept(config, number - 1)
+      yield Stage(f"mine{number - 1}", mined, fields, inputs=inputs, files=_runs, splits=learned, kept=kept)
       inputs = (*inputs, f"mine{number - 1}")
     if number == 1 and config.cross.enabled:
       fields = ("seed", "cross", "data.train_split", "data.dev_split", *(name for name in model if name != "vector"))

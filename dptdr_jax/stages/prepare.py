@@ -172,10 +172,12 @@ def _check_splits(config: ConfigDict, known: Sequence[str]) -> None:
   for field, names in wanted.items():
     for name in names:
       if name not in known:
-        fix = f"There are {', '.join(known)}" + "; '' for none" * (field == "data.dev_split")
+        others = {"data.dev_split": "; '' for none", "data.train_split": "; to train nothing, set rounds to 0"}
+        fix = f"There are {', '.join(known)}{others.get(field, '')}"
         raise InputError(f"{field} names a split that is not here", path=data.dir or None, value=name, fix=fix)
   if not evaluate.splits:
-    raise InputError("evaluate.splits names no split", fix=f"There are {', '.join(known)}")
+    fix = f"There are {', '.join(known)}; to measure nothing, name the stages before: --stages=prepare,mine,train"
+    raise InputError("evaluate.splits names no split", fix=fix)
 
 
 def _queries(split: PreparedSplit, config: ConfigDict) -> Callable[[int], Iterator[str]]:

@@ -101,9 +101,11 @@ def table(config: ConfigDict, layout: Layout, seconds: Mapping[str, float]) -> s
     names = _measure_names(results, split)
     systems = [name for name in results if split in results[name]]
     lines.append(f"{split} ({summary['queries'][split]:,} queries, {summary['passages']:,} passages)")
-    lines.append(f"  {'':<35}" + "".join(f"{name:>11}" for name in names))
+    widths = {name: max(11, len(name) + 2) for name in names}
+    lines.append(f"  {'':<35}" + "".join(f"{name:>{widths[name]}}" for name in names))
     for system in systems:
-      figures = "".join(f"{results[system][split].get(name, float('nan')):>11.4f}" for name in names)
+      found = results[system][split]
+      figures = "".join(f"{found.get(name, float('nan')):>{widths[name]}.4f}" for name in names)
       lines.append(f"  {summary['labels'].get(system, system):<35}{figures}")
   return "\n".join([*lines, *_share(summary), *ended, f"report: {layout.report}"])
 

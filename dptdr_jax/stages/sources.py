@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import glob
 import itertools
 import pathlib
 import re
@@ -30,9 +31,37 @@ from dptdr_jax.stages.layout import Layout
 
 BM25, DENSE = "bm25", "dense"  # names among the sources: the second is the retriever of the pool's round
 KINDS = (BM25, DENSE, "runs")  # as config.mine.sources names them
-FOUND = ("vectors", "index", "retrievers", "runs")  # what is dear: encoding and searching, hours at MS MARCO's size
+# What says which of the candidates that were found become negatives.
+_CHOOSING = frozenset((
+  *(f"config.mine.{source}.{field}" for source in ("bm25", "dense", "outside")
+    for field in ("first", "quota", "relative_margin", "absolute_margin")),
+  *(f"config.mine.{field}" for field in ("same_text", "near_duplicate", "cross_encoder", "negative_below",
+                                         "positive_above", "pseudo_positives", "width", "retrievers", "sources")),
+  "config.cross.depth", "stages.cross",
+))  # fmt: skip
 _RETRIEVER = re.compile(r"backbone|pretrain|train[1-9]\d*")
 _BLOCK = 16_384  # judged positives that are scored at a time, and queries
+
+
+def kept(config: ConfigDict, number: int) -> dict[str, frozenset[str]]:
+  """What is dear in the directory of the pool that the retriever of round `number` mines, encoding and searching, hours
+  at MS MARCO's size; beside each part all that it does not depend on, see `order.Stage`."""
+  depths = {kind: f"config.mine.{kind}.depth" for kind in (BM25, DENSE, "outside")}
+  files_of_runs = {"config.mine.runs", "files.runs"}
+  beside = _CHOOSING | {*depths.values(), *files_of_runs, "config.index"}
+  earlier = {f"stages.{kind}{before}" for before in range(number + 1) for kind in ("mine", "train")}
+  models = {f"config.{name}" for name in ("encode", "vector", "text", "backbone", "compute_dtype")}
+  found = dict.fromkeys(("vectors", "index", "retrievers"), beside)  # an index says itself what it is of
+  for name in names(config, number):
+    if name == BM25:
+      free = beside | earlier | models | {"stages.pretrain"}
+      free -= {depths[BM25]}
+    elif name == DENSE or name in config.mine.retrievers:
+      free = beside - {depths[DENSE], "config.index"}
+    else:
+      free = beside - {depths["outside"], *files_of_runs}
+    found |= {f"runs/{glob.escape(name)}{part}": free for part in ("", ".[0-9]*-of-[0-9]*")}  # whole, or parts of it
+  return found
 
 
 def check(config: ConfigDict) -> None:
@@ -59,7 +88,7 @@ def check(config: ConfigDict) -> None:
   for path in mine.runs:
     if not pathlib.Path(path).is_file():
       raise InputError("no such run file", path=path)
-    if pathlib.Path(path).name in taken:
+    if pathlib.Path(path).name in taken or _RETRIEVER.fullmatch(pathlib.Path(path).name):
       raise InputError("two sources of one name", path=path, fix="Give the run file a name of its own")
     taken.append(pathlib.Path(path).name)
 

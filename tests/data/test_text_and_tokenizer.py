@@ -73,6 +73,9 @@ def test_what_is_no_query_is_named():
     ("{text", "{text}"),
     ("{text}", "{body}"),
     ("{text}", "{title}"),
+    ("{text!x}", "{text}"),
+    ("{text:d}", "{text}"),
+    ("{text}", "{title[0]}{text}"),
   ],
 )
 def test_templates_that_cannot_work(query, passage):

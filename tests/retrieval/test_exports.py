@@ -74,7 +74,8 @@ def test_ntuples_have_the_same_columns_everywhere(tmp_path):
     {"anchor": "first?", "positive": "T | zero", **negatives},
     {"anchor": "second?", "positive": "four", "negative_1": "T | zero", "negative_2": 'two "quoted"'},
   ]
-  assert write_ntuples(tmp_path / "n.jsonl", examples(), 3)["lines"] == 0
+  with pytest.raises(InputError, match="so many negatives: 3"):
+    write_ntuples(tmp_path / "n.jsonl", examples(), 3)
 
 
 def test_errors_leave_the_old_file(tmp_path):
