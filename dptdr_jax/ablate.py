@@ -148,6 +148,8 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
     except (KeyError, TypeError) as error:
       told = str(error.args[0]).splitlines()[-1].strip()  # 'Did you mean …', or what type is wanted
       raise InputError(f"an arm's field cannot be set ({told})", value=f"{field}={value}") from None
+  if not changed.pretrain.enabled and "pretrain.tokenizer" not in fields:
+    changed.pretrain.tokenizer = "backbone"  # the arm is of the backbone that is named
   if not sources.mines_with_retriever(changed):  # nothing is mined that these could denoise
     for name in ("cross_encoder", "pseudo_positives"):
       changed.mine[name] &= f"mine.{name}" in fields  # what the arm itself says is checked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -162,6 +162,7 @@ class CrossEncoder:
   def logits_stored(
     self, queries: TokenStore, passages: TokenStore, query_rows: np.ndarray, passage_rows: np.ndarray, *,
     batch_tokens: int = buckets.BATCH_TOKENS, description: str = "",
+    advance: Callable[[int], None] = lambda count: None,
   ) -> np.ndarray:  # fmt: skip
     """Logits of those probabilities (see `probabilities`, which saturate and tie) for rows of token stores.
 
@@ -169,6 +170,7 @@ class CrossEncoder:
       query_rows, passage_rows: int [n].
       batch_tokens: tokens a device takes at a time, padding included.
       description: of the progress bar; '' for none.
+      advance: told how many more are done, where a caller shows its own.
 
     Returns:
       float32 [n].
@@ -180,14 +182,15 @@ class CrossEncoder:
       if store.tokenizer_hash != self.backbone.tokenizer.hash:
         raise InputError("tokens of another tokenizer than the cross-encoder's", path=store.path)
     rows = (np.asarray(part, np.int64) for part in (query_rows, passage_rows))
-    return self._logits(Pairs(queries, passages, *rows, self.form), batch_tokens, description)
+    options = {"batch_tokens": batch_tokens, "description": description, "advance": advance}
+    return self._logits(Pairs(queries, passages, *rows, self.form), **options)
 
-  def _logits(self, pairs: Pairs, batch_tokens: int = buckets.BATCH_TOKENS, description: str = "") -> np.ndarray:
+  def _logits(self, pairs: Pairs, **options: Any) -> np.ndarray:
     backbone = self.backbone
     static = dict(config=backbone.config, spec=prompts.as_read(self.spec), compute_dtype=backbone.compute_dtype)
     return buckets.map_sequences(
       lambda batch: logits_of(backbone.params, self._placed, **batch, **static),
-      pairs, backbone.mesh, batch_tokens=batch_tokens, description=description, unit="pair",
+      pairs, backbone.mesh, unit="pair", **options,
     )  # fmt: skip
 
 

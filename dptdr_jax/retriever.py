@@ -301,28 +301,29 @@ def check_saved(path: files.Path) -> None:
   """Looks at a saved retriever without reading weights.
 
   Raises:
-    InputError: there is none, it is not whole, or a backbone or its tokenizer is not where it is named.
+    InputError: there is none, it is not whole, or a backbone or the tokenizer is not where it is named.
   """
   path = _home(path)
   if not (path / _DESCRIPTION).is_file():
     for place in _sides(path).values():
       prompts.check_original(files.read_json(place / "config.json"), place)
-      _check_tokenizer(place)
+    _check_tokenizer(_sides(path)["query"])
     return
   about, spec, settings = _described(path)
   if not (path / _PROMPTS).is_file():
     raise InputError("no prompts here", path=path / _PROMPTS)
-  for named in filter(None, (about["backbone"], about["passage_backbone"])):
+  for named in filter(None, (about["passage_backbone"], about["backbone"])):
     try:
       directory = backbones.locate(backbones.find_named(path, named))
     except InputError as error:
       raise InputError(f"its backbone cannot be had: {error}", path=path / _DESCRIPTION) from error
     config = EncoderConfig.from_file(directory / "config.json")
     prompts.check_lengths(config, spec, max(settings.query_length, settings.passage_length))
-    _check_tokenizer(directory)
+  _check_tokenizer(directory)
 
 
 def _check_tokenizer(directory: pathlib.Path) -> None:
+  """Raises InputError where the queries' backbone has none: both sides' texts are tokenised with it."""
   home = backbones.tokenizer_home(directory)
   if home is None:
     raise InputError("no tokenizer here, and texts need one", path=directory)

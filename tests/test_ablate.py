@@ -191,6 +191,9 @@ def test_all_arms_can_be_run_with_negatives_of_bm25(finished):
   asked.train.update({"sampling": "simans", "simans_source": "backbone"})
   for fields in ablate.chosen(["plain", "unm"], []).values():  # plain mines nothing that has these scores
     order.check(ablate.configured(asked, fields, 0))
+  asked.pretrain.update({"enabled": True, "tokenizer": "train"})
+  for name in ("plain", "rip"):  # of the backbone that is named, and from nothing
+    order.check(ablate.configured(asked, ablate.ARMS[name], 0))
   alike = ablate.chosen([], ["b=-1: rounds=1", "b=+1: rounds=1"])
   with pytest.raises(InputError, match="two arms"):
     ablate.ablate(config, workdir, alike, [0], [], "RR@10")

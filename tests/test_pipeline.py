@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -257,8 +258,12 @@ def test_what_cannot_work_is_said_before_any_work(tmp_path, fields, message):
 def test_a_loss_that_is_not_finite_stops_with_advice_and_keeps_the_checkpoint(tmp_path):
   tiny.beir(tmp_path / "data")
   config = make_config(tmp_path, train__learning_rate=1e30, train__clip=0.0, train__checkpoint_every=1)
-  with pytest.raises(DptdrError, match="Try a lower train.learning_rate"):
+  with pytest.raises(DptdrError, match="Try a lower train.learning_rate") as kept:  # with its traceback and all frames
     pipeline.run(config, tmp_path / "work")
+  for thread in threading.enumerate():
+    if thread.name.startswith("batches"):
+      thread.join(60)
+      assert not thread.is_alive(), kept
   assert any((tmp_path / "work/train1/checkpoints").iterdir())
 
 

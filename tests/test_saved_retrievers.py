@@ -101,7 +101,7 @@ def test_one_with_weights_of_its_own_beside_a_training(measured, tmp_path):
   Retriever.untuned(tuned, passage_length=48).save(directory / "finetuned")
   config = make_config(
     directory, data__dir=str(tiny.beir(tmp_path / "data", passages=24, queries=12)), train__steps=1, train__passages=1,
-    train__negatives="random", train__evaluate_every=0, evaluate__bm25=False, evaluate__backbone=False,
+    train__negatives="bm25", train__evaluate_every=0, evaluate__bm25=False, evaluate__backbone=False,
     evaluate__retrievers=(f"tuned={directory}/finetuned", f"docs={directory}/docs"),
   )  # fmt: skip
   pipeline.run(config, tmp_path / "work")

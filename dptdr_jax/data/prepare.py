@@ -1,7 +1,7 @@
 """From a source to prepared data on disk: text, ids, judgements and negatives by row, everything checked.
 
   DIR/corpus/         prepared_text/ (TFDS), ids/, part.json
-  DIR/splits/SPLIT/   prepared_text/ (TFDS), ids/, judgements/, negatives/, part.json
+  DIR/splits/SPLIT/   prepared_text/ (TFDS), ids/, judgements/, shared/, negatives/, part.json
 
 Each part is whole or absent; a part that is there for the same files is not made again.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,8 +22,6 @@ from dptdr_jax.data import ragged
 from dptdr_jax.data.ids import DuplicateId, IdTable, IdTableWriter
 from dptdr_jax.data.sources import Source
 
-_log = logging.getLogger(__name__)
-
 CORPUS = "corpus"
 _CHUNK = 1 << 16
 T = TypeVar("T")
@@ -36,8 +33,9 @@ class PreparedSplit:
   Attributes:
     ids: IdTable, row ↔ id.
     queries: sequence of Query with random access; `queries.read(start)` streams.
-    judgements: RowLists of judged passage rows, their grades as values; a training query's own first, then what is
-      relevant to another one of the same text.
+    judgements: RowLists of judged passage rows, their grades as values.
+    shared: RowLists of what is relevant to another query of the same text and not judged for this one; None in a
+      directory that was prepared before there were any.
     negatives: RowLists of the negatives that came with the data.
   """
 
@@ -48,6 +46,7 @@ class PreparedSplit:
     self.ids = IdTable(directory / "ids")
     self.queries = TextRows(directory, split)
     self.judgements = ragged.RowLists(directory / "judgements")
+    self.shared = ragged.RowLists(directory / "shared") if (directory / "shared").is_dir() else None
     self.negatives = ragged.RowLists(directory / "negatives")
 
   def __len__(self) -> int:
@@ -56,6 +55,11 @@ class PreparedSplit:
   def positives(self, query_row: int) -> np.ndarray:
     """Returns int64 [n]: passage rows judged relevant (grade above 0), in the source's order."""
     return self.judgements.rows(query_row)[self.judgements.values(query_row) > 0]
+
+  def relevant(self, query_row: int) -> np.ndarray:
+    """Returns int64 [n]: its positives, then those of queries with the same text: what training takes for right."""
+    positives = self.positives(query_row)
+    return positives if self.shared is None else np.concatenate([positives, self.shared.rows(query_row)])
 
 
 class PreparedData:
@@ -139,8 +143,8 @@ def _write_split(
     if not len(queries):
       what = "no training query left" if training else f"no query in split {split}"
       raise InputError(what, path=_first_file(source, split), fix="A query counts when the split's qrels name it")
-    texts = (query.text for query in TextRows(partial, split).read()) if training else ()
-    judgements = _write_judgements(source, split, partial / "judgements", queries, passages, texts)
+    judgements = _write_judgements(source, split, partial / "judgements", queries, passages)
+    _write_shared((query.text for query in TextRows(partial, split).read()), judgements, partial / "shared")
     _write_negatives(source, split, partial / "negatives", queries, passages)
     trainable = int(sum(bool((judgements.values(row) > 0).any()) for row in range(len(queries))))
     if training and not trainable:
@@ -164,14 +168,8 @@ def _write_text(source: Source, part: str, directory: pathlib.Path) -> IdTable:
 
 
 def _write_judgements(
-  source: Source,
-  split: str,
-  directory: pathlib.Path,
-  queries: IdTable,
-  passages: IdTable,
-  texts: Iterable[str],
+  source: Source, split: str, directory: pathlib.Path, queries: IdTable, passages: IdTable
 ) -> ragged.RowLists:
-  """Writes the judgements by row; `texts` of all queries, or none: what is relevant to one is to those of its text."""
   query_rows, passage_rows, grades = [_empty()], [_empty()], [_empty()]
   for start, chunk in _chunks(source.judgements(split)):
     query_ids, passage_ids, values = zip(*chunk, strict=True)
@@ -193,26 +191,14 @@ def _write_judgements(
     raise InputError("one pair is judged twice, with different grades", path=path, line=line, value=pair)
   keep = np.ones(len(rows), bool)
   keep[again] = False
-  rows, columns, values = rows[keep], columns[keep], values[keep]
-  if (shared := _shared(texts, rows, columns, values)) is not None:
-    rows, columns = np.concatenate([rows, shared[0]]), np.concatenate([columns, shared[1]])
-    values = np.concatenate([values, np.ones(len(shared[0]), np.int64)])
-    what = "%s: %d judgements are shared between queries of one text, so that none has another's positive as negative"
-    _log.info(what, split, len(shared[0]))
-  return ragged.write_lists(directory, len(queries), rows, columns, values)
+  return ragged.write_lists(directory, len(queries), rows[keep], columns[keep], values[keep])
 
 
-def _shared(
-  texts: Iterable[str], rows: np.ndarray, columns: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-  """What is relevant to a query and not judged for another one of the same text, but for case and white space.
-
-  Returns:
-    Query and passage rows to add, int64 each, or None.
-  """
+def _write_shared(texts: Iterable[str], judgements: ragged.RowLists, directory: pathlib.Path) -> None:
+  """Writes for each query what is relevant to another one of its text (but for case and white space), and not judged
+  for itself: a question that was asked twice has right answers that neither may be taught to be wrong."""
+  rows, columns, values = judgements.flat()
   digests = [hashlib.blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest() for text in texts]
-  if len(set(digests)) == len(digests):
-    return None
   _, group, sizes = np.unique(np.array(digests, "S8"), return_inverse=True, return_counts=True)
   relevant = (values > 0) & (sizes[group[rows]] > 1)
   pairs = np.unique(np.stack([group[rows[relevant]], columns[relevant]], axis=1), axis=0)
@@ -221,7 +207,7 @@ def _shared(
   passages = ragged.gather(pairs[:, 1], starts, ends - starts)
   width = int(max(columns.max(initial=0), passages.max(initial=0))) + 1
   new = ~np.isin(queries * width + passages, rows * width + columns)
-  return (queries[new], passages[new]) if new.any() else None
+  ragged.write_lists(directory, len(group), queries[new], passages[new])
 
 
 def _write_negatives(

@@ -66,6 +66,12 @@ class RowLists:
       raise ValueError("these lists have no values")
     return self._values[self.offsets[query_row] : self.offsets[query_row + 1]].astype(np.int64)
 
+  def flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns all lists, one behind the other: query rows, passage rows and values (1 where there are none), int64."""
+    queries = np.repeat(np.arange(len(self), dtype=np.int64), np.diff(self.offsets))
+    values = np.ones_like(queries) if self._values is None else self._values.astype(np.int64)
+    return queries, self._rows.astype(np.int64), values
+
 
 def write_lists(
   directory: str | pathlib.Path, count: int, queries: np.ndarray, rows: np.ndarray, values: np.ndarray | None = None

@@ -43,6 +43,7 @@ def map_sequences(
   batch_tokens: int = BATCH_TOKENS,
   description: str = "",
   unit: str = "text",
+  advance: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
   """Returns what `function` gives for each sequence, float32 [n, *shape], in their order.
 
@@ -50,6 +51,7 @@ def map_sequences(
     function: of a batch on the mesh, rows sharded, to an array [B, *shape]; returns at once, as jitted ones do.
     batch_tokens: a device's tokens at a time, padding included.
     description: of the progress bar, which counts in `unit`s; '' for none.
+    advance: told how many more are done, where a caller shows its own.
 
   Raises:
     Preempted: SIGTERM came; nothing of it is kept.
@@ -62,6 +64,7 @@ def map_sequences(
     places, result = under_way.popleft()
     results[places] = np.asarray(result)[: len(places)]
     shown.advance(len(places))
+    advance(len(places))
 
   with progress.bar(description, len(results), unit) if description else progress.silent() as shown:
     for places, width, size in plan(lengths, sequences.limit, batch_tokens, mesh.size):

@@ -201,9 +201,9 @@ def train_groups(
   """What draws the passages of a round's batches, from `negatives` or from the round's own."""
   train, split = config.train, data.splits[config.data.train_split]
   negatives = negatives or _negatives(config, layout, data, number)
-  positives = split.positives
+  positives = split.relevant
   if config.mine.pseudo_positives and isinstance(negatives, PoolNegatives):
-    positives = functools.partial(_with_pseudo_positives, split.positives, negatives)
+    positives = functools.partial(_with_pseudo_positives, split.relevant, negatives)
   return TrainGroups(
     positives, negatives, num_passages=len(data.ids), group_size=train.passages, seed=config.seed,
     stage=f"train{number}", positive=train.positive, sampling=sampling(config),
@@ -211,7 +211,7 @@ def train_groups(
 
 
 def _with_pseudo_positives(positives: Callable, negatives: PoolNegatives, query_row: int) -> np.ndarray:
-  """The judged positives of a query, then what the cross-encoder takes for some."""
+  """What is relevant to a query, then what the cross-encoder takes for some."""
   return np.concatenate([positives(query_row), negatives.pseudo_positives(query_row)]).astype(np.int64)
 
 
@@ -281,11 +281,13 @@ def frequent_tokens(config: ConfigDict, layout: Layout) -> np.ndarray | None:
 
 def qrels(split: PreparedSplit) -> Qrels:
   """A split's judgements as the measures take them."""
-  offsets = np.asarray(split.judgements.offsets)
-  queries = np.repeat(np.arange(len(split)), np.diff(offsets))
-  rows = [split.judgements.rows(query) for query in range(len(split))]
-  grades = [split.judgements.values(query) for query in range(len(split))]
-  return Qrels.from_triples(queries, np.concatenate(rows), np.concatenate(grades), len(split))
+  return Qrels.from_triples(*split.judgements.flat(), len(split))
+
+
+def barred(split: PreparedSplit) -> Qrels:
+  """What must not become a query's negative: the judgements, and what is relevant to another query of its text."""
+  lists = [one.flat() for one in (split.judgements, split.shared) if one is not None]
+  return Qrels.from_triples(*(np.concatenate(part) for part in zip(*lists, strict=True)), len(split))
 
 
 def bm25(layout: Layout, data: PreparedData) -> Bm25:

@@ -36,7 +36,7 @@ from dptdr_jax.stages.pair_trial import PairTrial
 from dptdr_jax.training.cross_encoder import CrossModel, make_cross_step
 from dptdr_jax.training.state import init_state
 
-_SHARD_PAIRS = 8192  # pairs a shard of scores: about what is lost by a kill, a minute or two on a CPU
+_SHARD_PAIRS = 8192  # pairs a shard of scores, which a kill may cost: seconds on an accelerator, minutes on a CPU
 
 
 def directory_of(layout: Layout) -> pathlib.Path:
@@ -108,7 +108,7 @@ def make_batches(config: ConfigDict, layout: Layout, data: PreparedData, backbon
   cross, name = config.cross, config.data.train_split
   split = data.splits[name]
   groups = TrainGroups(
-    split.positives, _negatives(config, layout, data), num_passages=len(data.ids), group_size=cross.passages,
+    split.relevant, _negatives(config, layout, data), num_passages=len(data.ids), group_size=cross.passages,
     seed=config.seed, stage="cross",
   )  # fmt: skip
   trainable = np.array([row for row in range(len(split)) if len(split.positives(row))])
@@ -305,10 +305,10 @@ def score_rows(
       block = rows[start : start + size]
       query, place = np.nonzero(block >= 0)
       part = np.full(block.shape, np.nan, np.float32)
-      part[query, place] = encoder.logits_stored(queries, passages, start + query, block[query, place])
+      there = start + query, block[query, place]
+      part[query, place] = encoder.logits_stored(queries, passages, *there, advance=shown.advance)
       with files.atomic_path(paths[start]) as partial, open(partial, "wb") as stream:
         np.save(stream, part)
-      shown.advance(len(query))
       preemption.check(f"scoring stands at query {min(start + size, number)} of {number}")
   meet("all shards of scores")
   return None if index else Scores(rows.shape, list(paths.values()), size)

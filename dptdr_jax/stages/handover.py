@@ -53,7 +53,7 @@ def export(
     separator = about.get("separator", " ") if original else " "
 
   def positives(row: int) -> np.ndarray:
-    judged = split.positives(row)  # none: the run does not train on the query
+    judged = split.relevant(row) if len(split.positives(row)) else []  # without one the run does not train on it
     pseudo = pool.pseudo_positives(row) if about.get("pseudo_positives") and len(judged) else []
     return np.concatenate([judged, pseudo]).astype(np.int64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import contextlib
 import logging
 import math
 import pathlib
@@ -109,8 +110,9 @@ class Loop(abc.ABC):
     stop = hosts.Agreement()
     waiting: collections.deque = collections.deque()  # metrics are fetched one step behind, so the devices never wait
     done = kept = first
-    with progress.bar(self.name, self.steps, "step", initial=first) as shown:
-      loaded = batches.load(first, self.steps, self.settings.loader_workers)
+    # Closed whatever happens: an error's traceback would keep the loader's threads.
+    loading = contextlib.closing(batches.load(first, self.steps, self.settings.loader_workers))
+    with loading as loaded, progress.bar(self.name, self.steps, "step", initial=first) as shown:
       while done < self.steps:
         try:
           self.wait_for(done)

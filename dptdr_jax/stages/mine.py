@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 def check(config: ConfigDict) -> None:
   """Raises InputError for what can be known to fail before any work is done."""
   mine = config.mine
-  if config.train.negatives == "bm25" and not mine.bm25.depth:
+  if common.draws_from_bm25(config) and not mine.bm25.depth:
     raise InputError("train.negatives is bm25, and mine.bm25.depth is 0")
   if config.cross.enabled and config.cross.negatives == "bm25" and not mine.bm25.depth:
     raise InputError("cross.negatives is bm25, and mine.bm25.depth is 0")
@@ -117,7 +117,7 @@ def mine(asked: Sources) -> None:
 def _clean(asked: Sources, cleaned: pathlib.Path) -> None:
   """Merges what was found, and applies the cheap rules."""
   config, data, merged = asked.config, asked.data, asked.directory / "merged"
-  positives = common.qrels(data.splits[config.data.train_split])
+  positives = common.barred(data.splits[config.data.train_split])
   found = asked.taken(positives)
   if not (merged / "manifest.json").exists():
     pool_from_runs(merged, found, positives, width=config.mine.width or None)

@@ -61,7 +61,7 @@ def negatives(config: ConfigDict, layout: Layout, number: int) -> list[str]:
 
   Of more than one generation there is a table, and all about the first and the last.
   """
-  users = [f"round {number}"] if number > 1 or config.train.negatives == "bm25" else []
+  users = [f"round {number}"] if number > 1 or common.draws_from_bm25(config) else []
   if number == 1 and config.cross.enabled and config.cross.negatives == "bm25":
     users.append("the cross-encoder")
   parts = []

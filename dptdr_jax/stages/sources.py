@@ -83,7 +83,7 @@ def check(config: ConfigDict) -> None:
     raise InputError(f"a pool takes {MAX_SOURCES} sources at most", value=number, fix="Name fewer mine.runs")
   if mine.runs and not (common.mines_first(config) or mines_with_retriever(config)):
     raise InputError("mine.runs, and nothing is mined", value=mine.runs,
-                     fix="Set train.negatives to bm25, or rounds to 2")  # fmt: skip
+                     fix="Set train.negatives to bm25 and train.passages to 2 or more, or rounds to 2")  # fmt: skip
   taken = [BM25, DENSE, *mine.retrievers]
   for path in mine.runs:
     if not pathlib.Path(path).is_file():

@@ -15,6 +15,7 @@ from dptdr_jax.data.spans import SpanBatches, SpanLengths
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.retrieval.bm25 import Bm25
+from dptdr_jax.stages import common
 
 
 def test_round_trip(beir, tmp_path):
@@ -100,26 +101,28 @@ def test_negatives_by_row(write, tmp_path):
     prepare_source(MsMarco(tmp_path / "m"), tmp_path / "p")
 
 
-def test_training_queries_of_one_text_share_what_is_relevant_to_them(beir, write, tmp_path, caplog):
+def test_queries_of_one_text_share_what_is_relevant_to_them(beir, write, tmp_path):
   texts = ["Which  port?", "other", "which port?", "else", "which port?", "other"]
   write("beir/queries.jsonl", [{"_id": f"q{row}", "text": text} for row, text in enumerate(texts)])
   judged = ["q0\td3\t2", "q0\td1\t1", "q1\td0\t1", "q2\td1\t0", "q2\td5\t1", "q2\td2\t0", "q4\td4\t0"]
   write("beir/qrels/train.tsv", [HEADER, *judged])
   write("beir/qrels/dev.tsv", [HEADER, "q1\td3\t1", "q5\td4\t1"])
-  with caplog.at_level("INFO"):
-    data = prepare_source(Beir(beir), tmp_path / "p")
-  train = data.splits["train"]
-  assert [data.ids.ids(train.positives(row)) for row in range(4)] == [
+  data = prepare_source(Beir(beir), tmp_path / "p")
+  train, dev = data.splits["train"], data.splits["dev"]
+  assert [data.ids.ids(train.relevant(row)) for row in range(4)] == [
     ["d3", "d1", "d5"],  # its own, in the source's order, then its twins'
     ["d0"],
     ["d5", "d3"],  # not d1, which is judged for this one itself
     ["d1", "d3", "d5"],  # none of its own
   ]
-  np.testing.assert_array_equal(train.judgements.rows(2), [1, 5, 2, 3])
-  np.testing.assert_array_equal(train.judgements.values(2), [0, 1, 0, 1])
-  assert "train: 5 judgements are shared between queries of one text" in caplog.text
-  dev = data.splits["dev"]  # what is measured stays as it was judged
-  assert [dev.positives(row).tolist() for row in range(2)] == [[3], [4]]
+  assert [train.positives(row).tolist() for row in range(4)] == [[3, 1], [0], [5], []], "as they were judged"
+  assert [dev.positives(row).tolist() for row in range(2)] == [[3], [4]] and dev.relevant(0).tolist() == [3, 4]
+  rows, grades = common.barred(train).of(2)
+  assert dict(zip(rows.tolist(), grades.tolist(), strict=True)) == {1: 0, 2: 0, 3: 1, 5: 1}
+  assert common.qrels(train).of(2)[0].tolist() == [1, 2, 5]
+  files.remove(tmp_path / "p/splits/train/shared")  # as it was prepared before there were any
+  before = PreparedData(tmp_path / "p").splits["train"]
+  assert before.relevant(0).tolist() == [3, 1] and common.barred(before).of(2)[0].tolist() == [1, 2, 5]
 
 
 def test_a_passage_without_text_is_a_row_that_no_word_finds(beir, write, minilm, tmp_path):

@@ -130,7 +130,7 @@ def _answers(value: object, path: pathlib.Path, line: int) -> tuple[str, ...]:
 def _quoted_columns(path: pathlib.Path, count: int) -> Iterator[tuple[int, list[str]]]:
   """Yields (line, fields) of a tab-separated file whose fields may be quoted as csv does ("" for a quote)."""
   csv.field_size_limit(sys.maxsize)
-  reader = csv.reader((text + "\n" for _, text in read_lines(path)), delimiter="\t", strict=True)
+  reader = csv.reader((text + "\n" for _, text in read_lines(path)), delimiter="\t")
   while True:
     line = reader.line_num + 1
     try:
@@ -139,6 +139,8 @@ def _quoted_columns(path: pathlib.Path, count: int) -> Iterator[tuple[int, list[
       raise InputError(f"broken table ({error})", path=path, line=line) from error
     if fields is None:
       return
+    if any("\n" in field for field in fields):  # up to the next quote, which may be many rows away
+      raise InputError("a quote that is not closed in its line", path=path, line=line, value=fields)
     if len(fields) != count:
       if not fields:
         continue
