@@ -198,6 +198,7 @@ def _cross() -> dict:
   return dict(
     enabled=False,  # train a cross-encoder (prompts and a head on the same backbone): it reranks, see also mine
     negatives="bm25",  # 'source' (the data's own), 'bm25' (those of mine0) or 'random'
+    sample_last=0,  # only the best so many of a query's; 0: all
     epochs=2.0,  # passes over the training queries; ignored where steps > 0
     steps=0,  # optimiser steps; 0: from epochs
     queries=32,  # a step, over all devices

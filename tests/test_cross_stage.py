@@ -89,6 +89,20 @@ def test_it_learns_above_chance(finished):
   assert relevant > other
 
 
+def test_its_negatives_may_be_the_best_of_a_pool_alone(finished):
+  config, workdir = finished
+  layout, config = Layout.of(workdir), config.copy_and_resolve_references()
+  data, pool, backbone = PreparedData(layout.prepared), Pool.open(layout.pool(0)), common.load_backbone(config, layout)
+
+  def places(last: int) -> set[int]:
+    config.cross.sample_last = last
+    rows = cross.make_batches(config, layout, data, backbone).rows(3)
+    return {pool.candidates(query).tolist().index(row)
+            for query, group in zip(rows.queries, rows.passages, strict=True) for row in group[1:]}  # fmt: skip
+
+  assert max(places(0)) > 4 and places(4) == {0, 1, 2, 3}
+
+
 def test_a_resumed_run_ends_the_same(finished, monkeypatch, tmp_path):
   config, workdir = finished
   shutil.copytree(workdir / "prepare", tmp_path / "prepare")

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files, preemption, progress
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data.groups import Negatives, TrainGroups
+from dptdr_jax.data.groups import Negatives, Sampling, TrainGroups
 from dptdr_jax.data.pairs import PairBatches, PairFormat
 from dptdr_jax.data.prepare import PreparedData
 from dptdr_jax.data.store import TokenStore
@@ -109,7 +109,7 @@ def make_batches(config: ConfigDict, layout: Layout, data: PreparedData, backbon
   split = data.splits[name]
   groups = TrainGroups(
     split.relevant, _negatives(config, layout, data), num_passages=len(data.ids), group_size=cross.passages,
-    seed=config.seed, stage="cross",
+    seed=config.seed, stage="cross", sampling=Sampling(last=cross.sample_last or None),
   )  # fmt: skip
   trainable = np.array([row for row in range(len(split)) if len(split.positives(row))])
   form = PairFormat.of(backbone.tokenizer, config.text.query_length, cross.pair_length)

@@ -26,6 +26,7 @@ _AT_LEAST = {
       for name in ("steps", "epochs", "evaluate_every", "learning_rate", "warmup", "weight_decay", "clip")),
     "train.query_chunk", "train.passage_chunk", "train.refresh_every", "train.sample_first", "train.sample_last",
     "pretrain.tokens", "pretrain.chunk", "pretrain.contrast_weight", "pretrain.mlm_weight", "cross.chunk",
+    "cross.sample_last",
     "evaluate.examples",
   ),
   -1: ("prompt.position_shift",),
