@@ -10,7 +10,8 @@ the original's JSONL (query, positives, negatives) or as sentence-transformers' 
 negative_1 …). A passage is one string there, title, separator and text; a query without a positive or a negative is
 left out, as these trainers cannot read it. `mine` searches vectors [Q, H] in vectors [C, H], takes the judged positives
 and what scores too near to them out, and writes OUT/pool and OUT/negatives.jsonl (query, negatives and their scores, by
-id). Ids are lines of text files, by row; without them the row numbers are the ids. All paths but --workdir may be URLs.
+id; a query without a positive is left out). Ids are lines of text files, by row; without them the row numbers are the
+ids. All paths but --workdir may be URLs.
 """
 
 from __future__ import annotations
