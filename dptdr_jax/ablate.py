@@ -16,9 +16,11 @@ train.passages=17, train.queries=16"; what it does not say is as in the config.
 from __future__ import annotations
 
 import ast
+import contextlib
+import itertools
 import pathlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -163,9 +165,11 @@ def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
   return changed
 
 
-def _configured(config: ConfigDict, name: str, fields: dict, seed: int) -> ConfigDict:
+@contextlib.contextmanager
+def _of_arm(name: str) -> Iterator[None]:
+  """Names the arm in what is wrong with it."""
   try:
-    return configured(config, fields, seed)
+    yield
   except InputError as error:
     raise InputError(f"arm {name}: {error}") from error
 
@@ -208,12 +212,11 @@ def ablate(
   """
   if unknown := [name for name in one_seed if name not in arms]:
     raise InputError("one_seed names arms of this ablation", value=unknown, fix=f"Arms: {', '.join(arms)}")
-  planned = [
-    (name, seed, _configured(config, name, fields, seed))
-    for seed in seeds
-    for name, fields in arms.items()
-    if seed == seeds[0] or name not in one_seed
-  ]
+  planned = []
+  for seed, (name, fields) in itertools.product(seeds, arms.items()):
+    if seed == seeds[0] or name not in one_seed:
+      with _of_arm(name):
+        planned.append((name, seed, configured(config, fields, seed)))
   runs = workdir / "runs"
   directories = [runs / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
   asked = [changed for _, _, changed in planned]
@@ -222,12 +225,10 @@ def ablate(
     raise InputError("two arms have names that are the same but for signs", value=list(arms))
   named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
   for (name, _, changed), directory in zip(planned, directories, strict=True):
-    try:
+    with _of_arm(name):
       if changed.evaluate.measures != config.evaluate.measures:
         raise InputError("arms are compared by the measures of the config", value=changed.evaluate.measures)
       _check(changed, directory, measure, named, arms)
-    except InputError as error:
-      raise InputError(f"arm {name}: {error}") from error
   done: dict[int, comparison.Done] = {}
   failed: dict[int, DptdrError] = {}
   waiting = list(range(len(planned)))

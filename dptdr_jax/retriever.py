@@ -17,7 +17,7 @@ from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files, remote
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data import text
+from dptdr_jax.data import sequences, text
 from dptdr_jax.data.records import Passage, Query
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.data.tokenizer import Tokenizer
@@ -204,7 +204,7 @@ class Retriever:
     if wrong.any():
       row = int(np.flatnonzero(wrong.any(1))[0])
       raise InputError(f"token ids are 0 … {size - 1}, row {row} has another", value=ids[wrong][0].item())
-    return self._encode(_Padded(ids.astype(np.int32), lengths), kind)
+    return self._encode(sequences.Padded(ids.astype(np.int32), lengths), kind)
 
   def encode_store(
     self, store: TokenStore, kind: str, rows: np.ndarray | None = None, *,
@@ -219,7 +219,7 @@ class Retriever:
     if tokenizer is not None and store.tokenizer_hash != tokenizer.hash:
       raise InputError("tokens of another tokenizer than the retriever's", path=store.path)
     rows = np.arange(len(store)) if rows is None else np.asarray(rows)
-    return self._encode(_Stored(store, rows, self.settings.limit(kind)), kind, batch_tokens, description)
+    return self._encode(sequences.Stored(store, rows, self.settings.limit(kind)), kind, batch_tokens, description)
 
   def _encode_texts(
     self, texts: list[str], kind: str, batch_tokens: int = buckets.BATCH_TOKENS, description: str = ""
@@ -229,7 +229,8 @@ class Retriever:
       raise InputError("texts need a tokenizer, and this backbone has none", path=self.backbone.path)
     room = self.settings.limit(kind) - len(tokenizer.wrap([]))
     lists = [np.array(tokenizer.wrap(ids), np.int32) for ids in tokenizer.encode(texts, room)]
-    return self._encode(_Lists(lists, tokenizer.pad_id, self.settings.limit(kind)), kind, batch_tokens, description)
+    source = sequences.Lists(lists, tokenizer.pad_id, self.settings.limit(kind))
+    return self._encode(source, kind, batch_tokens, description)
 
   def _encode(
     self, source: Any, kind: str, batch_tokens: int = buckets.BATCH_TOKENS, description: str = ""
@@ -252,49 +253,6 @@ def vectors_of(params, prompt, tokens, lengths, *, config, spec, pooling, normal
     config, spec, params, prompt, tokens, lengths, pooling=pooling, normalize=normalize,
     compute_dtype=jnp.dtype(compute_dtype),
   )  # fmt: skip
-
-
-class _Lists:
-  """Token ids in memory, as `buckets.Sequences`."""
-
-  def __init__(self, lists: list[np.ndarray], pad_id: int, limit: int):
-    self._lists, self._pad_id, self.limit = lists, pad_id, limit
-    self._lengths = np.array([len(ids) for ids in lists], np.int64)
-
-  def lengths(self) -> np.ndarray:
-    return self._lengths
-
-  def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    tokens = np.full((len(places), width), self._pad_id, np.int32)
-    for row, place in enumerate(places):
-      tokens[row, : self._lengths[place]] = self._lists[place]
-    return {"tokens": tokens, "lengths": self._lengths[places].astype(np.int32)}
-
-
-class _Padded:
-  """Token ids as a caller padded them: the width is the caller's, and so is the number of shapes."""
-
-  def __init__(self, ids: np.ndarray, lengths: np.ndarray):
-    self._ids, self._lengths, self.limit = ids, lengths.astype(np.int32), ids.shape[1]
-
-  def lengths(self) -> np.ndarray:
-    return np.full(len(self._ids), self.limit, np.int64)
-
-  def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    return {"tokens": self._ids[places], "lengths": self._lengths[places]}
-
-
-class _Stored:
-  """Rows of a token store."""
-
-  def __init__(self, store: TokenStore, rows: np.ndarray, limit: int):
-    self._store, self._rows, self.limit = store, rows, limit
-
-  def lengths(self) -> np.ndarray:
-    return self._store.lengths_of(self._rows, self.limit)
-
-  def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    return dict(zip(("tokens", "lengths"), self._store.batch(self._rows[places], self.limit, width=width), strict=True))
 
 
 def check_saved(path: files.Path) -> None:

@@ -79,11 +79,12 @@ def test_vectors_and_pools_on_a_remote(tmp_path, monkeypatch):
   passages = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
   np.save(tmp_path / "p.npy", passages)
   np.save(tmp_path / "q.npy", passages[:6])
-  (tmp_path / "qrels.tsv").write_text("".join(f"{row}\t{row}\t1\n" for row in range(6)))
+  (tmp_path / "qrels.tsv").write_text("".join(f"{row}\t{row}\t1\n" for row in range(5)))
   places = tmp_path, f"file://{tmp_path}"
   for place, out in zip(places, (tmp_path / "local", "memory://negatives/out"), strict=True):
     vectors = handover.Vectors(f"{place}/p.npy"), handover.Vectors(f"{place}/q.npy")
-    handover.mine(*vectors, f"{place}/qrels.tsv", out, depth=10)
+    counts = handover.mine(*vectors, f"{place}/qrels.tsv", out, depth=10)
+    assert (counts["queries"], counts["without a positive"], counts["positives removed"]) == (5, 1, 5)
   memory = fsspec.filesystem("memory")
   assert memory.cat("/negatives/out/negatives.jsonl") == (tmp_path / "local/negatives.jsonl").read_bytes()
   assert memory.cat("/negatives/out/pool/rows.npy") == (tmp_path / "local/pool/rows.npy").read_bytes()

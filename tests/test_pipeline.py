@@ -76,12 +76,17 @@ def test_a_rerun_does_nothing_and_still_ends_with_the_table(finished, capsys):
   assert "trained retriever" in capsys.readouterr().out
 
 
-def test_a_changed_field_redoes_what_depends_on_it_and_nothing_else(finished, caplog):
+def test_a_changed_field_redoes_what_depends_on_it_and_nothing_else(finished, caplog, capsys):
   config, workdir = finished
   before = done_at(workdir)
   changed = config.copy_and_resolve_references()
   changed.evaluate.examples = 3
+  changed.evaluate.graded_splits = ("dev",)
   pipeline.run(changed, workdir)
+  table = capsys.readouterr().out.splitlines()
+  head = next(line for line in table if "RR(rel=2)@10" in line)
+  figures = next(line for line in table if "trained retriever" in line)
+  assert head.split()[:2] == ["RR(rel=2)@10", "R(rel=2)@20"] and len(head) == len(figures)
   after = done_at(workdir)
   assert {name for name in after if after[name] != before[name]} == {"evaluate", "report"}
   pipeline.run(config, workdir)  # back to what the other tests expect

@@ -96,8 +96,8 @@ class Mirror:
       copy = self._copies[each]
       if not copy.is_whole(its_key) and not copy.is_begun(its_key):
         self._insist(each, lambda copy=copy, its_key=its_key: copy.begin(its_key))
-      going = functools.partial(copy.update, its_key, ended=True, go_on=lambda: not preemption.asked())
-      self._insist(each, going)
+      complete = functools.partial(copy.update, its_key, ended=True, go_on=lambda: not preemption.asked())
+      self._insist(each, complete)
       if not copy.is_whole(its_key):
         preemption.check(f"the copy of {each} is not whole")
 

@@ -177,7 +177,7 @@ def _check_splits(config: ConfigDict, known: Sequence[str]) -> None:
         fix = f"There are {', '.join(known)}{others.get(field, '')}"
         raise InputError(f"{field} names a split that is not here", path=data.dir or None, value=name, fix=fix)
   if not evaluate.splits:
-    fix = f"There are {', '.join(known)}; to measure nothing, name the stages before: --stages=prepare,mine,train"
+    fix = f"There are {', '.join(known)}; --stages may end before it is measured"
     raise InputError("evaluate.splits names no split", fix=fix)
 
 

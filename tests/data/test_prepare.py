@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dptdr_jax.core import files
+from dptdr_jax.core import files, preemption
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data import builders
+from dptdr_jax.data import builders, prepare
 from dptdr_jax.data.prepare import PreparedData, prepare_source
 from dptdr_jax.data.records import Passage
 from dptdr_jax.data.sources.beir import Beir
@@ -221,3 +221,12 @@ def test_changed_files_are_prepared_again(beir, write, tmp_path, monkeypatch):
   data = prepare_source(Beir(beir), tmp_path / "p")
   assert made == ["dev", "corpus", "train", "dev"]
   np.testing.assert_array_equal(data.splits["train"].positives(1), [5])
+
+
+def test_sigterm_is_heard_while_judgements_and_negatives_are_read(monkeypatch):
+  monkeypatch.setattr(prepare, "_CHUNK", 2)
+  monkeypatch.setattr(preemption, "asked", lambda: True)
+  chunks = prepare._chunks(iter(range(5)))
+  assert next(chunks) == (0, [0, 1])
+  with pytest.raises(preemption.Preempted, match="judgements and negatives will be read again"):
+    next(chunks)

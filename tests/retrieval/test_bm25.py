@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import Stemmer
 
+from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.retrieval import bm25
 from dptdr_jax.retrieval.bm25 import Bm25
 
 TEXTS = ["apple banana apple", "banana cherries", "the apple", "", "cherry cherry cherry apple", "durian"]
@@ -116,3 +118,13 @@ def test_a_failed_build_leaves_the_old_index(tmp_path):
     Bm25.build(broken(), tmp_path / "i")
   assert Bm25(tmp_path / "i").count == len(TEXTS)
   assert [path.name for path in tmp_path.iterdir()] == ["i"]
+
+
+def test_sigterm_is_heard_while_the_corpus_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(bm25, "_CHUNK", 2)
+  read = []
+  monkeypatch.setattr(preemption, "asked", lambda: len(read) > 3)
+  texts = (read.append(row) or f"word{row}" for row in range(1000))
+  with pytest.raises(preemption.Preempted, match="the BM25 index will be built again"):
+    Bm25.build(texts, tmp_path / "index")
+  assert len(read) < 10 and not (tmp_path / "index").exists()

@@ -1,0 +1,58 @@
+"""Token ids as an encoder takes them, from memory, from a caller's own padding or from a store: `buckets.Sequences`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dptdr_jax.data.store import TokenStore
+
+
+class Lists:
+  """Lists of ids in memory, special tokens included; `limit` is the longest that one can be."""
+
+  def __init__(self, lists: Sequence[np.ndarray], pad_id: int, limit: int):
+    self._lists, self._pad_id, self.limit = lists, pad_id, limit
+    self._lengths = np.array([len(ids) for ids in lists], np.int64)
+
+  def lengths(self) -> np.ndarray:
+    """Returns int64 [n]."""
+    return self._lengths
+
+  def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    """Gathers tokens int32 [b, width], padded on the right, and lengths int32 [b]."""
+    tokens = np.full((len(places), width), self._pad_id, np.int32)
+    for row, place in enumerate(places):
+      tokens[row, : self._lengths[place]] = self._lists[place]
+    return {"tokens": tokens, "lengths": self._lengths[places].astype(np.int32)}
+
+
+class Padded:
+  """Ids [n, T] as a caller padded them, lengths [n]: the width is the caller's, and so is the number of shapes."""
+
+  def __init__(self, ids: np.ndarray, lengths: np.ndarray):
+    self._ids, self._lengths, self.limit = ids, lengths.astype(np.int32), ids.shape[1]
+
+  def lengths(self) -> np.ndarray:
+    """Returns int64 [n]: the width for all."""
+    return np.full(len(self._ids), self.limit, np.int64)
+
+  def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    """As in Lists."""
+    return {"tokens": self._ids[places], "lengths": self._lengths[places]}
+
+
+class Stored:
+  """Rows of a token store, cut to `limit` tokens."""
+
+  def __init__(self, store: TokenStore, rows: np.ndarray, limit: int):
+    self._store, self._rows, self.limit = store, rows, limit
+
+  def lengths(self) -> np.ndarray:
+    """Returns int64 [n]."""
+    return self._store.lengths_of(self._rows, self.limit)
+
+  def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    """As in Lists."""
+    return dict(zip(("tokens", "lengths"), self._store.batch(self._rows[places], self.limit, width=width), strict=True))
