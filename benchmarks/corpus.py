@@ -1,13 +1,13 @@
-"""A corpus of MS MARCO's size through every stage of a run: memory, speed, disk, and what a rerun costs.
+"""Every stage of a run on a corpus of MS MARCO's size: memory, speed, disk, and the time of a rerun.
 
-  python benchmarks/corpus.py --passages=8841823 --workdir=DIR          (hours; started again, it goes on)
+  python benchmarks/corpus.py --passages=8841823 --workdir=DIR          (hours; started again, it resumes)
   python benchmarks/corpus.py --passages=100000 --workdir=DIR           (minutes)
 
-The passages are made of words drawn by Zipf's law, as many as MS MARCO's have (lognormal, 56 on average); the encoder
-is a random BERT of 2 layers and width 64, trained for a few steps. So the text, the tokens, the BM25 index and the pool
-are of the real size, and the vectors a sixth of MiniLM's. Each stage runs in a process of its own, whose memory (with
-its children's) is looked at ten times a second: what it owns, and with the pages of mapped files, which the system may
-take back. Seconds are the stage's own, over all its attempts, but for one that was killed without a word.
+Passages are words drawn by Zipf's law, as long as MS MARCO's (lognormal, 56 words on average); the encoder is a random
+BERT of 2 layers and width 64, trained for a few steps. So text, tokens, BM25 index and pool have the real size, and the
+vectors a sixth of MiniLM's. Each stage runs in a process of its own. Its memory and that of its children is read ten
+times a second: their own, and with pages of mapped files, which the system may take back. Seconds are those of the
+stage's artefacts over all attempts.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import numpy as np
 
 from dptdr_jax import backbone as backbones
 from dptdr_jax.core import files, progress
+from dptdr_jax.core.store import Store
 from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
-from dptdr_jax.stages.layout import Layout
+from dptdr_jax.pipeline import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("prepare", "mine0", "train1", "encode", "evaluate", "report")
@@ -75,10 +76,10 @@ def write_data(directory: pathlib.Path, words: np.ndarray, args: argparse.Namesp
       drawn = words[np.searchsorted(cumulative, rng.random(lengths.sum()))]
       wanted = set(judged[(judged >= first) & (judged < first + count)].tolist())
       for row, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True), first):
-        found = drawn[end - length : end]
-        stream.write(f"{row}\t{' '.join(found)}\n")
+        passage = drawn[end - length : end]
+        stream.write(f"{row}\t{' '.join(passage)}\n")
         if row in wanted:
-          taken[row] = " ".join(rng.choice(found, QUERY_WORDS))
+          taken[row] = " ".join(rng.choice(passage, QUERY_WORDS))
       shown.advance(count)
   queries = iter(judged.tolist())
   for split, number in numbers.items():
@@ -104,7 +105,7 @@ def command(data: pathlib.Path, backbone: pathlib.Path, workdir: pathlib.Path, s
     "--config.train.negatives=bm25", "--config.train.steps=20", "--config.train.queries=32",
     "--config.train.passages=4", "--config.train.query_chunk=0", "--config.train.passage_chunk=0",
     "--config.train.evaluate_every=0", "--config.prompt.length=16",
-    "--config.evaluate.backbone=False", "--config.mine.same_text=True",
+    "--config.evaluate.baselines=('bm25',)",
   ]  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def watch(process: subprocess.Popen) -> dict[str, float]:
   """Peaks over the life of a process and its children, GiB: 'own' memory, and 'resident' with mapped files' pages."""
   peaks = {"own": 0.0, "resident": 0.0}
   while process.poll() is None:
-    found = {"own": 0, "resident": 0}
+    now = {"own": 0, "resident": 0}
     for pid in family(process.pid):
       try:
         status = pathlib.Path(f"/proc/{pid}/status").read_text()
@@ -120,25 +121,33 @@ def watch(process: subprocess.Popen) -> dict[str, float]:
         continue  # it has just ended
       for name, field in ("own", "RssAnon"), ("resident", "VmRSS"):
         if match := re.search(rf"{field}:\s+(\d+) kB", status):
-          found[name] += int(match[1])
-    peaks = {name: max(peaks[name], value / 2**20) for name, value in found.items()}
+          now[name] += int(match[1])
+    peaks = {name: max(peaks[name], value / 2**20) for name, value in now.items()}
     time.sleep(0.1)
   return peaks
 
 
 def family(pid: int) -> list[int]:
-  """A process and all that descend from it."""
-  found = [pid]
+  """A process and its descendants."""
+  pids = [pid]
   for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
     try:
-      found += [each for child in path.read_text().split() for each in family(int(child))]
+      pids += [each for child in path.read_text().split() for each in family(int(child))]
     except OSError:
       continue
-  return found
+  return pids
 
 
 def size_gib(directory: pathlib.Path) -> float:
   return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 2**30
+
+
+def made_by(workdir: pathlib.Path, stage: str) -> tuple[float, float]:
+  """Seconds that the artefacts of a stage took, and their size in GiB."""
+  settings, _ = run.opened(workdir)
+  store = Store(workdir / "store")
+  refs = [ref for ref, node in run.plan(settings, store).nodes.items() if node.stage == stage]
+  return sum(store.about(ref)["seconds"] for ref in refs), sum(size_gib(store.path(ref)) for ref in refs)
 
 
 def main() -> None:
@@ -165,12 +174,11 @@ def main() -> None:
       files.write_json(record, measured)
       if running.returncode:
         raise SystemExit(f"{stage} ended with {running.returncode}: see {base / f'{stage}.log'}")
-      seconds = files.read_json(workdir / stage / "manifest.json")["seconds"]
+      seconds, disk = made_by(workdir, stage)
       start = time.perf_counter()
       subprocess.run(command(data, backbone, workdir, stage), cwd=ROOT, check=True, capture_output=True)
       rerun = time.perf_counter() - start
-      made = [workdir / stage, *([Layout.of(workdir).bm25] if stage == "mine0" else [])]
-      measured[stage] |= {"seconds": seconds, "rerun": rerun, "disk": sum(map(size_gib, made))}
+      measured[stage] |= {"seconds": seconds, "rerun": rerun, "disk": disk}
       files.write_json(record, measured)
     one = measured[stage]
     print(

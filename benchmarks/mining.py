@@ -1,11 +1,11 @@
-"""A pool of negatives for many queries over many passages: peak memory, and time against a bare FAISS loop.
+"""A pool of negatives for many queries over many passages: peak memory, and time compared with a bare FAISS loop.
 
   python benchmarks/mining.py                 (1,000,000 random passages of width 384, 20,000 queries, depth 200)
 
-Vectors are random, seeded, of length 1. Each way runs in a process of its own, in turns: 'ours' searches the shards on
-disk, scores the positives, merges into a pool and denoises it; 'bare' reads the same shards, calls faiss.knn on each
-for all queries and keeps the best, and nothing else. What is measured of a process is its own: peak resident memory
-(pages of mapped files included, which the system may take back) and seconds.
+Vectors are random, seeded, of length 1. Each way runs in a process of its own, in turns. 'ours' searches the shards on
+disk, scores the positives, merges into a pool and denoises it. 'bare' reads the same shards, calls faiss.knn on each
+for all queries and keeps the best. Measured of each process: seconds, and peak resident memory, which includes pages of
+mapped files that the system may take back.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import time
 import faiss
 import numpy as np
 
-from dptdr_jax.retrieval.denoise import MarginRule, denoise
+from dptdr_jax.pipeline.mine import positive_scores
+from dptdr_jax.retrieval.denoise import MarginRule
 from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retrieval.search import search_exact
-from dptdr_jax.stages.sources import positive_scores
 
 SHARD = 100_000
 MSMARCO = 8_841_823, 502_939  # passages, training queries
@@ -67,10 +67,8 @@ def ours(directory: pathlib.Path, depth: int) -> dict[str, float]:
   judged = np.random.default_rng(2).integers(0, len(passages), count)
   positives = Qrels.from_triples(np.arange(count), judged, np.ones(count, int), count)
   scores = positive_scores(queries, passages, positives)
-  pool_from_runs(
-    directory / "merged", {"dense": Source(Run.open(directory / "run"), depth, 0, None, scores)}, positives
-  )
-  denoise(directory / "pool", directory / "merged", [MarginRule("dense", 0.95, None)])
+  source = Source(Run.open(directory / "run"), depth, positive_scores=scores)
+  pool_from_runs(directory / "pool", {"dense": source}, positives, [MarginRule("dense", 0.95)])
   return {"search": searched - start, "pool": time.perf_counter() - searched}
 
 
@@ -82,17 +80,17 @@ def bare(directory: pathlib.Path, depth: int) -> dict[str, float]:
   best = None
   for number, path in enumerate(shards):
     scores, rows = faiss.knn(queries, np.load(path), depth, metric=faiss.METRIC_INNER_PRODUCT)
-    found = scores, rows + number * SHARD
+    part = scores, rows + number * SHARD
     if best is not None:
-      both = [np.concatenate(pair, axis=1) for pair in zip(best, found, strict=True)]
+      both = [np.concatenate(pair, axis=1) for pair in zip(best, part, strict=True)]
       order = np.argsort(-both[0], axis=1)[:, :depth]
-      found = tuple(np.take_along_axis(part, order, 1) for part in both)
-    best = found
+      part = tuple(np.take_along_axis(array, order, 1) for array in both)
+    best = part
   return {"search": time.perf_counter() - start}
 
 
 def peak_gib() -> float:
-  """Peak resident memory of this process; the one that getrusage gives is inherited from the parent."""
+  """Peak resident memory of this process; getrusage's is inherited from the parent."""
   return int(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) / 2**20
 
 
@@ -105,24 +103,24 @@ def measure(way: str, args: argparse.Namespace, directory: str) -> dict[str, flo
 def main() -> None:
   args = parse_arguments()
   if args.way:
-    found = {"ours": ours, "bare": bare}[args.way](pathlib.Path(args.dir), args.depth)
-    print(json.dumps(found | {"peak": peak_gib()}))
+    seconds = {"ours": ours, "bare": bare}[args.way](pathlib.Path(args.dir), args.depth)
+    print(json.dumps(seconds | {"peak": peak_gib()}))
     return
   with tempfile.TemporaryDirectory() as scratch:
     directory = pathlib.Path(args.dir or scratch)
     write_vectors(directory / "passages", args.passages, args.width, 0)
     write_vectors(directory / "queries", args.queries, args.width, 1)
-    found = {"ours": [], "bare": []}
+    by_way = {"ours": [], "bare": []}
     for _ in range(args.rounds):
-      for way, measured in found.items():
+      for way, measured in by_way.items():
         measured.append(measure(way, args, str(directory)))
         print(way, measured[-1], flush=True)
     kept = sum(path.stat().st_size for part in ("run", "pool") for path in (directory / part).rglob("*"))
-  seconds = {way: statistics.median(one["search"] for one in measured) for way, measured in found.items()}
-  pool, peak = (max(one[name] for one in found["ours"]) for name in ("pool", "peak"))
+  seconds = {way: statistics.median(one["search"] for one in measured) for way, measured in by_way.items()}
+  pool, peak = (max(one[name] for one in by_way["ours"]) for name in ("pool", "peak"))
   ratio = seconds["ours"] / seconds["bare"]
   print(f"search: {seconds['ours']:.1f} s, {ratio:.3f} of the bare loop's; the pool: {pool:.1f} s")
-  print(f"peak resident memory: {peak:.2f} GiB; the bare loop's {max(one['peak'] for one in found['bare']):.2f} GiB")
+  print(f"peak resident memory: {peak:.2f} GiB; the bare loop's {max(one['peak'] for one in by_way['bare']):.2f} GiB")
   scale = MSMARCO[0] / args.passages * MSMARCO[1] / args.queries
   # Beside a block of passages memory grows with the queries alone: their vectors and twice the run.
   grows = MSMARCO[1] * (4 * args.width + 2 * 8 * args.depth) / 2**30

@@ -1,7 +1,7 @@
-"""A step of RIP at true shapes: tokens a second, share of the accelerator's peak, memory.
+"""A step of RIP at its real shapes: tokens a second, share of the accelerator's peak, memory.
 
   python benchmarks/pretrain_step.py --shapes minilm --spans 16 --ways 0:none 8:none                     (a CPU)
-  python benchmarks/pretrain_step.py --dtype bfloat16                       (an accelerator: a device's whole batch)
+  python benchmarks/pretrain_step.py --dtype bfloat16                                            (an accelerator)
 
 Contrast and masked language modelling, all weights trained, dropout on; weights are random and seeded, spans of full
 length. A way is `CHUNK:REMAT`, as pretrain.chunk and pretrain.remat: the gradient cache's spans at a time (0: all), and
@@ -21,7 +21,7 @@ import numpy as np
 from accelerators import share_of_peak
 from prompt_step import SHAPES
 
-from dptdr_jax.data.masking import most_masked
+from dptdr_jax.data.masking import RATE, most_masked
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
 from dptdr_jax.runtime import programs, shardings
@@ -29,8 +29,6 @@ from dptdr_jax.runtime.mesh import make_mesh, put_batch
 from dptdr_jax.training.optimizer import make_optimizer, make_schedule
 from dptdr_jax.training.pretrain import PretrainModel, make_pretrain_step
 from dptdr_jax.training.state import init_state
-
-RATE = 0.15  # of masked tokens
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,9 +43,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_batch(config: EncoderConfig, args: argparse.Namespace) -> dict[str, np.ndarray]:
-  """Random tokens, of which so many are masked."""
+  """Random tokens, of which a share of RATE is masked."""
   rng = np.random.default_rng(0)
-  width, masked = most_masked(RATE, args.tokens), round(RATE * args.tokens)
+  width, masked = most_masked(args.tokens), round(RATE * args.tokens)
   tokens = rng.integers(5, config.vocab_size, (args.spans, args.tokens), dtype=np.int32)
   positions = np.sort(rng.permuted(np.tile(np.arange(args.tokens, dtype=np.int32), (args.spans, 1)), axis=1)[:, :width])
   labels = np.where(np.arange(width) < masked, np.take_along_axis(tokens, positions, 1), -1).astype(np.int32)

@@ -1,11 +1,11 @@
-"""A prompt step against a fine-tuning step at equal shapes, batch, dropout and chunks: time, operations, memory.
+"""A prompt step, compared with a fine-tuning step of equal shapes, batch, dropout and chunks: time, operations, memory.
 
   python benchmarks/prompt_step.py
   python benchmarks/prompt_step.py --shapes roberta-large --queries 64 --group 4 --dtype bfloat16   (an accelerator)
 
-Weights are random and seeded. The two steps take turns in one process, so that a busy machine slows both; ratios are of
-medians. Operations are counted by hand (models/flops.py: 4N against 6N a token, and attention), with the second forward
-pass that chunks bring; memory is the compiler's figure for temporaries and arguments.
+Weights are random and seeded. Both steps take turns in one process, so that a busy machine slows both; ratios are of
+medians. Operations are those of models/flops.py (4N or 6N a token, and attention), with the second forward pass of the
+gradient cache. Memory is the compiler's figure for temporaries and arguments.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.runtime.mesh import make_mesh, put_batch, replicated
-from dptdr_jax.training.contrastive import chunk_count, make_train_step
+from dptdr_jax.training.chunks import chunk_count
+from dptdr_jax.training.contrastive import make_train_step
+from dptdr_jax.training.encoders import BiEncoder
 from dptdr_jax.training.optimizer import make_optimizer, make_schedule
 from dptdr_jax.training.state import init_state
-from dptdr_jax.training.towers import TowerModel
 
 SHAPES = {
   "minilm": EncoderConfig("bert", 30522, 384, 6, 12, 1536, 512),
@@ -70,7 +71,7 @@ def make_batch(config: EncoderConfig, args: argparse.Namespace) -> dict[str, np.
 def prepare(config: EncoderConfig, spec: PromptSpec, args: argparse.Namespace):
   """The compiled step, and a function that runs it once and returns seconds."""
   mesh = make_mesh()
-  model = TowerModel(config, spec, args.pooling, compute_dtype=jnp.dtype(args.dtype), remat=args.remat)
+  model = BiEncoder(config, spec, args.pooling, compute_dtype=jnp.dtype(args.dtype), remat=args.remat)
   optimizer = make_optimizer(make_schedule(1e-3, 1000))
   step = make_train_step(
     model, optimizer, seed=0, query_chunk=args.query_chunk, passage_chunk=args.passage_chunk,

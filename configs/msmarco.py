@@ -14,7 +14,7 @@ def get_config():
   """RIP, stage 1 on BM25 negatives, UNM, stage 2 from fresh prompts."""
   c = base.get_config()
   c.backbone.path = "roberta-large"
-  c.data.source = "msmarco"
+  c.data.format = "msmarco"
   c.data.title_augmented = True
   c.text.separator = "</s>"
   c.pretrain.enabled = True  # RIP on the MS MARCO passages, at the defaults, which are coCondenser's
@@ -38,5 +38,4 @@ def get_config():
   # products, and any other share of them depends on where they have their zero
   c.evaluate.splits = ("dev",)
   c.evaluate.graded_splits = ("dl19", "dl20")
-  c.evaluate.msmarco_format = True
   return c

@@ -12,7 +12,7 @@ def get_config():
   """RIP, stage 1 on the BM25 negatives of DPR's files, UNM, stage 2 from fresh prompts."""
   c = base.get_config()
   c.backbone.path = "roberta-large"
-  c.data.source = "nq"
+  c.data.format = "nq"
   c.text.separator = "</s>"
   c.pretrain.enabled = True  # RIP on the Wikipedia passages, at the defaults, which are coCondenser's
   c.pretrain.chunk = 32  # with the next line it fits 16 GB of memory

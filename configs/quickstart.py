@@ -1,5 +1,6 @@
 """From nothing to a measured retriever on a laptop: search in the docstrings of the Python packages installed here.
 
+python launch/docstrings.py --out=runs/docstrings
 python -m dptdr_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 With --config.pretrain.enabled=True a short pretraining on the docstrings comes first: some minutes more.
@@ -12,12 +13,7 @@ def get_config():
   """MiniLM out of an installed package, 384 wide, 6 layers, by the recipe of beir.py; about ten minutes on 2 cores."""
   c = beir.get_config()
   c.backbone.sha256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-  c.data.source = "docstrings"
-  c.data.packages = (
-    "stdlib", "numpy", "scipy", "jax", "flax", "optax", "orbax", "matplotlib", "absl", "ml_collections"
-  )  # fmt: skip
-  c.data.test_modules = ("numpy", "optax", "flax")
-  c.data.dev_modules = ("scipy.signal", "orbax")
+  c.data.dir = "runs/docstrings"
   c.text.passage_length = 96
   c.pretrain.spans = 128
   c.pretrain.overlap = False  # docstrings are short: most would be the same span twice

@@ -1,37 +1,41 @@
 """`python -m dptdr_jax.ablate --config=configs/NAME.py --workdir=DIR --arms=plain,rip,unm,dptdr`: runs compared.
 
-An arm is a run with some fields changed; stages that arms have in common, with whatever run is in DIR/runs already, are
-done once. DIR/ablation.{json,md,html} has the measures over all seeds with 95 % intervals, the paired difference of
-every arm from the first with a randomisation test, and quality against trained parameters; an arm with a cross-encoder
-(cross.enabled=True) stands there twice, before and after reranking. Started again, it goes on. An arm whose loss is no
-longer finite is left out, and told at the end; the baselines that it was to measure go to another one, and without the
-first arm there are no differences. It runs as one process. Other pairs, other measures: `python -m dptdr_jax.compare`.
+An arm is a run with some settings changed. All runs share the store DIR/store, so that what they have in common is made
+once. DIR/ablation.{json,md,html} has the measures over all seeds with 95 % intervals, the paired difference of each arm
+from the first with a randomisation test, and quality against trained parameters; an arm with a cross-encoder has two
+rows, before and after reranking. Started again, it resumes. An arm whose loss is not finite is left out, and named at
+the end. It runs as one process. Other pairs, other measures: `python -m dptdr_jax.compare`.
 
 Arms by name: plain (prompts alone, one round), rip, unm, dptdr (both), finetune, finetune-unm, finetune-dptdr (all
 weights, the same steps, at a rate of 3e-5, whatever train.learning_rate is); unm-bm25, unm-dense (one source alone),
 unm-raw (no denoising, of round 1's BM25 negatives neither). Any other: --arm="P8: prompt.length=8" --arm="16 negatives:
-train.passages=17, train.queries=16"; what it does not say is as in the config.
+train.passages=17, train.queries=16"; other settings are as in the config.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import itertools
 import pathlib
-import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dptdr_jax import pipeline
-from dptdr_jax.core import commands, files, manifest, preemption, progress, remote
-from dptdr_jax.core.errors import DptdrError, InputError, PassingError
-from dptdr_jax.stages import common, comparison, evaluate, order, prepare, sources, systems
+from dptdr_jax.core import commands, files, marks, preemption, progress, remote
+from dptdr_jax.core.errors import DptdrError, InputError, RetryableError
+from dptdr_jax.core.store import Store
+from dptdr_jax.pipeline import evaluate, rules, run, sources, systems
+from dptdr_jax.pipeline.graph import Graph, mines_first
+from dptdr_jax.reporting import comparison
+from dptdr_jax.settings import Settings
 
+_BASELINES = {"bm25": "BM25", "backbone": "untuned backbone", "pretrain": "pretrained backbone"}
+_RERANKED = ", reranked"
 _PLAIN = {"pretrain.enabled": False, "rounds": 1, "train.refresh_every": 0}
-_TUNED = {"prompt.kind": "none", "train.learning_rate": 3e-5}
+_TUNED = {"prompt.kind": "none", "prompt.tied": True, "train.learning_rate": 3e-5}
 ARMS: dict[str, dict] = {
   "plain": _PLAIN,
   "rip": _PLAIN | {"pretrain.enabled": True},
@@ -43,31 +47,35 @@ ARMS: dict[str, dict] = {
   "unm-bm25": {"pretrain.enabled": False, "rounds": 2, "mine.sources": ("bm25",)},
   "unm-dense": {"pretrain.enabled": False, "rounds": 2, "mine.sources": ("dense",)},
   "unm-raw": {
-    "pretrain.enabled": False, "rounds": 2, "mine.same_text": False, "mine.near_duplicate": 0.0,
-    "mine.bm25.relative_margin": 0.0, "mine.bm25.absolute_margin": 0.0,
-    "mine.dense.relative_margin": 0.0, "mine.dense.absolute_margin": 0.0,
-    "mine.outside.relative_margin": 0.0, "mine.outside.absolute_margin": 0.0,
-    "mine.cross_encoder": False, "mine.pseudo_positives": False,
+    "pretrain.enabled": False, "rounds": 2, "mine.same_text": False, "mine.bm25.relative_margin": 0.0,
+    "mine.dense.relative_margin": 0.0, "mine.runs_relative_margin": 0.0, "mine.cross_encoder": False,
+    "mine.pseudo_positives": False,
   },
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """One run: an arm with a seed."""
+
+  arm: str
+  seed: int
+  settings: Settings
+  workdir: pathlib.Path
 
 
 def main(_: list[str]) -> int:
   """Runs what is not yet done, then compares; exit status as of `dptdr_jax.main`."""
   preemption.install()
   given = flags.FLAGS
-  try:
+
+  def work() -> None:
     if remote.is_remote(given.workdir):
       raise InputError("an ablation works on local files", path=given.workdir, fix="Name a local --workdir")
     arms, seeds = chosen(given.arms, given.arm), seeds_of(given.seeds)
-    ablate(given.config, pathlib.Path(given.workdir), arms, seeds, given.one_seed, given.measure)
-  except preemption.Preempted as stop:
-    sys.stderr.write(f"stopped by SIGTERM: {stop}; the same command goes on from there\n")
-    return preemption.EXIT_STATUS
-  except DptdrError as error:
-    sys.stderr.write(f"error: {error}\n")
-    return 1 if isinstance(error, PassingError) else 2
-  return 0
+    ablate(given.config, pathlib.Path(given.workdir).expanduser(), arms, seeds, given.one_seed, given.measure)
+
+  return commands.status_of(work)
 
 
 def seeds_of(texts: list[str]) -> list[int]:
@@ -77,51 +85,52 @@ def seeds_of(texts: list[str]) -> list[int]:
     InputError: none, one that is no whole number, or one that is there twice.
   """
   try:
-    found = [int(text) for text in texts]
+    seeds = [int(text) for text in texts]
   except ValueError:
-    found = []
-  if not found or len(set(found)) < len(found):
+    seeds = []
+  if not seeds or len(set(seeds)) < len(seeds):
     raise InputError("seeds are whole numbers, no two of them the same", value=texts, fix="Name some: --seeds=0,1,2")
-  return found
+  return seeds
 
 
 def chosen(names: list[str], own: list[str]) -> dict[str, dict]:
-  """Arms by name, with their changed fields.
+  """Arms by name, with their changed settings.
 
   Raises:
-    InputError: an unknown name, one that is there twice, or fields that cannot be read.
+    InputError: an unknown name, one that is there twice, or settings that cannot be read.
   """
   if unknown := [name for name in names if name not in ARMS]:
-    raise InputError("no such arm", value=unknown, fix=f"Known: {', '.join(ARMS)}; or --arm='NAME: field=value'")
+    raise InputError("no such arm", value=unknown, fix=f"Known: {', '.join(ARMS)}; or --arm='NAME: setting=value'")
   if len(set(names)) < len(names):
     raise InputError("an arm is named twice", value=names)
-  found = {name: ARMS[name] for name in names}
+  arms = {name: ARMS[name] for name in names}
   for text in own:
     name, colon, fields = text.partition(":")
-    if not colon or name.strip() in found:
-      raise InputError("an arm is 'NAME: field=value, …', with a name of its own", value=text)
-    if name.strip() in comparison.BASELINES.values() or name.strip().endswith(comparison.RERANKED):
-      raise InputError("the table has a row of this name", value=name.strip(), fix="Give the arm another one")
-    found[name.strip()] = _fields(fields, text)
-    if "seed" in found[name.strip()]:
-      raise InputError("an arm has the seeds of --seeds", value=text)
-  if not found:
+    name = name.strip()
+    if not colon or name in arms:
+      raise InputError("an arm is 'NAME: setting=value, …', with a name of its own", value=text)
+    if name in _BASELINES.values() or name.endswith(_RERANKED):
+      raise InputError("the table has a row of this name", value=name, fix="Give the arm another one")
+    arms[name] = _fields(fields, text)
+    if "seed" in arms[name]:
+      raise InputError("the seeds of an arm are those of --seeds", value=text)
+  if not arms:
     raise InputError("no arms", fix="Name some: --arms=plain,rip,unm,dptdr")
-  return found
+  return arms
 
 
 def _fields(text: str, whole: str) -> dict:
   """'a.b=1, c=(1, 2)' → {'a.b': 1, 'c': (1, 2)}; what is no literal is a string."""
-  found, rest = {}, text.strip()
-  for part in _split(rest):
-    field, equals, value = part.partition("=")
+  fields = {}
+  for part in _split(text.strip()):
+    name, equals, value = part.partition("=")
     if not equals:
-      raise InputError("an arm's fields are field=value", value=whole)
+      raise InputError("an arm's settings are setting=value", value=whole)
     try:
-      found[field.strip()] = ast.literal_eval(value.strip())
+      fields[name.strip()] = ast.literal_eval(value.strip())
     except (ValueError, SyntaxError):
-      found[field.strip()] = value.strip()
-  return found
+      fields[name.strip()] = value.strip()
+  return fields
 
 
 def _split(text: str) -> list[str]:
@@ -136,33 +145,70 @@ def _split(text: str) -> list[str]:
   return [part for part in parts if part.strip()]
 
 
-def configured(config: ConfigDict, fields: dict, seed: int) -> ConfigDict:
-  """The config of one run of an arm.
+def configured(base: Settings, fields: Mapping, seed: int) -> Settings:
+  """The settings of one run of an arm; what the config asks for and the arm has no use for is left out.
 
   Raises:
-    InputError: a field that the config does not have, or a value of another type.
+    InputError: a setting that does not exist, or a value that it cannot have.
   """
-  changed = config.copy_and_resolve_references()
-  changed.lock()  # an unknown field is an error
-  for field, value in fields.items():
-    try:
-      changed.update_from_flattened_dict({field: value})
-    except (KeyError, TypeError) as error:
-      told = str(error.args[0]).splitlines()[-1].strip()  # 'Did you mean …', or what type is wanted
-      raise InputError(f"an arm's field cannot be set ({told})", value=f"{field}={value}") from None
+  changed = base.replace(**fields, seed=seed)
+  further: dict = {}
   if not changed.pretrain.enabled and "pretrain.tokenizer" not in fields:
-    changed.pretrain.tokenizer = "backbone"  # the arm is of the backbone that is named
+    further["pretrain.tokenizer"] = "backbone"
   if not sources.mines_with_retriever(changed):  # nothing is mined that these could denoise
-    for name in ("cross_encoder", "pseudo_positives"):
-      changed.mine[name] &= f"mine.{name}" in fields  # what the arm itself says is checked
-    changed.mine.runs = changed.mine.runs if common.mines_first(changed) else ()
-  sources.check_names(changed.mine.retrievers)
-  there, asked = sources.retrievers(changed), changed.mine.retrievers
-  changed.mine.retrievers = tuple(name for name in asked if name in there)
-  if changed.train.simans_source in set(asked) - set(changed.mine.retrievers):
-    changed.train.simans_source = sources.DENSE  # nothing that is there has its scores, so that all is drawn at random
-  changed.seed = seed
-  return changed
+    further |= {f"mine.{name}": False for name in ("cross_encoder", "pseudo_positives") if f"mine.{name}" not in fields}
+    further |= {} if mines_first(changed) else {"mine.runs": ()}
+  known, asked = sources.known_retrievers(changed), changed.mine.retrievers
+  if all(map(sources.is_retriever, asked)):
+    kept = tuple(name for name in asked if name in known)
+    further["mine.retrievers"] = kept
+    if changed.train.simans_source in set(asked) - set(kept):
+      further["train.simans_source"] = sources.DENSE
+  return changed.replace(**further)
+
+
+def ablate(
+  config: ConfigDict, workdir: pathlib.Path, arms: dict[str, dict], seeds: list[int], one_seed: list[str], measure: str
+) -> None:
+  """Runs every arm with every seed, and writes the comparison after each run.
+
+  Raises:
+    InputError: whatever can be known to fail before any work, in any arm; `workdir` holds something else.
+  """
+  base = Settings.of(config)
+  if unknown := [name for name in one_seed if name not in arms]:
+    raise InputError("--one_seed names no arm of this ablation", value=unknown, fix=f"Arms: {', '.join(arms)}")
+  planned = []
+  for seed, (name, fields) in itertools.product(seeds, arms.items()):
+    if seed == seeds[0] or name not in one_seed:
+      with _of_arm(name):
+        directory = workdir / "runs" / f"{_safe(name)}-{seed}"
+        planned.append(Planned(name, seed, configured(base, fields, seed), directory))
+  if len({one.workdir for one in planned}) < len(planned):
+    raise InputError("two arms have names that are the same but for signs", value=list(arms))
+  named = {split: _measure_on(base, split, measure) for split in base.evaluate.splits}
+  for one in planned:
+    with _of_arm(one.arm):
+      _check(one.settings, base, named, measure, arms)
+  marks.claim(workdir, "dptdr_jax ablation")
+  done: list[tuple[Planned, Graph]] = []
+  failed: list[str] = []
+  for number, one in enumerate(planned, 1):
+    progress.say(f"{one.arm}, seed {one.seed} ({number} of {len(planned)})")
+    try:
+      graph = run.run(ConfigDict(one.settings.model_dump()), one.workdir, store=workdir / "store")
+    except (InputError, RetryableError):
+      raise
+    except DptdrError as error:  # a loss that is not finite, say: no reason for the other arms to wait
+      failed.append(f"{one.arm}, seed {one.seed} failed: {error}")
+      progress.say(f"  failed: {error}")
+      continue
+    done.append((one, graph))
+    _write(workdir, done, named, arms)
+  if done:
+    progress.say((workdir / "ablation.md").read_text(encoding="utf-8"))
+  if failed:
+    raise DptdrError("; ".join(failed))
 
 
 @contextlib.contextmanager
@@ -174,111 +220,64 @@ def _of_arm(name: str) -> Iterator[None]:
     raise InputError(f"arm {name}: {error}") from error
 
 
-def _baselines_once(
-  configs: Sequence[ConfigDict], directories: Sequence[pathlib.Path], failed: Collection[int] = ()
-) -> list[ConfigDict]:
-  """The configs with BM25 and saved retrievers left to the first run that asks for them, and the untuned backbone to
-  the first that shows it before and after pretraining; none is left to a run that has failed.
-
-  What a run has measured stays with it: an arm that is added, or named before it, makes nothing anew.
-  """
-  made = [config.copy_and_resolve_references() for config in configs]
-  have = [_measured_baselines(directory) for directory in directories]
-  for baseline in ("bm25", "retrievers", "backbone"):
-    able = [run for run, config in enumerate(configs) if run not in failed and config.evaluate[baseline]]
-    if baseline == "backbone":
-      able = [run for run in able if configs[run].pretrain.enabled] or able
-    shown = next((run for run in able if baseline in have[run]), able[0] if able else None)
-    for run, config in enumerate(made):
-      if run != shown and baseline not in have[run]:
-        config.evaluate[baseline] = () if baseline == "retrievers" else False
-  return made
+def _measure_on(settings: Settings, split: str, measure: str) -> str:
+  if measure not in (known := settings.evaluate.measures):
+    raise InputError("--measure is not in evaluate.measures", value=measure, fix=f"There are {', '.join(known)}")
+  return evaluate.name_on(measure, split in settings.evaluate.graded_splits)
 
 
-def _measured_baselines(directory: pathlib.Path) -> set[str]:
-  """Those of 'bm25', 'backbone' and 'retrievers' that a run's finished evaluation has."""
-  encoded, made = (manifest.read(directory / stage / manifest.NAME) for stage in ("encode", "evaluate"))
-  found = {name for name in ("bm25", "backbone") if made and made["made_from"]["config"]["evaluate"][name]}
-  return found | ({"retrievers"} if made and encoded and encoded["made_from"]["files"].get("retrievers") else set())
-
-
-def ablate(
-  config: ConfigDict, workdir: pathlib.Path, arms: dict[str, dict], seeds: list[int], one_seed: list[str], measure: str
-) -> None:
-  """Runs every arm with every seed and writes the comparison, anew after each run.
-
-  Raises:
-    InputError: whatever can be known to fail before any work is done, in any arm.
-  """
-  if unknown := [name for name in one_seed if name not in arms]:
-    raise InputError("one_seed names arms of this ablation", value=unknown, fix=f"Arms: {', '.join(arms)}")
-  planned = []
-  for seed, (name, fields) in itertools.product(seeds, arms.items()):
-    if seed == seeds[0] or name not in one_seed:
-      with _of_arm(name):
-        planned.append((name, seed, configured(config, fields, seed)))
-  runs = workdir / "runs"
-  directories = [runs / f"{_safe(name)}-{seed}" for name, seed, _ in planned]
-  asked = [changed for _, _, changed in planned]
-  configs = _baselines_once(asked, directories)
-  if len(set(directories)) < len(directories):
-    raise InputError("two arms have names that are the same but for signs", value=list(arms))
-  named = {str(split): evaluate.name_on(config, str(split), measure) for split in config.evaluate.splits}
-  for (name, _, changed), directory in zip(planned, directories, strict=True):
-    with _of_arm(name):
-      if changed.evaluate.measures != config.evaluate.measures:
-        raise InputError("arms are compared by the measures of the config", value=changed.evaluate.measures)
-      _check(changed, directory, measure, named, arms)
-  done: dict[int, comparison.Done] = {}
-  failed: dict[int, DptdrError] = {}
-  waiting = list(range(len(planned)))
-  while waiting:
-    run = waiting.pop(0)
-    (name, seed, _), changed, directory = planned[run], configs[run], directories[run]
-    again = ", again with baselines of one that failed" if run in done else ""
-    progress.say(f"{name}, seed {seed} ({run + 1} of {len(planned)}{again})")
-    others = [other for other in sorted({*directories, *runs.glob("*")}) if other != directory]
-    if linked := pipeline.share(changed, directory, others):
-      progress.say(f"  shared with other arms: {', '.join(linked)}")
-    try:
-      pipeline.run(changed, directory)
-    except (InputError, PassingError):
-      raise
-    except DptdrError as error:  # a loss that is not finite, say: no reason for the others to wait
-      failed[run] = error
-      if done.pop(run, None) and done:
-        comparison.write(workdir, list(done.values()), named, arms)
-      progress.say(f"  failed: {error}")
-      before, configs = configs, _baselines_once(asked, directories, failed)
-      waiting = sorted({*waiting, *(other for other in done if configs[other] != before[other])})
-      continue
-    done[run] = comparison.Done(name, seed, changed.rounds, directory)
-    comparison.write(workdir, list(done.values()), named, arms)
-  if done:
-    progress.say(files.open_text(workdir / "ablation.md").read())
-  if failed:
-    told = [f"{planned[run][0]}, seed {planned[run][1]} failed: {error}" for run, error in failed.items()]
-    raise DptdrError("; ".join(told))
-
-
-def _check(
-  config: ConfigDict, directory: pathlib.Path, measure: str, named: dict[str, str], arms: dict[str, dict]
-) -> None:
+def _check(settings: Settings, base: Settings, named: dict[str, str], measure: str, arms: dict[str, dict]) -> None:
   """Raises InputError for what can be known to fail in an arm, or cannot be compared."""
-  order.check(config)
-  if not common.has_queries(config):
-    raise InputError("arms are compared by queries, and this data has none", value=config.data.source)
-  if clash := [name for name in systems.saved(config) if name in arms]:
+  if settings.evaluate.measures != base.evaluate.measures:
+    raise InputError("arms are compared by the measures of the config", value=settings.evaluate.measures)
+  rules.check(settings)
+  if settings.data.format == "text":
+    raise InputError("arms are compared by queries, and this data has none", value=settings.data.format)
+  if clash := [one.name for one in systems.systems(settings) if one.kind == "saved" and one.name in arms]:
     raise InputError("an arm and one of evaluate.retrievers have one name", value=clash)
-  if not config.rounds:
+  if not settings.rounds:
     raise InputError("arms are compared by the retrievers that they train, and rounds is 0")
-  prepare.outside_files(config)
   for split, name in named.items():
-    if split not in config.evaluate.splits or evaluate.name_on(config, split, measure) != name:
+    if split not in settings.evaluate.splits or _measure_on(settings, split, measure) != name:
       raise InputError(f"the comparison is by {name} on {split}, which the arm does not measure")
-  if manifest.read(directory / "evaluate" / manifest.NAME) is None:  # what is done needs none of these devices
-    for stage in order.stages(config):
-      stage.fits(config)
+  stages = {"cross"} if settings.cross.enabled else set()
+  rules.check_devices(settings, {"train", *stages, *({"pretrain"} if settings.pretrain.enabled else ())})
+
+
+def _write(
+  workdir: pathlib.Path, done: list[tuple[Planned, Graph]], named: dict[str, str], arms: dict[str, dict]
+) -> None:
+  """Writes ablation.json, ablation.md and ablation.html of the runs so far."""
+  store, reference = Store(workdir / "store"), next(iter(arms))
+  compared = {}
+  for split, measure in named.items():
+    baselines, by_arm = _values(store, done, split)
+    ordered = {name: by_arm[name] for arm in arms for name in (arm, f"{arm}{_RERANKED}") if name in by_arm}
+    compared[split] = comparison.compare(baselines, ordered, measure, reference)
+  there = any(one.arm == reference for one, _ in done)
+  files.write_json(workdir / "ablation.json", {**compared, "arms": arms, "reference": reference if there else None})
+  for name, text in (("md", comparison.markdown), ("html", comparison.html)):
+    with files.atomic_path(workdir / f"ablation.{name}") as partial:
+      partial.write_text(text(compared, named, reference), encoding="utf-8")
+
+
+def _values(store: Store, done: list[tuple[Planned, Graph]], split: str) -> tuple[dict, dict[str, comparison.Arm]]:
+  """Measures of every query: of the baselines, and of the arms by seed."""
+  baselines: dict[str, dict] = {}
+  arms: dict[str, tuple[dict, int, list[str]]] = {}
+  for one, graph in done:
+    summary = files.read_json(store.path(graph.report) / "summary.json")
+    for system in systems.systems(one.settings):
+      rows = {"trained": one.arm, "reranked": f"{one.arm}{_RERANKED}"}
+      if system.kind == "trained" and system.number < one.settings.rounds:
+        continue
+      ids, values = evaluate.measured(store.path(graph.measured[system.name][split]))
+      if system.kind not in rows:
+        baselines.setdefault(_BASELINES.get(system.name, system.label), values)
+        continue
+      count = summary["trained_parameters"] + (summary["cross_parameters"] if system.kind == "reranked" else 0)
+      arms.setdefault(rows[system.kind], ({}, count, ids))[0][one.seed] = values
+  return baselines, {name: comparison.Arm(*parts) for name, parts in arms.items()}
 
 
 def _safe(name: str) -> str:
@@ -288,10 +287,10 @@ def _safe(name: str) -> str:
 
 def define() -> None:
   """Defines the flags: not on import, where two commands in one process would clash."""
-  config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field of all arms.")
+  config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a setting of all arms.")
   flags.DEFINE_string("workdir", None, "Directory of all runs and of the comparison.")
-  flags.DEFINE_list("arms", [], "Names of arms, the first one is what the others are compared with.")
-  flags.DEFINE_multi_string("arm", [], "An arm of your own: 'NAME: field=value, field=value'.")
+  flags.DEFINE_list("arms", [], "Names of arms; the others are compared with the first.")
+  flags.DEFINE_multi_string("arm", [], "An arm of your own: 'NAME: setting=value, setting=value'.")
   flags.DEFINE_list("seeds", ["0"], "Seeds of each arm.")
   flags.DEFINE_list("one_seed", [], "Arms that run with the first seed alone.")
   flags.DEFINE_string("measure", "RR@10", "What the tests and the plot are about.")

@@ -5,25 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import math
 import os
 import pathlib
 import re
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dptdr_jax.core import files, remote
+from dptdr_jax.core import files, marks, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.models import convert, mlm
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.runtime import mesh as meshes
 from dptdr_jax.runtime.shardings import by_rules
+
+T = TypeVar("T")
 
 BESIDE = "./backbone"  # the path of a backbone that is stored within its retriever's directory
 _TOKENIZER_FILES = (
@@ -47,7 +50,8 @@ class Backbone:
     config: its architecture.
     params: its weights, in compute_dtype.
     tokenizer: or None, where its directory has none (token ids alone can then be encoded).
-    hash: over its tensors' names, dtypes, shapes and bytes.
+    hash: over its architecture and its tensors: what vectors depend on (format 2).
+    tensor_hash: over its tensors' names, dtypes, shapes and bytes alone, as format 1 named it.
     compute_dtype: of matrix products, 'float32' or 'bfloat16'.
     mesh: the devices that encode.
     source: the directory that holds these weights; None: they are nowhere yet.
@@ -58,6 +62,7 @@ class Backbone:
   params: Any = dataclasses.field(repr=False)
   tokenizer: Tokenizer | None = dataclasses.field(repr=False)
   hash: str
+  tensor_hash: str
   compute_dtype: str
   mesh: jax.sharding.Mesh = dataclasses.field(repr=False)
   source: pathlib.Path | None = None
@@ -92,7 +97,8 @@ class Backbone:
     With `on_host` its weights stay there, for whoever puts them elsewhere.
     """
     dtype = resolve_dtype(compute_dtype)
-    config = EncoderConfig.from_file(directory / "config.json")
+    config, of_encoder = EncoderConfig.from_file(directory / "config.json"), encoder_tensors(tensors)
+    check_finite(of_encoder, directory)
     params = convert.from_huggingface(tensors, config, dtype=jnp.dtype(dtype), source=directory)
     home = tokenizer_home(directory)
     tokenizer = Tokenizer(home) if home else None
@@ -100,7 +106,7 @@ class Backbone:
       tokenizer.check_model(config.vocab_size, directory)
     mesh = meshes.make_mesh(fsdp=math.gcd(fsdp, jax.local_device_count()), devices=jax.local_devices())
     params = params if on_host else jax.device_put(params, by_rules(params, mesh))
-    return cls(path, config, params, tokenizer, hash_tensors(encoder_tensors(tensors)), dtype, mesh, directory)
+    return cls(path, config, params, tokenizer, *hashes_of(config, of_encoder), dtype, mesh, directory)
 
   def with_params(self, params: Any) -> Backbone:
     """A backbone of the same shape with other weights (tuned ones, say), which are stored with whatever uses it."""
@@ -108,8 +114,12 @@ class Backbone:
     params = convert.from_huggingface(convert.to_huggingface(params, self.config), self.config, dtype=dtype)
     tensors = convert.to_huggingface(params, self.config)  # of the weights as they compute and are stored
     placed = jax.device_put(params, by_rules(params, self.mesh))
-    tuned_hash = hash_tensors(encoder_tensors(tensors))
-    return dataclasses.replace(self, path=BESIDE, params=placed, hash=tuned_hash, source=None)
+    both, alone = hashes_of(self.config, encoder_tensors(tensors))
+    return dataclasses.replace(self, path=BESIDE, params=placed, hash=both, tensor_hash=alone, source=None)
+
+  def is_named(self, named: Mapping[str, str]) -> bool:
+    """Whether a file names this backbone (see `name`); format 1 knew its tensors alone."""
+    return named["hash"] == (self.hash if named.get("hash_format", 1) > 1 else self.tensor_hash)
 
   @property
   def num_parameters(self) -> int:
@@ -155,11 +165,16 @@ def files_of(directory: pathlib.Path) -> list[pathlib.Path]:
   return sorted(found)
 
 
+def tokenizer_files(home: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a tokenizer, sorted."""
+  return sorted(home / name for name in _TOKENIZER_FILES if (home / name).is_file())
+
+
 def name(backbone: Backbone, directory: files.Path) -> dict[str, str]:
   """How a file in `directory` names a backbone; a local one also as seen from there, so that both can be moved."""
   local = backbone.path != BESIDE and pathlib.Path(backbone.path).is_dir() and not remote.is_remote(directory)
   seen = {"relative_path": os.path.relpath(backbone.path, directory)} if local else {}
-  return {"path": backbone.path, "hash": backbone.hash, **seen}
+  return {"path": backbone.path, "hash": backbone.hash, "hash_format": 2, **seen}
 
 
 def write_beside(backbone: Backbone, directory: pathlib.Path) -> None:
@@ -175,6 +190,26 @@ def write_beside(backbone: Backbone, directory: pathlib.Path) -> None:
   (directory / "backbone").mkdir()
   for path in files_of(backbone.source):
     shutil.copyfile(path, directory / "backbone" / path.relative_to(backbone.source))
+
+
+def is_saved(directory: pathlib.Path, *names: str) -> bool:
+  """Whether a directory holds the first of these files, and nothing but them and a backbone."""
+  inside = {path.name for path in directory.iterdir()}
+  return names[0] in inside and inside <= {*names, "backbone", marks.NAME}
+
+
+def settings_of(kind: type[T], about: Mapping[str, Any], source: files.Path) -> T:
+  """A dataclass of settings from the entries of a JSON file; all of its fields have defaults.
+
+  Raises:
+    InputError: an entry is missing or not of its default's type.
+  """
+  values = {}
+  for field in dataclasses.fields(kind):
+    values[field.name] = value = about.get(field.name)
+    if type(value) not in (type(field.default), *((int,) if isinstance(field.default, float) else ())):
+      raise InputError(f"{field.name} must be of the kind of {field.default!r}", path=source, value=value)
+  return kind(**values)
 
 
 def load_named(
@@ -197,7 +232,7 @@ def load_named(
     backbone = Backbone.load(find_named(source.parent, named), **options)
     if named["path"] == BESIDE:
       backbone = dataclasses.replace(backbone, path=BESIDE)
-  if backbone.hash != named["hash"]:
+  if not backbone.is_named(named):
     raise InputError(
       f"the prompts were trained on another backbone: {named['path']} with hash {named['hash'][:12]}…, not "
       f"{backbone.path} with hash {backbone.hash[:12]}…",
@@ -238,6 +273,20 @@ def encoder_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return kept
 
 
+def hashes_of(config: EncoderConfig, tensors: Mapping[str, np.ndarray]) -> tuple[str, str]:
+  """The hash of an encoder, and that of its tensors alone, which give other vectors with another activation."""
+  alone = hash_tensors(tensors)
+  described = json.dumps([config.identity(), alone], sort_keys=True)
+  return hashlib.sha256(described.encode()).hexdigest(), alone
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], source: files.Path) -> None:
+  """Raises InputError, naming `source`, where a tensor has NaN or infinity in it."""
+  for name, tensor in tensors.items():
+    if jnp.issubdtype(tensor.dtype, jnp.floating) and not np.isfinite(tensor).all():  # jnp's knows bfloat16
+      raise InputError("weights that are not finite numbers", path=source, value=name)
+
+
 def hash_tensors(tensors: Mapping[str, np.ndarray], salt: str = "") -> str:
   """SHA-256 over sorted tensor names, dtypes, shapes and bytes."""
   digest = hashlib.sha256(salt.encode())
@@ -264,7 +313,7 @@ def export(
   for name in _TOKENIZER_FILES if tokenizer and tokenizer.directory != directory else ():
     if (tokenizer.directory / name).is_file():
       (directory / name).write_bytes((tokenizer.directory / name).read_bytes())
-  return hash_tensors(encoder_tensors(tensors))
+  return hashes_of(config, encoder_tensors(tensors))[0]
 
 
 def resolve_dtype(name: str) -> str:

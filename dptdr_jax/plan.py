@@ -19,17 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from dptdr_jax.core import commands, progress
 from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.settings import Settings
 
 GIB = 2**30
 _COLUMNS = [
   "topology", "step", "memory a chip, GiB (arguments, temporaries)", "TFLOP a chip", "between chips, MiB", "s a step",
   "steps", "hours",
 ]  # fmt: skip
-_FEW = 8  # collectives that are told one by one
+_FEW = 8  # so many collectives are printed one by one
 _SIZES = {"msmarco": (8_841_823, 502_939), "nq": (21_015_324, 58_880)}  # passages, training queries
 
 
@@ -101,7 +102,7 @@ class Step:
   """A step that can be compiled: `lower()` for a config; the field that cuts it smaller, with its largest value."""
 
   name: str
-  lower: Callable[[ConfigDict], tuple[Any, Any]]  # → (traced, lowered)
+  lower: Callable[[Settings], tuple[Any, Any]]  # → (traced, lowered)
   chunk: str
   rows: int  # a chip's share of the batch
   repeats: float  # how often it runs, over all rounds and systems; 0: nothing says so
@@ -110,11 +111,11 @@ class Step:
 
 def main(_: list[str]) -> int:
   """Prints the plan; returns the exit status."""
+  given = flags.FLAGS
   try:
-    sizes = flags.FLAGS.passages, flags.FLAGS.queries
-    return plan(
-      flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.steps, sizes=sizes, memory_gib=flags.FLAGS.memory_gib
-    )
+    sizes = given.passages, given.queries
+    options = {"sizes": sizes, "memory_gib": given.memory_gib}
+    return plan(Settings.of(given.config), given.topology, given.steps, **options)
   except DptdrError as error:
     sys.stderr.write(f"error: {error}\n")
   except Exception:  # which Python would end with the status of what does not fit
@@ -123,7 +124,7 @@ def main(_: list[str]) -> int:
 
 
 def plan(
-  config: ConfigDict,
+  settings: Settings,
   topologies: Sequence[str],
   only: Sequence[str] = (),
   *,
@@ -137,17 +138,19 @@ def plan(
     sizes: passages of the corpus and training queries; 0: those of the benchmark that the config is for.
     memory_gib: of a chip; 0: as the topology has it.
   """
+  from dptdr_jax.pipeline import rules
+
   fits, rows = True, []
-  found = [find_devices(topology) for topology in topologies]
-  check(config)
-  for topology, (family, devices) in zip(topologies, found, strict=True):
+  of_topologies = [find_devices(topology) for topology in topologies]
+  rules.check(settings, here=False)
+  for topology, (family, devices) in zip(topologies, of_topologies, strict=True):
     chip = CHIPS.get(family)
     memory = memory_gib * GIB if memory_gib else (chip.memory if chip else math.inf)
-    planned = config.copy_and_resolve_references()
-    if family != "cpu" and planned.compute_dtype == "auto":
-      planned.compute_dtype = "bfloat16"
+    planned = settings
+    if settings.compute_dtype == "auto":
+      planned = settings.replace(compute_dtype="float32" if family == "cpu" else "bfloat16")
     for step in find_steps(planned, devices, only, sizes):
-      progress.say(f"{step.name}: {len(devices)} × {family}, {step.chunk}={_get(planned, step.chunk)}")
+      progress.say(f"{step.name}: {len(devices)} × {family}, {step.chunk}={planned.get(step.chunk)}")
       try:
         figures = measure(step, planned, len(devices))
         enough = figures.memory <= memory
@@ -165,15 +168,6 @@ def plan(
   return 0 if fits else 1
 
 
-def check(config: ConfigDict) -> None:
-  """Raises InputError for what the main job would refuse, but for devices and weights, which need not be here."""
-  from dptdr_jax.stages import common
-
-  here = config.copy_and_resolve_references()
-  here.fsdp, here.backbone.sha256 = 1, ""
-  common.check(here)
-
-
 def find_devices(topology: str) -> tuple[str, list]:
   """The family ('v5e', …, 'cpu') and the devices, of which none need be here."""
   family, _, shape = topology.partition(":")
@@ -182,10 +176,10 @@ def find_devices(topology: str) -> tuple[str, list]:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    found = jax.devices("cpu")
-    if len(found) < int(shape):  # jax is at work already, with as many as there were to be then
-      raise InputError(f"only {len(found)} simulated devices", value=topology, fix="Name the largest cpu:N first")
-    return family, found[: int(shape)]
+    devices = jax.devices("cpu")
+    if len(devices) < int(shape):  # jax has started already, with fewer
+      raise InputError(f"only {len(devices)} simulated devices", value=topology, fix="Name the largest cpu:N first")
+    return family, devices[: int(shape)]
   if family not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
     raise InputError("unknown topology", value=topology, fix=f"Name one of {', '.join(CHIPS)} and a shape: v5e:4x4")
   # Without these libtpu looks for the machine that it believes to be on, and for a lock on chips that nobody uses here.
@@ -194,15 +188,15 @@ def find_devices(topology: str) -> tuple[str, list]:
   from jax.experimental import topologies
 
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **_OPTIONS.get(family, {}))
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **_OPTIONS.get(family, {}))
   except Exception as error:  # of many kinds: no libtpu, a shape that does not exist
     reason = str(error).splitlines()[0]
     raise InputError(f"the TPU compiler cannot be had ({reason})", value=topology,
                      fix="pip install 'dptdr_jax[plan]', and a shape that the platform offers") from error  # fmt: skip
-  return family, list(found.devices)
+  return family, list(described.devices)
 
 
-def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tuple[int, int] = (0, 0)) -> list[Step]:
+def find_steps(settings: Settings, devices: list, only: Sequence[str], sizes: tuple[int, int] = (0, 0)) -> list[Step]:
   """The config's steps, each with the shapes of a full batch.
 
   How often they run leaves out what train.refresh_every encodes meanwhile, and saved retrievers of other shapes
@@ -211,39 +205,33 @@ def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tu
   Raises:
     InputError: no such step, or a batch that the devices cannot share.
   """
+  from dptdr_jax.pipeline import rules, systems
   from dptdr_jax.runtime import mesh as meshes
-  from dptdr_jax.stages import common, shapes, systems
+  from dptdr_jax.training import shapes
 
-  def mesh(fsdp: int):
-    return meshes.make_mesh(fsdp=fsdp, devices=devices)
+  encoder, dtype, count = rules.encoder_of(settings), settings.compute_dtype, len(devices)
 
-  encoder = common.encoder_config(config)
-  passages, queries = (
-    given or usual for given, usual in zip(sizes, _SIZES.get(config.data.source, (0, 0)), strict=True)
-  )
-  train, pretrain, count = config.train, config.pretrain, len(devices)
-  budget = pretrain.tokens / (pretrain.spans * pretrain.span_tokens)  # at least: no span is longer
-  encoded = max(1, config.encode.batch_tokens // config.text.passage_length)
+  def lower(make: Callable) -> Callable[[Settings], tuple[Any, Any]]:
+    return lambda changed: make(changed, encoder, dtype, meshes.make_mesh(fsdp=changed.fsdp, devices=devices))
+
+  usual = _SIZES.get(settings.data.format, (0, 0))
+  passages, queries = (given or known for given, known in zip(sizes, usual, strict=True))
+  train, pretrain = settings.train, settings.pretrain
+  encoded = max(1, settings.encode.batch_tokens // settings.text.passage_length) * count
+  epochs = {"pretrain": passages * 2 / pretrain.spans, "train": queries / train.queries, "encode": passages / encoded}
+  untuned = sum(system.kind == "untuned" for system in systems.systems(settings))
   known = {
-    "pretrain": Step(
-      "pretrain", lambda c: shapes.pretrain(c, encoder, mesh(c.pretrain.fsdp)), "pretrain.chunk",
-      pretrain.spans // count, pretrain.steps or budget or pretrain.epochs * passages * 2 / pretrain.spans,
-      passages * 2 / pretrain.spans,
-    ),
-    "train": Step(
-      "train", lambda c: shapes.train(c, encoder, mesh(c.fsdp)), "train.passage_chunk",
-      math.ceil(train.queries * train.passages / count),
-      config.rounds * (train.steps or train.epochs * queries / train.queries), queries / train.queries,
-    ),
-    "encode": Step(
-      "encode", lambda c: shapes.encode(c, encoder, mesh(c.fsdp)), "encode.batch_tokens",
-      config.encode.batch_tokens, (len(systems.untuned(config)) + config.rounds) * passages / (encoded * count),
-      passages / (encoded * count),
-    ),
+    "pretrain": Step("pretrain", lower(shapes.pretrain), "pretrain.chunk", pretrain.spans // count,
+                     pretrain.steps or pretrain.epochs * epochs["pretrain"], epochs["pretrain"]),
+    "train": Step("train", lower(shapes.train), "train.passage_chunk",
+                  math.ceil(train.queries * train.passages / count),
+                  settings.rounds * (train.steps or train.epochs * epochs["train"]), epochs["train"]),
+    "encode": Step("encode", lower(shapes.encode), "encode.batch_tokens", settings.encode.batch_tokens,
+                   (untuned + settings.rounds) * epochs["encode"], epochs["encode"]),
   }  # fmt: skip
-  if not common.trains(config):
+  if not settings.rounds or settings.data.format == "text":
     del known["train"]
-  if not common.has_queries(config):
+  if settings.data.format == "text":
     del known["encode"]
   wanted = list(only) or [name for name in known if name != "pretrain" or pretrain.enabled]
   if unknown := [name for name in wanted if name not in known]:
@@ -253,7 +241,7 @@ def find_steps(config: ConfigDict, devices: list, only: Sequence[str], sizes: tu
   return [known[name] for name in wanted]
 
 
-def measure(step: Step, config: ConfigDict, chips: int) -> Figures:
+def measure(step: Step, settings: Settings, chips: int) -> Figures:
   """Compiles a step.
 
   Raises:
@@ -263,7 +251,7 @@ def measure(step: Step, config: ConfigDict, chips: int) -> Figures:
 
   from dptdr_jax.runtime import programs
 
-  traced, lowered = step.lower(config)
+  traced, lowered = step.lower(settings)
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -273,10 +261,10 @@ def measure(step: Step, config: ConfigDict, chips: int) -> Figures:
     raise DoesNotFit(f"the compiler needs {needed[1]} of {needed[2]}" if needed else "out of memory") from None
   memory = compiled.memory_analysis()
   program = programs.Program(compiled.as_text())
-  found = tuple((made.kind, made.size, made.times, made.where) for made in program.collectives())
+  collectives = tuple((made.kind, made.size, made.times, made.where) for made in program.collectives())
   return Figures(
     memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    memory.temp_size_in_bytes, programs.operations(traced) / chips, program.traffic(), found,
+    memory.temp_size_in_bytes, programs.operations(traced) / chips, program.traffic(), collectives,
   )  # fmt: skip
 
 
@@ -315,43 +303,42 @@ def _row(topology: str, step: Step, figures: Figures, chip: Chip | None, memory:
   return [*row, f"{low:.3f} – {high:.3f}", f"{step.repeats:,.0f}" if step.repeats else "", hours]
 
 
-def _collectives(found: Sequence[tuple]) -> list[str]:
-  """One line each; where weights are gathered layer by layer, one line a kind."""
-  if len(found) <= _FEW:
-    return [f"  {kind:<17}{size / 2**20:9.2f} MiB × {times}  ({where})" for kind, size, times, where in found]
+def _collectives(made: Sequence[tuple]) -> list[str]:
+  """A line for each; of more than a few, as where weights are gathered layer by layer, a line for each kind."""
+  if len(made) <= _FEW:
+    return [f"  {kind:<17}{size / 2**20:9.2f} MiB × {times}  ({where})" for kind, size, times, where in made]
   lines = []
-  for kind in sorted({kind for kind, *_ in found}):
-    sizes = [(size, times, where) for each, size, times, where in found if each == kind]
+  for kind in sorted({kind for kind, *_ in made}):
+    sizes = [(size, times, where) for each, size, times, where in made if each == kind]
     largest, _, where = max(sizes)
     moved, count = sum(size * times for size, times, _ in sizes), sum(times for _, times, _ in sizes)
     lines.append(f"  {kind:<17}{moved / 2**20:9.2f} MiB in {count}, the largest {largest / 2**20:.2f} MiB ({where})")
   return lines
 
 
-def suggest(step: Step, config: ConfigDict, chips: int, memory: float) -> None:
+def suggest(step: Step, settings: Settings, chips: int, memory: float) -> None:
   """Looks for what fits, and prints it, or what else there is.
 
-  First the largest chunk, by halves; then more that the backward pass computes again (remat): with the config's own
-  chunk where a smaller one would be enough, else with the smallest.
+  First the largest chunk, by halves. Then more remat: with the config's own chunk where a smaller one would be enough,
+  else with the smallest.
   """
-  now = _get(config, step.chunk) or step.rows
+  now = settings.get(step.chunk) or step.rows
   sizes = [size for size in _smaller(step.rows) if size < now]
-  fitting = next((size for size in sizes if _tell_if_fits(step, config, {step.chunk: size}, chips, memory)), None)
+  fitting = next((size for size in sizes if _tell_if_fits(step, settings, {step.chunk: size}, chips, memory)), None)
   chunk = {step.chunk: sizes[-1]} if sizes and fitting is None else {}
-  again = [chunk | {f"{step.name}.remat": remat} for remat in _more_remat(step, config)]
-  if any(_tell_if_fits(step, config, fields, chips, memory) for fields in again) or fitting is not None:
+  again = [chunk | {f"{step.name}.remat": remat} for remat in _more_remat(step, settings)]
+  if any(_tell_if_fits(step, settings, fields, chips, memory) for fields in again) or fitting is not None:
     return
-  others = {"pretrain": "a larger pretrain.fsdp, fewer pretrain.spans",
+  others = {"pretrain": "a larger fsdp, fewer pretrain.spans",
             "train": "a smaller train.query_chunk, shorter texts, a shorter prompt, fsdp",
             "encode": "shorter texts, fsdp"}[step.name]  # fmt: skip
   tried = f"no chunk of {sizes}" + (" and no remat" if again else "")
   progress.say(f"  {tried} fits. What else helps: {others}; more chips; a chip with more memory")
 
 
-def _tell_if_fits(step: Step, config: ConfigDict, fields: Mapping[str, Any], chips: int, memory: float) -> bool:
+def _tell_if_fits(step: Step, settings: Settings, fields: Mapping[str, Any], chips: int, memory: float) -> bool:
   """Compiles the step with some fields changed; where it fits, prints them."""
-  tried = config.copy_and_resolve_references()
-  tried.update_from_flattened_dict(fields)
+  tried = settings.replace(**fields)
   try:
     figures = measure(step, tried, chips)
   except DoesNotFit:
@@ -362,25 +349,20 @@ def _tell_if_fits(step: Step, config: ConfigDict, fields: Mapping[str, Any], chi
   return fits
 
 
-def _more_remat(step: Step, config: ConfigDict) -> list[str]:
-  """What the backward pass of a step could compute again beyond what it does, least first."""
-  from dptdr_jax.stages import common
+def _more_remat(step: Step, settings: Settings) -> list[str]:
+  """The values of remat that compute more again than the step's own, least first."""
+  from dptdr_jax.models.encoder import REMAT
 
-  return list(common.REMAT[common.REMAT.index(config[step.name].remat) + 1 :]) if step.name != "encode" else []
+  return list(REMAT[REMAT.index(settings.get(f"{step.name}.remat")) + 1 :]) if step.name != "encode" else []
 
 
 def _smaller(rows: int) -> list[int]:
   """Divisors of a chip's rows, each about half of the one before, largest first."""
-  found = [rows]
+  sizes = [rows]
   for size in range(rows - 1, 0, -1):
-    if rows % size == 0 and 2 * size <= found[-1]:
-      found.append(size)
-  return found
-
-
-def _get(config: ConfigDict, name: str) -> Any:
-  section, field = name.split(".")
-  return config[section][field]
+    if rows % size == 0 and 2 * size <= sizes[-1]:
+      sizes.append(size)
+  return sizes
 
 
 def define() -> None:
@@ -388,8 +370,8 @@ def define() -> None:
   config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=v overrides a field.")
   flags.DEFINE_list("topology", None, "Chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, …, or cpu:N; several: a table.")
   flags.DEFINE_list("steps", [], "Which of pretrain, train and encode; default: those that the config has.")
-  flags.DEFINE_integer("passages", 0, "Passages of the corpus; 0: those of MS MARCO or NQ by data.source.")
-  flags.DEFINE_integer("queries", 0, "Training queries; 0: those of MS MARCO or NQ by data.source.")
+  flags.DEFINE_integer("passages", 0, "Passages of the corpus; 0: those of MS MARCO or NQ by data.format.")
+  flags.DEFINE_integer("queries", 0, "Training queries; 0: those of MS MARCO or NQ by data.format.")
   flags.DEFINE_float("memory_gib", 0, "Memory of a chip in GiB, where it is not what the topology says.")
 
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
-from dptdr_jax.core import files, remote
+from dptdr_jax.core import files, marks, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import text
-from dptdr_jax.data.pairs import PairFormat, Pairs, TokenLists
+from dptdr_jax.data.pairs import PairFormat, Pairs
+from dptdr_jax.data.ragged import Ragged
 from dptdr_jax.data.store import TokenStore
 from dptdr_jax.models import convert, prompts
 from dptdr_jax.models.cross import HEADS, check_cross, cross_logits
@@ -25,7 +26,7 @@ from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.runtime import buckets
 from dptdr_jax.runtime import mesh as meshes
 
-FORMAT = 1  # of cross_encoder.json
+FORMAT = 2  # of cross_encoder.json; 1 named the backbone by its tensors alone, and is read, too
 _ABOUT, _TENSORS = "cross_encoder.json", "prompts.safetensors"
 
 
@@ -83,14 +84,16 @@ class CrossEncoder:
     if not (path / _ABOUT).is_file():
       raise InputError(f"no cross-encoder here: no {_ABOUT}", path=path)
     about = files.read_json(path / _ABOUT)
-    if about.get("format") != FORMAT:
-      raise InputError(f"format {FORMAT} expected", path=path / _ABOUT, value=about.get("format"))
+    if not isinstance(about, dict) or about.get("format") not in (1, FORMAT):
+      raise InputError(f"not a cross-encoder of format 1 or {FORMAT}", path=path / _ABOUT)
     with files.fields_of(path / _ABOUT):
-      named, tokenizer, spec = about["backbone"], about["tokenizer"]["hash"], PromptSpec(**about["prompt"])
-      about.setdefault("head", "first")  # the one head that there was
-      settings = PairSettings(**{field.name: about[field.name] for field in dataclasses.fields(PairSettings)})
+      named, tokenizer, spec = about["backbone"], about["tokenizer"]["hash"], PromptSpec.from_dict({**about["prompt"]})
+      _ = named["path"], named["hash"]  # they are there
+    settings = backbones.settings_of(PairSettings, {"head": "first", **about}, path / _ABOUT)  # the one head at first
     backbone = backbones.load_named(path / _ABOUT, named, backbone, tokenizer)
-    trainable = {"prompt": {}, **prompts.unflatten(convert.read_safetensors(path / _TENSORS))}  # kind 'none' has none
+    tensors = convert.read_safetensors(path / _TENSORS)
+    backbones.check_finite(tensors, path / _TENSORS)
+    trainable = {"prompt": {}, **prompts.unflatten(tensors)}  # kind 'none' has none
     check_cross(spec, settings.head, trainable, backbone.config, path / _TENSORS)
     return cls(backbone, spec, trainable, settings)
 
@@ -98,7 +101,12 @@ class CrossEncoder:
     """Writes cross_encoder.json and prompts.safetensors, as a whole or not at all; the backbone is named and hashed.
 
     One that is stored with its retriever, where all weights were tuned, is written beside.
+
+    Raises:
+      InputError: the directory holds something else than a cross-encoder.
     """
+    if not remote.is_remote(path):
+      marks.check_replaceable(path, lambda directory: backbones.is_saved(directory, _ABOUT, _TENSORS))
     with remote.written(path, last=_ABOUT, whole=True) as local, files.atomic_directory(local) as partial:
       convert.write_safetensors(partial / _TENSORS, prompts.flatten(self.trainable))
       about = {
@@ -153,8 +161,8 @@ class CrossEncoder:
       raise InputError(f"{len(asked)} queries and {len(whole)} passages: pairs want as many of both")
     different = {query: place for place, query in enumerate(dict.fromkeys(asked))}
     lists = (
-      TokenLists(tokenizer.encode(list(different), settings.query_length)),
-      TokenLists(tokenizer.encode(whole, settings.pair_length)),
+      Ragged.of(tokenizer.encode(list(different), settings.query_length)),
+      Ragged.of(tokenizer.encode(whole, settings.pair_length)),
     )
     rows = np.array([different[query] for query in asked], np.int64)
     return probabilities(self._logits(Pairs(*lists, rows, np.arange(len(whole)), self.form)))

@@ -15,7 +15,7 @@ import numpy as np
 
 from dptdr_jax import backbone as backbones
 from dptdr_jax.backbone import Backbone
-from dptdr_jax.core import files, remote
+from dptdr_jax.core import files, marks, remote
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import sequences, text
 from dptdr_jax.data.records import Passage, Query
@@ -28,7 +28,7 @@ from dptdr_jax.models.represent import represent
 from dptdr_jax.runtime import buckets
 from dptdr_jax.runtime import mesh as meshes
 
-FORMAT = 1  # of retriever.json
+FORMAT = 2  # of retriever.json; 1 named the backbone by its tensors alone, and is read, too
 _DESCRIPTION, _PROMPTS = "retriever.json", "prompts.safetensors"
 
 
@@ -108,7 +108,12 @@ class Retriever:
     """Writes retriever.json and prompts.safetensors, as a whole or not at all (to a URL: the .json last); see `load`.
 
     The backbone is named and hashed, not copied; where all of its weights were tuned it is written beside.
+
+    Raises:
+      InputError: the directory holds something else than a retriever.
     """
+    if not remote.is_remote(path):
+      marks.check_replaceable(path, lambda directory: backbones.is_saved(directory, _DESCRIPTION, _PROMPTS))
     tied = self.prompts["query"] is self.prompts["passage"]
     trees = {"prompt": self.prompts["query"]} if tied else self.prompts
     with remote.written(path, last=_DESCRIPTION, whole=True) as local, files.atomic_directory(local) as partial:
@@ -297,10 +302,10 @@ def saved_files(path: files.Path) -> list[pathlib.Path]:
   return [path / _DESCRIPTION, path / _PROMPTS, *beside]
 
 
-def saved_backbone(path: files.Path) -> str | None:
-  """The hash of the backbone that a saved retriever names; None: a checkpoint of the original, which names none."""
+def saved_backbone(path: files.Path) -> dict[str, str] | None:
+  """How a saved retriever names its backbone, see `Backbone.is_named`; None: a checkpoint of the original."""
   path = _home(path)
-  return _described(path)[0]["backbone"]["hash"] if (path / _DESCRIPTION).is_file() else None
+  return _described(path)[0]["backbone"] if (path / _DESCRIPTION).is_file() else None
 
 
 def _home(path: files.Path) -> pathlib.Path:
@@ -315,12 +320,13 @@ def _described(path: pathlib.Path) -> tuple[dict[str, Any], PromptSpec, VectorSe
   """What retriever.json says, in its fields and as the settings that these are."""
   source = path / _DESCRIPTION
   about = files.read_json(source)
-  if about.get("format") != FORMAT:
-    raise InputError(f"format {FORMAT} expected", path=source, value=about.get("format"))
+  if not isinstance(about, dict) or about.get("format") not in (1, FORMAT):
+    raise InputError(f"not a retriever of format 1 or {FORMAT}", path=source)
   with files.fields_of(source):
-    spec = PromptSpec(**about["prompt"])
-    settings = VectorSettings(**{field.name: about[field.name] for field in dataclasses.fields(VectorSettings)})
-    _ = about["tied"], about["passage_backbone"], about["backbone"]["hash"], about["tokenizer"]["hash"]  # all there
+    spec, settings = PromptSpec.from_dict({**about["prompt"]}), backbones.settings_of(VectorSettings, about, source)
+    for named in (about["backbone"], about["passage_backbone"] or about["backbone"]):
+      _ = named["path"], named["hash"]  # they are there, as is what follows
+    _ = about["tied"], about["tokenizer"]["hash"]
   return about, spec, settings
 
 
@@ -329,7 +335,9 @@ def _load_own(path: pathlib.Path, backbone: Backbone | None, options: dict[str, 
   source, other = path / _DESCRIPTION, about["passage_backbone"]
   backbone = backbones.load_named(source, about["backbone"], backbone, about["tokenizer"]["hash"], **options)
   second = other and backbones.load_named(source, other, **options)
-  trees = prompts.unflatten(convert.read_safetensors(path / _PROMPTS))
+  tensors = convert.read_safetensors(path / _PROMPTS)
+  backbones.check_finite(tensors, path / _PROMPTS)
+  trees = prompts.unflatten(tensors)
   sides = {side: trees.get("prompt" if about["tied"] else side, {}) for side in ("query", "passage")}
   for tree in sides.values():
     prompts.check_prompt(spec, tree, backbone.config, path / _PROMPTS)
@@ -350,10 +358,12 @@ def _load_original(path: pathlib.Path, backbone: Backbone | None, options: tuple
   for side, place in places.items():
     tensors = convert.load_backbone_tensors(place)
     specs[side], sides[side] = prompts.from_original(tensors, files.read_json(place / "config.json"))
-    hashes[side] = backbones.hash_tensors(backbones.encoder_tensors(tensors))
+    config = EncoderConfig.from_file(place / "config.json")
+    hashes[side] = backbones.hashes_of(config, backbones.encoder_tensors(tensors))[0]
     known = {one.hash: one for one in (backbone, *loaded.values()) if one is not None}
     loaded[side] = known.get(hashes[side]) or Backbone.from_tensors(str(place), place, tensors, *options)
     prompts.check_prompt(specs[side], sides[side], loaded[side].config, place)
+    backbones.check_finite(prompts.flatten(sides[side]), place)
   if backbone is not None and backbone.hash not in hashes.values():
     raise InputError(f"this checkpoint's backbone is not the one of {backbone.path}", path=path)
   backbone, spec = loaded["query"], specs["query"]

@@ -6,7 +6,7 @@ source launch/environment.sh
 make_environment "${ENVIRONMENT:-.venv-test}" "[test]"
 ruff check .
 ruff format --check .
-# Compilers ask for memory and give it back all the time: what the system has given stays with the process.
+# Compilation allocates and frees memory all the time; keep what the system has given.
 export MALLOC_TOP_PAD_=268435456 MALLOC_TRIM_THRESHOLD_=2000000000
-# Two at a time, a file in one process: its fixtures are dear; in the order of tests/conftest.py.
+# Two workers; a file stays in one of them, which shares its fixtures; in the order of tests/conftest.py.
 exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that names the file, the line, the value, and what to do."""
+"""Errors that a user can fix: one line that names the file, the line, the value, and what to do."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 
 
 class DptdrError(Exception):
-  """An error a user can mend. `main` prints its one line and exits with status 2."""
+  """An error that a user can fix. `main` prints it as one line and exits with status 2."""
 
 
-class PassingError(DptdrError):
-  """Nothing is wrong with the input, and the same command goes on: `main` exits with status 1, which is restarted."""
+class RetryableError(DptdrError):
+  """The input is fine and a restart may succeed: `main` exits with status 1, which launchers restart."""
 
 
-class OutageError(PassingError):
-  """Something outside is away; a start goes on when it is back."""
+class OutageError(RetryableError):
+  """A service outside of the run is not reachable; a restart continues when it is back."""
 
 
 class InputError(DptdrError):
-  """Bad input: says where it stands and what to do about it.
+  """Bad input: says where it is and what to do about it.
 
   Attributes:
-    path: the file that is wrong, or None.
+    path: the bad file, or None.
     line: its line, from 1, or None.
   """
 

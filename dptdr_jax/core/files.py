@@ -53,9 +53,11 @@ def atomic_path(path: Path) -> Iterator[pathlib.Path]:
   target = pathlib.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   partial = target.with_name(f"{target.name}.partial")
+  if partial.is_symlink():
+    partial.unlink()  # else what it names would be written to
   try:
     yield partial
-    _sync(partial)
+    sync(partial)
     rename(partial, target)
   except BaseException as error:
     partial.unlink(missing_ok=True)
@@ -79,7 +81,7 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
     yield partial
     for child in partial.rglob("*"):
       if child.is_file():
-        _sync(child)
+        sync(child)
     if target.exists():  # a directory cannot be renamed onto one that is not empty
       replaced = target.with_name(f"{target.name}.replaced")
       remove(replaced)
@@ -107,37 +109,36 @@ def raise_if_full(error: BaseException, path: Path) -> None:
     cause = cause.__cause__ or cause.__context__
 
 
+def is_input(error: OSError) -> bool:
+  """Whether the system refuses a file for a reason that a restart does not change: no permission, a read-only disk."""
+  return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
 def rename(source: Path, target: Path) -> None:
   """The one place where something finished takes its name. Tests of sudden death interrupt here."""
   os.replace(source, target)
 
 
 def remove(path: Path) -> None:
-  """Removes a file or a directory tree, if it is there; of a tree nothing is left under its name from the first moment.
+  """Removes a file or a directory tree, if it is there; a tree is renamed first, then deleted.
 
-  Killed meanwhile it leaves a part of the tree under another name, which the next call removes.
+  A kill in between leaves the renamed tree, which the next call deletes.
   """
   path = pathlib.Path(path)
   aside = path.with_name(f"{path.name}.removed")
-  shutil.rmtree(aside, ignore_errors=True)
+  _delete(aside)
   if path.is_dir() and not path.is_symlink():
     path.rename(aside)
-    shutil.rmtree(aside)
+    _delete(aside)
   else:
     path.unlink(missing_ok=True)
 
 
-def link_tree(source: Path, target: Path) -> None:
-  """Makes `target` a directory with the files of `source`, by hard links where the file system has them."""
-
-  def link_or_copy(one: str, other: str) -> None:
-    try:
-      os.link(one, other)
-    except OSError:
-      shutil.copyfile(one, other)
-
-  with atomic_directory(target) as partial:
-    shutil.copytree(source, partial, copy_function=link_or_copy, dirs_exist_ok=True)
+def _delete(tree: pathlib.Path) -> None:
+  """Deletes a tree in which another thread may still delete, as orbax does with old checkpoints."""
+  while os.path.lexists(tree):
+    with contextlib.suppress(FileNotFoundError):
+      shutil.rmtree(tree)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -173,7 +174,13 @@ def sha256(path: Path) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: pathlib.Path) -> None:
+def sha256_of(content: bytes) -> str:
+  """SHA-256 of bytes, in hexadecimal."""
+  return hashlib.sha256(content).hexdigest()
+
+
+def sync(path: Path) -> None:
+  """Forces a file's bytes to the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

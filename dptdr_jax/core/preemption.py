@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they take a machine: finish the step, save, exit with a status of its own."""
+"""SIGTERM, which schedulers send before they take a machine, and Ctrl-C: finish the step, save, exit with status 75."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _asked = threading.Event()
 
 
 class Preempted(Exception):
-  """Raised at a point where everything is saved, after SIGTERM.
+  """Raised after SIGTERM, at a point where everything is saved.
 
   Attributes:
-    agreed: all processes of the run raise it together; else this one has still to tell the others.
+    agreed: True: all processes of the run raise it together; False: the others have not been told yet.
   """
 
   def __init__(self, where: str, agreed: bool = False):
@@ -23,16 +23,23 @@ class Preempted(Exception):
 
 
 def install() -> None:
-  """Makes SIGTERM a wish that the run's loops ask for, instead of sudden death."""
-  signal.signal(signal.SIGTERM, lambda number, frame: _asked.set())
+  """Sets a flag on SIGTERM and on Ctrl-C; loops poll it. A second Ctrl-C interrupts at once."""
+  signal.signal(signal.SIGTERM, _hear)
+  signal.signal(signal.SIGINT, _hear)
+
+
+def _hear(number: int, _: object) -> None:
+  if number == signal.SIGINT and asked():
+    raise KeyboardInterrupt
+  _asked.set()
 
 
 def asked() -> bool:
-  """Whether SIGTERM has come."""
+  """Whether SIGTERM or Ctrl-C has come."""
   return _asked.is_set()
 
 
 def check(where: str) -> None:
-  """Raises Preempted when SIGTERM has come; call it where the run can end and go on from what is on disk."""
+  """Raises Preempted after SIGTERM; call it where the run can stop and later resume from what is on disk."""
   if asked():
     raise Preempted(where)

@@ -1,1 +1,1 @@
-"""From source formats to batches. No jax here, so that loader workers never touch an accelerator."""
+"""From files to batches. No jax, so that reading data never touches an accelerator."""

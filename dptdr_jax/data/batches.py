@@ -1,4 +1,4 @@
-"""Training batches as a function of (seed, stage, step): a run that resumes needs the step and nothing else."""
+"""Training batches as a function of (seed, stage, step): to resume, a run needs only the step."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class BatchRows(NamedTuple):
 
 
 class GroupBatches(abc.ABC):
-  """Batches of training groups; a subclass says what a batch holds of the rows.
+  """Batches of training groups; a subclass makes a batch of their rows.
 
   The stream of examples is one permutation of the training queries per epoch, drawn from (seed, stage, epoch), one
-  epoch behind the other; batches are cut from it and always full, so that one may straddle two epochs. Every host
-  computes the rows of the global batch (cheap) and gathers the tokens of its own slice alone.
+  epoch after the other. Batches are cut from it and always full, so that one may straddle two epochs. Every host
+  computes the rows of the global batch (cheap) and gathers only the tokens of its own slice.
 
   Args:
     query_rows: int64 [n], the training queries: those with a positive.
-    groups: draws their passages; its group size is G. What `groups.at(step)` gives draws those of a step.
+    groups: `groups.at(step)` draws the passages of a step; its group size is G.
     batch_size: B, queries of the global batch.
     host, num_hosts: which slice.
-    devices: of all hosts. Rows that they cannot share evenly are filled up with copies of the first.
+    devices: of all hosts. If they cannot share the rows evenly, copies of the first row fill up the batch.
   """
 
   def __init__(
@@ -63,11 +63,11 @@ class GroupBatches(abc.ABC):
 
   @abc.abstractmethod
   def __getitem__(self, step: int) -> Batch:
-    """This host's slice of the global batch of a step."""
+    """Returns this host's slice of the global batch of a step."""
 
   @property
   def steps_per_epoch(self) -> float:
-    """Steps until every training query was seen once."""
+    """Steps until every training query is used once."""
     return len(self._query_rows) / self._batch_size
 
   def rows(self, step: int) -> BatchRows:
@@ -83,13 +83,13 @@ class GroupBatches(abc.ABC):
     return BatchRows(queries, np.stack(groups), epochs)
 
   def load(self, start_step: int, stop_step: int, workers: int = 2, ahead: int = 4) -> Iterator[Batch]:
-    """Yields the batches of start_step … stop_step − 1, some of them made ahead; see `load_ahead`."""
+    """Yields the batches of start_step … stop_step − 1, prepared in threads; see `load_ahead`."""
     return load_ahead(self.__getitem__, start_step, stop_step, workers, ahead)
 
   def own(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` rows of the global batch are this host's, int64, and which of those are real, bool.
+    """Returns which of `count` rows of the global batch are this host's, int64, and which of those are real, bool.
 
-    The others fill up: they are the first row again.
+    The others are copies of the first row, which only fill up the devices.
     """
     share = -(-count // self._multiple) * self._multiple // self._num_hosts
     places = np.arange(self._host * share, (self._host + 1) * share)
@@ -101,7 +101,7 @@ class GroupBatches(abc.ABC):
 
 
 class TrainBatches(GroupBatches):
-  """`batches[step]` → this host's slice of the global batch, queries and passages apart.
+  """`batches[step]` → this host's slice of the global batch, queries and passages separate.
 
   T is the bucket that the global batch needs, so that hosts agree on shapes.
 
@@ -109,13 +109,13 @@ class TrainBatches(GroupBatches):
     query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
     targets int32 [B]: column of each query's positive in the global batch,
     blocked bool [B, M]: the query's positives, which must not count as its negatives; never the target,
-    repeated bool [M]: columns of passages that stand further left, too, and count once.
-  The last three speak of the global batch, and every host has them whole. Slices of tokens of all hosts, one below the
-  other, are the global batch; what fills it up comes last.
+    repeated bool [M]: columns whose passage is also further left; a passage counts once.
+  The last three are of the global batch and the same on every host. The tokens of all hosts, one below the other, are
+  the global batch; rows that fill it up come last.
 
   Args:
     queries, passages: token stores.
-    query_rows, groups, and what `options` holds: see GroupBatches.
+    query_rows, groups, options: see GroupBatches.
     query_tokens, passage_tokens: length limits, special tokens included.
     bucket: lengths are multiples of it.
   """
@@ -161,12 +161,12 @@ class TrainBatches(GroupBatches):
 def load_ahead(
   make: Callable[[int], Batch], start_step: int, stop_step: int, workers: int = 2, ahead: int = 4
 ) -> Iterator[Batch]:
-  """Yields make(step) for start_step … stop_step − 1, `ahead` of them made before they are asked for, in threads.
+  """Yields make(step) for start_step … stop_step − 1; threads prepare `ahead` of them in advance.
 
-  Threads, not processes: at the paper's shape (64 × 30 passages of 128 tokens, 2 busy cores) they take 13–15 ms a
-  batch from the first on, grain's worker processes 15–24 ms after 3–5 s of start, and a step takes far more. What comes
-  out depends on neither `workers` nor `ahead`. Closing the iterator, or an error, ends the threads after what they are
-  at, for which nobody waits: it may in its turn wait for what comes when this is closed.
+  Threads, not processes: at the paper's shape (64 × 30 passages of 128 tokens, 2 busy cores) they need 13–15 ms a
+  batch from the first one on, grain's worker processes 15–24 ms after 3–5 s of start, and a step takes far longer. The
+  batches depend on neither `workers` nor `ahead`. After an error or `close` each thread ends with its batch; nobody
+  waits for it, because it may itself wait for what happens after `close`.
   """
   pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="batches")
   waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
@@ -182,7 +182,7 @@ def load_ahead(
 
 
 def blocked(passages: np.ndarray, positives: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
-  """Marks what must not count as a negative of a query.
+  """Marks passages that must not count as negatives of a query.
 
   Args:
     passages: int64 [M], passage rows of the global batch.
@@ -190,7 +190,7 @@ def blocked(passages: np.ndarray, positives: list[np.ndarray], targets: np.ndarr
     targets: int [b], column of each query's positive.
 
   Returns:
-    bool [b, M]: True wherever a positive of the query stands, but at its target.
+    bool [b, M]: True at every positive of the query except its target.
   """
   result = np.stack([np.isin(passages, rows) for rows in positives])
   result[np.arange(len(positives)), targets] = False
@@ -198,7 +198,7 @@ def blocked(passages: np.ndarray, positives: list[np.ndarray], targets: np.ndarr
 
 
 def repeated(passages: np.ndarray) -> np.ndarray:
-  """Marks [M] the occurrences of a row but the first: passages int64 [M] of the global batch."""
+  """Returns bool [M]: True at every occurrence of a row after its first; passages int64 [M] of the global batch."""
   result = np.ones(len(passages), bool)
   result[np.unique(passages, return_index=True)[1]] = False
   return result

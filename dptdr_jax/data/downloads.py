@@ -1,7 +1,7 @@
-"""MS MARCO's and Natural Questions' official files: where they are, and how to know that they are whole.
+"""MS MARCO's and Natural Questions' official files: their addresses, sizes and checksums.
 
-Sizes and MD5 sums as the IR community records them (https://ir-datasets.com). A manual directory with files of the
-same names comes before every download, for networks that are closed.
+Sizes and MD5 sums as ir-datasets records them (https://ir-datasets.com). A file that is already in the directory is not
+downloaded, which also serves closed networks.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _BLOCK = 1 << 20
 
 
 class Download(NamedTuple):
-  """One file: its address, its size in bytes, its MD5; None where nobody recorded them.
+  """One file: its address, its size in bytes and its MD5, None if nobody recorded them.
 
-  `members` are the files that are wanted of an archive.
+  `members` are the files of an archive that are read.
   """
 
   url: str
@@ -80,77 +80,63 @@ DATASETS = {
 }  # fmt: skip
 
 
-def fetch_dataset(
-  dataset: str, directory: str | pathlib.Path, manual_dir: str | pathlib.Path | None = None
-) -> pathlib.Path:
-  """Brings all files of "msmarco", "msmarco-titles" or "nq" into `directory`, archives unpacked, and returns it.
+def fetch_dataset(dataset: str, directory: str | pathlib.Path) -> pathlib.Path:
+  """Downloads the missing files of "msmarco", "msmarco-titles" or "nq" into `directory`, unpacks archives, returns it.
 
   Raises:
     InputError: as `fetch`; an archive that cannot be unpacked.
   """
   directory = pathlib.Path(directory)
   for name in DATASETS[dataset]:
-    wanted = FILES[name].members
-    if wanted and all((directory / member).is_file() for member in wanted):
-      continue
-    if wanted and manual_dir and all(pathlib.Path(manual_dir, member).is_file() for member in wanted):
-      for member in wanted:
-        _link(pathlib.Path(manual_dir, member), directory / member)
-      continue
-    path = fetch(name, directory, manual_dir)
-    if wanted:
-      _unpack(path, FILES[name], directory)
-    elif path.parent != directory:
-      _link(path, directory / name)
+    members = FILES[name].members
+    if not (members and all((directory / member).is_file() for member in members)):
+      path = fetch(name, directory)
+      if members:
+        _unpack(path, FILES[name], directory)
   return directory
 
 
-def fetch(name: str, directory: str | pathlib.Path, manual_dir: str | pathlib.Path | None = None) -> pathlib.Path:
-  """Returns the path of the file `name`: the manual directory's, the one fetched before, or a new download.
+def fetch(name: str, directory: str | pathlib.Path) -> pathlib.Path:
+  """Returns the path of the file `name` in `directory`, downloaded if it is missing.
 
   Raises:
-    InputError: size or MD5 differ, the download broke off, or the network is closed (it says which file to put where).
+    InputError: size or MD5 differ, the download was interrupted, or failed (it says which file to put where).
   """
-  entry = FILES[name]
-  if manual_dir is not None and pathlib.Path(manual_dir, name).is_file():
-    path = pathlib.Path(manual_dir, name)
-    _check(path, path, entry)
-    return path
   target = pathlib.Path(directory, name)
   if not target.is_file():
     with files.atomic_path(target) as partial:
-      _download(entry, partial, name, manual_dir or target.parent)
-      _check(partial, target, entry)
+      _download(FILES[name], partial, target)
+      _check(partial, target, FILES[name])
   return target
 
 
-def _download(entry: Download, partial: pathlib.Path, name: str, place: str | pathlib.Path) -> None:
+def _download(entry: Download, partial: pathlib.Path, target: pathlib.Path) -> None:
   try:
     with urllib.request.urlopen(entry.url, timeout=60) as answer:
       announced = int(answer.headers.get("Content-Length", 0))
-      _copy(answer, partial, f"download {name}", entry.size or announced or None)
-    found = partial.stat().st_size
-    if announced and found != announced:  # to urllib a connection that closes early is an end like any other
-      raise InputError(f"the download broke off after {found} of {announced} bytes", value=entry.url, fix="Try again")
+      _copy(answer, partial, f"download {target.name}", entry.size or announced or None)
+    size = partial.stat().st_size
+    if announced and size != announced:  # urllib takes a connection that closes early for the end
+      raise InputError(f"the download ended after {size} of {announced} bytes", value=entry.url, fix="Try again")
   except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-    fix = f"Without a network: get {name} elsewhere and put it into {place}"
+    fix = f"Without a network, put {target.name} into {target.parent}"
     raise InputError(f"the download failed ({error})", value=entry.url, fix=fix) from error
 
 
 def _check(path: pathlib.Path, shown: pathlib.Path, entry: Download) -> None:
-  fix = f"Fetch it again from {entry.url}"
+  fix = f"Download it again from {entry.url}"
   size = path.stat().st_size
   if entry.size is not None and size != entry.size:
     raise InputError(f"{entry.size} bytes expected, {size} found", path=shown, fix=fix)
   if entry.md5 is not None:
     with open(path, "rb") as stream:
-      found = hashlib.file_digest(stream, "md5").hexdigest()
-    if found != entry.md5:
-      raise InputError(f"MD5 {entry.md5} expected, {found} found", path=shown, fix=fix)
+      md5 = hashlib.file_digest(stream, "md5").hexdigest()
+    if md5 != entry.md5:
+      raise InputError(f"MD5 {entry.md5} expected, {md5} found", path=shown, fix=fix)
 
 
 def _unpack(archive: pathlib.Path, entry: Download, directory: pathlib.Path) -> None:
-  """Takes the wanted members out of an archive, wherever in it they stand; nothing else is written."""
+  """Extracts the members that are read, from any directory in the archive; nothing else is written."""
   missing = set(entry.members)
   try:
     with tarfile.open(archive) as packed:
@@ -163,7 +149,7 @@ def _unpack(archive: pathlib.Path, entry: Download, directory: pathlib.Path) -> 
           _copy(content, partial, f"unpack {name}", info.size)
         missing.remove(name)
   except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-    fix = f"Remove it, and it is fetched again from {entry.url}"
+    fix = f"Remove it to download it again from {entry.url}"
     raise InputError(f"a broken archive ({error})", path=archive, fix=fix) from error
   if missing:
     raise InputError(f"{', '.join(sorted(missing))} is not in the archive", path=archive)
@@ -174,12 +160,4 @@ def _copy(stream: BinaryIO, path: pathlib.Path, description: str, size: int | No
     while block := stream.read(_BLOCK):
       target.write(block)
       bar.advance(len(block))
-      preemption.check(f"{path.name} will be fetched again")
-
-
-def _link(path: pathlib.Path, target: pathlib.Path) -> None:
-  if target.exists() and target.samefile(path):  # the same folder by another name: removing it would lose the file
-    return
-  target.parent.mkdir(parents=True, exist_ok=True)
-  files.remove(target)
-  target.symlink_to(path.resolve())
+      preemption.check(f"{path.name} will be downloaded again")

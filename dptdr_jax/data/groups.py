@@ -1,7 +1,7 @@
 """Training groups: for a query one positive and G − 1 negatives, by passage row.
 
-Every choice is drawn from a counter-based generator keyed by what it belongs to, so that a group is a function of
-(seed, stage, epoch, query row) and nothing else: no global state, no order of calls.
+Every choice is drawn from a counter-based generator with a key of its own, so that a group is a function of
+(seed, stage, epoch, query row): no global state, no order of calls.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ STRATEGIES = ("window", "random", "top", "simans")
 
 
 class Negatives(Protocol):
-  """Where a query's negatives come from: RowLists, or a pool of candidates with −1 fills.
+  """Negatives of each query: RowLists, or a pool of candidates with −1 fills.
 
-  For SimANS they also have `scores(query_row)` → (float [n], float): a retriever's scores of `rows(query_row)`, −inf
-  where it has none, and the best score of the query's positives, NaN where that is unknown.
+  For SimANS they also have `scores(query_row)` → (float [n], float): a retriever's scores of `rows(query_row)`, −inf if
+  it has none, and the best score of the query's positives, NaN if that is unknown.
   """
 
   def rows(self, query_row: int) -> np.ndarray:
@@ -36,25 +36,23 @@ class Negatives(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How G − 1 negatives are chosen in an epoch from a query's list (fills and positives out), best first.
+  """How G − 1 negatives are chosen in an epoch from a query's list (best first, without fills and positives).
 
   Attributes:
     strategy:
-      "window": the list is shuffled once per query, epoch e takes G − 1 from e·(G − 1) on, around the end: the first
-        epochs see every negative once before one comes again. As the original.
+      "window": the list is shuffled once per query; epoch e takes G − 1 from place e·(G − 1) on, around the end, so
+        that every negative is used once before one comes again. As the original.
       "random": G − 1 drawn anew each epoch.
       "top": the first G − 1, the same in every epoch.
       "simans": drawn anew each epoch without replacement, p ∝ exp(−a·(s − s⁺ − b)²) of score s and positive's score s⁺
-        (SimANS, arXiv 2210.11773). A candidate without a score comes after all that have one; without s⁺ all are alike.
-        Negatives that have no scores at all are drawn as by "random".
-    first, last: only this range of the list, for every strategy; Tevatron's "30 random of the top 200" is random with
-      last = 200. None: to the end.
-    a, b: SimANS' sharpness, in 1 / score², and shift, in scores: p is a normal curve around s⁺ + b of deviation
-      1 / √(2a), which is 1 by default. Where scores are cosines, a = 200 makes it 0.05.
+        (SimANS, arXiv 2210.11773). Candidates without a score come last; if s⁺ is unknown, all are equally likely.
+        Negatives without any scores are drawn as by "random".
+    last: only the first so many of the list; None: all. Tevatron's "30 random of the top 200" is random, last = 200.
+    a, b: SimANS' sharpness, in 1 / score², and shift, in scores: p is a normal curve around s⁺ + b with deviation
+      1 / √(2a), 1 by default. For cosines, a = 200 makes it 0.05.
   """
 
   strategy: str = "window"
-  first: int = 0
   last: int | None = None
   a: float = 0.5
   b: float = 0.0
@@ -62,10 +60,10 @@ class Sampling:
   def __post_init__(self):
     if self.strategy not in STRATEGIES:
       raise InputError("unknown sampling of negatives", value=self.strategy, fix=f"Use {', '.join(STRATEGIES)}")
-    if self.first < 0 or (self.last is not None and self.last <= self.first):
-      raise InputError("a range of negatives goes from 0 ≤ first < last", value=(self.first, self.last))
+    if self.last is not None and self.last < 1:
+      raise InputError("negatives are drawn from the first 1 or more of the list", value=self.last)
     if not (0 <= self.a < np.inf and np.isfinite(self.b)):
-      raise InputError("SimANS wants a finite a ≥ 0 and a finite b", value=(self.a, self.b))
+      raise InputError("SimANS needs a finite a ≥ 0 and a finite b", value=(self.a, self.b))
 
 
 def generator(seed: int, stage: str, purpose: str, epoch: int, item: int) -> np.random.Generator:
@@ -78,19 +76,18 @@ def generator(seed: int, stage: str, purpose: str, epoch: int, item: int) -> np.
 class TrainGroups:
   """Draws groups; by default as the original does.
 
-  The positive rotates with the epoch from a start drawn per query, or is always the first. Negatives are chosen as
+  The positive rotates with the epoch from a start drawn per query, or is always the first one. Negatives are chosen as
   `sampling` says.
 
-  A query with fewer negatives than G − 1 keeps them all in every epoch and is filled with passages drawn at random
-  from the corpus, other ones each epoch (the original repeats its negatives, which adds nothing to a loss that masks
-  duplicates). Positives are never negatives, whatever the source of negatives says, and no row comes twice; only a
-  corpus too small for that repeats its rows.
+  A query with fewer than G − 1 negatives gets all of them in every epoch, and random passages of the corpus, others in
+  each epoch. (The original repeats its negatives, which adds nothing to a loss that masks duplicates.) Positives are
+  never negatives, even if `negatives` names them. No row comes twice, unless the corpus is too small.
 
   Args:
     positives: positives(query_row) → int64 rows, at least one.
-    negatives: see Negatives; None for random passages alone.
+    negatives: see Negatives; None: random passages.
     num_passages: C.
-    group_size: G; 1 for in-batch negatives alone.
+    group_size: G; 1: in-batch negatives alone.
     positive: "rotate" or "first".
     sampling: see Sampling.
   """
@@ -109,18 +106,18 @@ class TrainGroups:
   ):
     self._sampling = sampling or Sampling()
     if self._sampling.strategy == "simans" and negatives is not None and not hasattr(negatives, "scores"):
-      _log.info("%s: these negatives have no scores that SimANS could draw by, and are drawn at random", stage)
+      _log.info("%s: these negatives have no scores, which SimANS needs; they are drawn at random", stage)
       self._sampling = dataclasses.replace(self._sampling, strategy="random")
     self._positives, self._negatives = positives, negatives
     self.num_passages, self.group_size = num_passages, group_size
     self._seed, self._stage, self._first = seed, stage, positive == "first"
 
   def at(self, step: int) -> TrainGroups:
-    """What draws the groups of a step: this, at every one. (Negatives that change as training goes on have others.)"""
+    """Returns the groups of a step: these. (Negatives that are mined again during training change with the step.)"""
     return self
 
   def positives(self, query_row: int) -> np.ndarray:
-    """All that counts as relevant to a query, int64 rows: what must never be its negative."""
+    """Returns the rows that are relevant to a query, int64, which are never its negatives."""
     return self._positives(query_row)
 
   def group(self, query_row: int, epoch: int) -> np.ndarray:
@@ -140,15 +137,17 @@ class TrainGroups:
     if self._negatives is not None:
       rows = self._negatives.rows(query_row)
       allowed = np.flatnonzero((rows >= 0) & ~(rows[:, None] == barred).any(axis=1))
-      allowed = allowed[np.sort(np.unique(rows[allowed], return_index=True)[1])]  # the data's own may come twice
-      allowed = allowed[self._sampling.first : self._sampling.last]
+      allowed = allowed[
+        np.sort(np.unique(rows[allowed], return_index=True)[1])
+      ]  # a dataset's own negatives may come twice
+      allowed = allowed[: self._sampling.last]
       negatives = rows[self._ordered(allowed, query_row, epoch, count)]
     if len(negatives) >= count:
       return negatives[:count]
     return self._fill(negatives, barred, count, query_row, epoch)
 
   def _ordered(self, places: np.ndarray, query_row: int, epoch: int, count: int) -> np.ndarray:
-    """Puts places in the list of negatives into the order in which this epoch takes them."""
+    """Returns places in the list of negatives in the order in which this epoch takes them."""
     strategy = self._sampling.strategy
     if strategy == "top":
       return places
@@ -159,7 +158,7 @@ class TrainGroups:
     if strategy == "random":
       return random.permutation(places)
     scores, positive = self._negatives.scores(query_row)
-    # Gumbel top-k: the largest of log p + G, with G independent Gumbel draws, are a draw without replacement.
+    # Gumbel top-k: the largest of log p + independent Gumbel draws are a draw without replacement (arXiv 1903.06059).
     keys = random.gumbel(size=len(places))
     known = np.isfinite(scores[places]) & np.isfinite(positive)
     distances = np.asarray(scores, np.float64)[places[known]] - positive - self._sampling.b
@@ -167,11 +166,11 @@ class TrainGroups:
     return places[np.lexsort((-keys, ~known))]
 
   def _fill(self, negatives: np.ndarray, barred: np.ndarray, count: int, query_row: int, epoch: int) -> np.ndarray:
-    """Adds random rows until there are `count`, none barred and, where the corpus allows, none twice."""
+    """Adds random rows until there are `count`, none barred and, if the corpus allows, none twice."""
     forbidden = {int(row) for row in barred}
     allowed = self.num_passages - len(forbidden)
     if allowed < 1:
-      raise InputError("every passage of the corpus is a positive of a query: there is nothing to contrast it with",
+      raise InputError("every passage of the corpus is a positive of one query, so that it has no negatives",
                        value=f"training query {query_row + 1}")  # fmt: skip
     random = self._generator("fill", epoch, query_row)
     rows = [int(row) for row in negatives]

@@ -1,60 +1,32 @@
-"""A query and a passage in one sequence: what a cross-encoder reads, from token stores or from lists in memory."""
+"""A query and a passage in one sequence, which a cross-encoder reads: from token stores or lists in memory."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data import ragged
 from dptdr_jax.data.batches import Batch, GroupBatches
 from dptdr_jax.data.groups import TrainGroups
+from dptdr_jax.data.ragged import Ragged
+from dptdr_jax.data.store import TokenStore
 from dptdr_jax.data.tokenizer import PairTemplate, Tokenizer
-
-
-class Texts(Protocol):
-  """Tokenised texts by row, without special tokens: a TokenStore, or TokenLists."""
-
-  def lengths_at(self, rows: np.ndarray) -> np.ndarray:
-    """Returns int64 [n]."""
-    ...
-
-  def heads(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns the first `counts` tokens of each row, one row's behind the other's."""
-    ...
-
-
-class TokenLists:
-  """Texts in memory, out of lists of token ids."""
-
-  def __init__(self, lists: Sequence[Sequence[int]]):
-    self._offsets = ragged.offsets_of(np.array([len(ids) for ids in lists], np.int64))
-    self._tokens = np.fromiter((token for ids in lists for token in ids), np.int32, int(self._offsets[-1]))
-
-  def lengths_at(self, rows: np.ndarray) -> np.ndarray:
-    """As Texts."""
-    return self._offsets[rows + 1] - self._offsets[rows]
-
-  def heads(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """As Texts."""
-    return ragged.gather(self._tokens, self._offsets[rows], counts)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairFormat:
-  """How two texts become one sequence: the tokenizer's own template for pairs, the query first.
+  """How two texts become one sequence: by the tokenizer's own template for pairs, the query first.
 
-  The token type is 0 throughout, where BERT's pairs had 1 for the second text: RoBERTa has no second type, and what was
-  tuned on single texts since (sentence encoders, a backbone after `pretrain`) has not seen it for long.
+  The token type is 0 throughout, although BERT's pairs have 1 for the second text: RoBERTa has no second type, and
+  models that were tuned on single texts (sentence encoders, a backbone after `pretrain`) have not seen it since.
 
   Attributes:
     template: special ids.
-    pad_id: what stands behind the sequence.
-    query_length: limit of a query, counted as where it stands alone: with the special tokens before and after it.
-    pair_length: limit of a sequence, special tokens included. The passage is what is cut to it, on the right.
+    pad_id: fills up a sequence.
+    query_length: limit of a query, counted as if it were alone: with the special tokens before and after it.
+    pair_length: limit of a sequence, special tokens included. The passage is cut to it, on the right.
   """
 
   template: PairTemplate
@@ -65,13 +37,13 @@ class PairFormat:
   def __post_init__(self):
     if self.query_room < 1 or self.pair_length <= self.query_room + self.num_special:
       raise InputError(
-        f"pairs of {self.pair_length} tokens leave no room beside queries of {self.query_length}",
+        f"pairs of {self.pair_length} tokens leave no room for a passage beside queries of {self.query_length}",
         fix="Raise pair_length or lower query_length",
       )
 
   @classmethod
   def of(cls, tokenizer: Tokenizer, query_length: int, pair_length: int) -> PairFormat:
-    """The format that a tokenizer gives."""
+    """The format of a tokenizer's pairs."""
     return cls(tokenizer.pair_template(), tokenizer.pad_id, query_length, pair_length)
 
   @property
@@ -81,22 +53,22 @@ class PairFormat:
 
   @property
   def query_room(self) -> int:
-    """The most tokens of a query, special ones not counted."""
+    """The most tokens of a query, special tokens not counted."""
     return self.query_length - len(self.template.before) - len(self.template.after)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """Pairs by place: query `query_rows[i]` with passage `passage_rows[i]`.
+  """Pair i is query `query_rows[i]` with passage `passage_rows[i]`.
 
   Attributes:
-    queries, passages: TokenStores or TokenLists.
+    queries, passages: token ids by row, without special tokens: TokenStores, or Ragged in memory.
     query_rows, passage_rows: int64 [n].
     form: see PairFormat.
   """
 
-  queries: Texts
-  passages: Texts
+  queries: Ragged
+  passages: Ragged
   query_rows: np.ndarray
   passage_rows: np.ndarray
   form: PairFormat
@@ -104,7 +76,7 @@ class Pairs:
   def __post_init__(self):
     most = getattr(self.passages, "max_tokens", None)
     if most is not None and most < self.form.pair_length - self.form.num_special:
-      what = f"passages were cut to {most} tokens, pairs of {self.form.pair_length} are asked for"
+      what = f"passages were cut to {most} tokens, which do not fill pairs of {self.form.pair_length}"
       raise InputError(what, fix="Lower pair_length, or raise data.max_stored_tokens")
 
   def __len__(self) -> int:
@@ -112,7 +84,7 @@ class Pairs:
 
   @property
   def limit(self) -> int:
-    """The longest that a pair can be."""
+    """The length limit of a pair."""
     return self.form.pair_length
 
   def lengths(self) -> np.ndarray:
@@ -120,8 +92,12 @@ class Pairs:
     return sum(self._counts(slice(None))) + self.form.num_special
 
   def batch(self, places: np.ndarray | slice, width: int) -> dict[str, np.ndarray]:
-    """Gathers pairs: tokens int32 [b, width], padded on the right, lengths int32 [b], special tokens included, and
-    segments int8 [b, width]: 1 at tokens of the query, 2 at tokens of the passage, 0 elsewhere."""
+    """Gathers pairs.
+
+    Returns:
+      tokens int32 [b, width], padded on the right; lengths int32 [b], special tokens included; segments int8
+      [b, width]: 1 at tokens of the query, 2 at tokens of the passage, 0 elsewhere.
+    """
     queries, passages = self._counts(places)
     tokens = np.full((len(queries), width), self.form.pad_id, np.int32)
     segments = np.zeros((len(queries), width), np.int8)
@@ -140,7 +116,7 @@ class Pairs:
     return {"tokens": tokens, "lengths": end.astype(np.int32), "segments": segments}
 
   def _counts(self, places: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the query and of the passage that stay, int64 each."""
+    """How many tokens of each query and each passage are read, int64."""
     queries = np.minimum(self.queries.lengths_at(self.query_rows[places]), self.form.query_room)
     room = self.form.pair_length - self.form.num_special - queries
     return queries, np.minimum(self.passages.lengths_at(self.passage_rows[places]), room)
@@ -151,20 +127,20 @@ class PairBatches(GroupBatches):
 
   A batch, of B queries with G passages each, on host p of n (m = B·G / n after filling, the positive first of every G):
     tokens int32 [m, T], lengths int32 [m] and segments int8 [m, T], see Pairs.batch; relevant bool [m]; real bool [m]:
-    False where it fills the devices up.
+    False where a row only fills up the devices.
   T is the bucket that the global batch needs.
 
   Args:
     queries, passages: token stores.
-    query_rows, groups, and what `options` holds: see GroupBatches. The group size is 2 at least.
+    query_rows, groups, options: see GroupBatches. The group size is 2 at least.
     form: how two texts become one sequence.
     bucket: T is a multiple of it, or the pair's limit.
   """
 
   def __init__(
     self,
-    queries: Texts,
-    passages: Texts,
+    queries: TokenStore,
+    passages: TokenStore,
     query_rows: np.ndarray,
     groups: TrainGroups,
     form: PairFormat,
@@ -174,7 +150,7 @@ class PairBatches(GroupBatches):
   ):
     super().__init__(query_rows, groups, **options)
     if groups.group_size < 2:
-      raise InputError("pairs want a negative beside every positive", value=groups.group_size)
+      raise InputError("pairs need a negative for every positive", value=groups.group_size)
     self._queries, self._passages, self._form, self._bucket = queries, passages, form, bucket
 
   def __getitem__(self, step: int) -> Batch:

@@ -1,93 +1,170 @@
-"""Rows of different lengths as one flat array and offsets: how ids, tokens and judgements lie on disk."""
+"""Lists of different lengths as one flat array and offsets: how ids, tokens and judgements are kept."""
 
 from __future__ import annotations
 
+import itertools
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.core.shards import mapped
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
-  """Turns lengths [n] into offsets int64 [n + 1], so that row i is flat[offsets[i]:offsets[i + 1]]."""
+  """Turns lengths [n] into offsets int64 [n + 1], so that list i is flat[offsets[i]:offsets[i + 1]]."""
   offsets = np.zeros(len(lengths) + 1, np.int64)
   np.cumsum(lengths, out=offsets[1:])
   return offsets
 
 
 def gather(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-  """Concatenates flat[start:start + length] over all rows without a loop.
-
-  Args:
-    flat: any one-dimensional array, memory-mapped or not.
-    starts: int64 [n]; lengths: int64 [n].
-  """
+  """Concatenates flat[start:start + length] for all `starts` and `lengths`, int64 [n] each, without a loop."""
   ends = np.cumsum(lengths)
   total = int(ends[-1]) if len(ends) else 0
   shifts = np.repeat(starts - (ends - lengths), lengths)
   return flat[shifts + np.arange(total, dtype=np.int64)]
 
 
-def mapped(path: str | pathlib.Path) -> np.ndarray:
-  """Opens a .npy file memory-mapped, as a plain array: np.memmap makes every small slice several times as slow.
+def opened(path: pathlib.Path, kinds: str = "iu", length: int | None = None) -> np.ndarray:
+  """Opens a one-dimensional .npy file memory-mapped.
+
+  Args:
+    kinds: numpy's letters of the dtypes that are accepted; "iu": integers.
+    length: of the array; None: any.
 
   Raises:
-    InputError: it is not there, or not whole.
+    InputError: the file is missing or cut, or holds another kind of array.
   """
-  try:
-    return np.asarray(np.load(path, mmap_mode="r"))
-  except (OSError, ValueError, EOFError) as error:
-    raise InputError(f"not a whole array ({error})", path=path) from error
+  array = mapped(path)
+  if array.ndim != 1 or array.dtype.kind not in kinds or length not in (None, len(array)):
+    wanted = "" if length is None else f"{length} "
+    raise InputError(f"one row of {wanted}whole numbers expected, not {array.dtype} {array.shape}", path=path)
+  return array
 
 
-class RowLists:
-  """For every query row a list of passage rows, and a value for each where there are values; memory-mapped.
+class Ragged:
+  """Lists of numbers by row: `len(ragged)` rows, `ragged[row]` → array, in memory or memory-mapped.
 
-  `lists.rows(query_row)` → int64 [n], `lists.values(query_row)` → int64 [n], `len(lists)` → number of queries.
+  Attributes:
+    flat: all lists, one after the other.
+    offsets: int64 [n + 1].
   """
 
-  def __init__(self, directory: str | pathlib.Path):
-    directory = pathlib.Path(directory)
-    self.offsets, self._rows = mapped(directory / "offsets.npy"), mapped(directory / "rows.npy")
-    valued = directory / "values.npy"
-    self._values = mapped(valued) if valued.is_file() else None
+  def __init__(self, flat: np.ndarray, offsets: np.ndarray):
+    self.flat, self.offsets = flat, offsets
+
+  @classmethod
+  def of(cls, lists: Sequence[Sequence[int]], dtype: type = np.int32) -> Ragged:
+    """Copies lists into one array."""
+    offsets = offsets_of(np.fromiter(map(len, lists), np.int64, len(lists)))
+    return cls(np.fromiter(itertools.chain.from_iterable(lists), dtype, int(offsets[-1])), offsets)
+
+  @classmethod
+  def open(cls, directory: pathlib.Path, name: str) -> Ragged:
+    """Opens offsets.npy and NAME.npy memory-mapped.
+
+    Raises:
+      InputError: a file is missing or cut, or they do not belong together.
+    """
+    offsets = open_offsets(directory)
+    return cls(opened(directory / f"{name}.npy", length=int(offsets[-1])), offsets)
+
+  def save(self, directory: pathlib.Path, name: str) -> None:
+    """Writes what `open` reads."""
+    np.save(directory / "offsets.npy", self.offsets)
+    np.save(directory / f"{name}.npy", self.flat)
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
+  def __getitem__(self, row: int) -> np.ndarray:
+    return self.flat[self.offsets[row] : self.offsets[row + 1]]
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """Int64 [n]."""
+    return np.diff(self.offsets)
+
+  def lengths_at(self, rows: np.ndarray) -> np.ndarray:
+    """Returns int64: the lengths of `rows`."""
+    return self.offsets[rows + 1] - self.offsets[rows]
+
+  def heads(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns the first `counts` numbers of each of `rows`, one row after the other."""
+    return gather(self.flat, self.offsets[rows], counts)
+
+  def take(self, rows: np.ndarray) -> np.ndarray:
+    """Returns all numbers of `rows`, one row after the other."""
+    return self.heads(rows, self.lengths_at(rows))
+
+
+def open_offsets(directory: pathlib.Path) -> np.ndarray:
+  """Opens offsets.npy; an InputError if it is missing, cut, or no offsets."""
+  offsets = opened(directory / "offsets.npy", "i")
+  if not len(offsets) or offsets[0] != 0 or offsets[-1] < 0:
+    raise InputError("offsets begin with 0", path=directory / "offsets.npy")
+  return offsets
+
+
+class RowLists:
+  """For every query row a list of passage rows, with a value for each where there are values; memory-mapped.
+
+  `lists.rows(query_row)` → int64 [n], `lists.values(query_row)` → int64 [n], `len(lists)` → number of queries.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, *, valued: bool = False, count: int | None = None):
+    """Opens what `write_lists` wrote.
+
+    Args:
+      valued: there must be values.
+      count: number of queries; None: any.
+
+    Raises:
+      InputError: a file is missing or cut, or they do not belong together.
+    """
+    directory = pathlib.Path(directory)
+    self._rows = Ragged.open(directory, "rows")
+    if count not in (None, len(self)):
+      raise InputError(f"lists of {count} queries expected, not of {len(self)}", path=directory / "offsets.npy")
+    self._values = None
+    if valued:
+      self._values = Ragged(opened(directory / "values.npy", length=len(self._rows.flat)), self._rows.offsets)
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
   def rows(self, query_row: int) -> np.ndarray:
-    """Returns the passage rows of a query, in the source's order."""
-    return self._rows[self.offsets[query_row] : self.offsets[query_row + 1]].astype(np.int64)
+    """Returns the passage rows of a query, in the order in which they were written."""
+    return self._rows[query_row].astype(np.int64)
 
   def values(self, query_row: int) -> np.ndarray:
-    """Returns what stands with each passage row (the grade of a judgement)."""
+    """Returns the value of each passage row (the grade of a judgement)."""
     if self._values is None:
       raise ValueError("these lists have no values")
-    return self._values[self.offsets[query_row] : self.offsets[query_row + 1]].astype(np.int64)
+    return self._values[query_row].astype(np.int64)
 
   def flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns all lists, one behind the other: query rows, passage rows and values (1 where there are none), int64."""
-    queries = np.repeat(np.arange(len(self), dtype=np.int64), np.diff(self.offsets))
-    values = np.ones_like(queries) if self._values is None else self._values.astype(np.int64)
-    return queries, self._rows.astype(np.int64), values
+    """Returns all lists, one after the other: query rows, passage rows and values (1 without values), int64 each."""
+    queries = np.repeat(np.arange(len(self), dtype=np.int64), self._rows.lengths)
+    values = np.ones_like(queries) if self._values is None else self._values.flat.astype(np.int64)
+    return queries, self._rows.flat.astype(np.int64), values
 
 
 def write_lists(
-  directory: str | pathlib.Path, count: int, queries: np.ndarray, rows: np.ndarray, values: np.ndarray | None = None
-) -> RowLists:
-  """Writes pairs (queries[i], rows[i]) grouped by query, the order within a query kept, and opens them.
+  directory: pathlib.Path, count: int, queries: np.ndarray, rows: np.ndarray, values: np.ndarray | None = None
+) -> None:
+  """Writes pairs (queries[i], rows[i]) grouped by query, the order within a query kept.
 
   Args:
     directory: made here.
     count: number of query rows.
-    queries, rows: int [n]; values: int [n] or None.
+    queries, rows: int [n].
+    values: int [n]; None: the lists have no values.
   """
-  directory = pathlib.Path(directory)
   directory.mkdir(parents=True)
   order = np.argsort(queries, kind="stable")
-  np.save(directory / "offsets.npy", offsets_of(np.bincount(queries, minlength=count)))
-  np.save(directory / "rows.npy", rows[order].astype(np.int32))
+  Ragged(rows[order].astype(np.int32), offsets_of(np.bincount(queries, minlength=count))).save(directory, "rows")
   if values is not None:
     np.save(directory / "values.npy", values[order].astype(np.int32))
-  return RowLists(directory)

@@ -1,4 +1,4 @@
-"""What a source of text consists of: passages, queries, judgements, negatives."""
+"""Records of a dataset: passages, queries, judgements, negatives."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class Passage(NamedTuple):
   """One passage of the corpus.
 
   Attributes:
-    id: the corpus's own name for it, unique.
-    title: the title of the page that it comes from; "" where there is none.
-    text: the passage; empty only where those of a BEIR folder are kept (data.empty_text).
+    id: as the corpus names it, unique.
+    title: of the page that it is part of; "" if there is none.
+    text: the passage; empty only with data.empty_text=keep.
   """
 
   id: str
@@ -23,9 +23,9 @@ class Query(NamedTuple):
   """One query.
 
   Attributes:
-    id: the source's own name for it, unique within a split.
+    id: as the dataset names it, unique within a split.
     text: the question; never empty.
-    answers: strings of which a passage must contain one, where retrieval is measured by answers (Natural Questions).
+    answers: strings of which a relevant passage contains one, if retrieval is measured by answers (Natural Questions).
   """
 
   id: str
@@ -34,7 +34,7 @@ class Query(NamedTuple):
 
 
 class Judgement(NamedTuple):
-  """That `passage_id` was judged for `query_id` with `grade`: above 0 relevant, 0 or less not."""
+  """The grade of a passage for a query: above 0 relevant, 0 or less not."""
 
   query_id: str
   passage_id: str
@@ -42,7 +42,7 @@ class Judgement(NamedTuple):
 
 
 class Negatives(NamedTuple):
-  """Passages that a source gives as hard negatives of a query, in the source's order."""
+  """Hard negatives of a query that come with a dataset, in its order."""
 
   query_id: str
   passage_ids: tuple[str, ...]

@@ -1,4 +1,7 @@
-"""Token ids as an encoder takes them, from memory, from a caller's own padding or from a store: `buckets.Sequences`."""
+"""Token ids as an encoder reads them, special tokens included: from memory, padded by a caller, or from a store.
+
+Each class is a `runtime.buckets.Sequences`.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dptdr_jax.data.ragged import Ragged
 from dptdr_jax.data.store import TokenStore
 
 
 class Lists:
-  """Lists of ids in memory, special tokens included; `limit` is the longest that one can be."""
+  """Lists of ids in memory; `limit` is the longest that one can be."""
 
-  def __init__(self, lists: Sequence[np.ndarray], pad_id: int, limit: int):
-    self._lists, self._pad_id, self.limit = lists, pad_id, limit
-    self._lengths = np.array([len(ids) for ids in lists], np.int64)
+  def __init__(self, lists: Sequence[Sequence[int]], pad_id: int, limit: int):
+    self._lists, self._pad_id, self.limit = Ragged.of(lists), pad_id, limit
 
   def lengths(self) -> np.ndarray:
     """Returns int64 [n]."""
-    return self._lengths
+    return self._lists.lengths
 
   def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
     """Gathers tokens int32 [b, width], padded on the right, and lengths int32 [b]."""
+    lengths = self._lists.lengths_at(places)
     tokens = np.full((len(places), width), self._pad_id, np.int32)
-    for row, place in enumerate(places):
-      tokens[row, : self._lengths[place]] = self._lists[place]
-    return {"tokens": tokens, "lengths": self._lengths[places].astype(np.int32)}
+    tokens[np.arange(width) < lengths[:, None]] = self._lists.take(places)
+    return {"tokens": tokens, "lengths": lengths.astype(np.int32)}
 
 
 class Padded:
-  """Ids [n, T] as a caller padded them, lengths [n]: the width is the caller's, and so is the number of shapes."""
+  """Ids [n, T] as a caller padded them, with lengths [n]: the caller chooses the width, and so the number of shapes."""
 
   def __init__(self, ids: np.ndarray, lengths: np.ndarray):
     self._ids, self._lengths, self.limit = ids, lengths.astype(np.int32), ids.shape[1]
@@ -55,4 +58,5 @@ class Stored:
 
   def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
     """As in Lists."""
-    return dict(zip(("tokens", "lengths"), self._store.batch(self._rows[places], self.limit, width=width), strict=True))
+    tokens, lengths = self._store.batch(self._rows[places], self.limit, width=width)
+    return {"tokens": tokens, "lengths": lengths}

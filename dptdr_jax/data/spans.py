@@ -1,36 +1,34 @@
 """Pairs of spans for retrieval-oriented pretraining, as a function of (seed, 'pretrain', step).
 
-A pair is two random spans of one passage that do not overlap, as in coCondenser. What a passage of n tokens gives, with
-spans of at most S tokens of text and at least s:
+A pair is two random spans of one passage that do not overlap (coCondenser, arXiv 2108.05540). With spans of at most S
+tokens of text and at least s = SHORTEST, a passage of n tokens gives:
 
   n ≥ both   Each span aims at S tokens, or with probability `short_share` at a random length from s on. Both lie
              anywhere in the passage.
-  n < both   ('cut') The passage is cut in two at a random place within a quarter of its length around the ratio of
-             the two lengths aimed at, so that a short span stays short. Of n ≤ S nothing is lost; on MS MARCO (about
-             70 tokens a passage against spans of 126) this is the usual case. Else a half may be longer than S: it
-             gives S tokens, both spans lie anywhere in the passage, and up to a quarter of the text is in neither.
+  n < both   ('cut') The passage is cut in two at a random place, within a quarter of its length around the ratio of
+             the two aimed lengths, so that a short span stays short. If n ≤ S, nothing is lost; on MS MARCO (about
+             70 tokens a passage, spans of 126) this is the usual case. If a half is longer than S, it gives S tokens;
+             then both spans lie anywhere in the passage, and up to a quarter of the text is in neither.
   n < 2 · s  ('twins') Halves would say nothing about each other ('The' | 'Beatles'): both spans are the whole
-             passage, told apart by masks and dropout alone, as in SimCSE (Gao et al. 2021).
-  n = 0      ('empty') A text of which the tokenizer makes nothing: never drawn.
+             passage, and only masks and dropout tell them apart (SimCSE, arXiv 2104.08821).
+  n = 0      ('empty') The tokenizer makes nothing of the text: never drawn.
 
-`SpanBatches.counts` says how many passages are which. Spans begin and end with whole words: an end that falls within a
-word moves inwards (unless the span would be one part of a word), so a span may have a word less than it was drawn with;
-where two spans meet, their common border moves, and no word is lost.
+`SpanBatches.counts` says how many passages are of which kind. Spans begin and end with whole words: an end within a
+word moves inwards (unless the span would be part of one word), so a span may be a word shorter than drawn. Where two
+spans meet, their common border moves, and no word is lost.
 
-With `overlap` each span is drawn by itself anywhere in the passage, as in Contriever (Izacard et al. 2022), and so both
-may have what the passage says only once; a passage no longer than what a span aims at is the span. It wants passages
-longer than spans: others ('twins' then) give the same text twice, but for spans that aim at a short length. On MS MARCO
-choose spans well below its 70 tokens.
+With `overlap` each span is drawn by itself anywhere in the passage (Contriever, arXiv 2112.09118), so that both may
+contain what the passage says only once. A passage no longer than the aimed length is the span itself: choose spans well
+below the length of the passages (70 tokens on MS MARCO), because shorter passages give the same text twice ('twins').
 
-With `neighbours` k > 1 passages are drawn k in a row as the corpus has them, so that where its order means something
-(paragraphs of an article, sections of a document) a batch holds passages that are told apart by more than their topic.
+With `neighbours` k > 1 passages are drawn k in a row in the corpus' order. If this order means something (paragraphs of
+an article), a batch holds passages that differ in more than their topic.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -44,6 +42,7 @@ from dptdr_jax.data.masking import Masking
 from dptdr_jax.data.store import TokenStore
 
 STAGE = "pretrain"
+SHORTEST = 8  # fewest tokens of text in a span, before its ends move to whole words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,33 +51,25 @@ class SpanLengths:
 
   Attributes:
     tokens: limit of a span, special tokens included.
-    shortest: s, fewest tokens of text in a span, before its ends move to whole words.
     short_share: probability that a span aims at a random length instead of the limit.
     overlap: whether the two spans of a passage may overlap.
   """
 
   tokens: int = 128
-  shortest: int = 8
   short_share: float = 0.1
   overlap: bool = False
 
   def text(self, num_special: int) -> int:
-    """The most tokens of text in a span, beside so many special ones.
-
-    Raises:
-      InputError: lengths that do not go together.
-    """
+    """Returns S, the most tokens of text in a span; an InputError if that is less than twice SHORTEST."""
     full = self.tokens - num_special
-    if not 1 <= 2 * self.shortest <= full or not 0 <= self.short_share <= 1:
-      raise InputError(
-        f"spans of {self.tokens} tokens don't go with a shortest of {self.shortest} and a share of short ones of "
-        f"{self.short_share}", fix="Twice the shortest must fit a span beside its special tokens",
-      )  # fmt: skip
+    if full < 2 * SHORTEST:
+      raise InputError("spans are too short", value=self.tokens,
+                       fix=f"Set pretrain.span_tokens to {2 * SHORTEST + num_special} or more")  # fmt: skip
     return full
 
 
 class Drawn(NamedTuple):
-  """The passages of a step: corpora, rows and epochs, int64 [n] each."""
+  """The passages of a step by corpus, row and epoch, int64 [n] each."""
 
   corpora: np.ndarray
   rows: np.ndarray
@@ -88,21 +79,20 @@ class Drawn(NamedTuple):
 class SpanBatches:
   """`batches[step]` → this host's slice of the global batch of a step.
 
-  Every corpus is a stream of its own: one permutation per epoch drawn from (seed, corpus, epoch), one epoch behind the
-  other. Of the n passages of a step each corpus gives its weight's share, one whose share is below a passage one every
-  so many steps. Before a step all K corpora have given N_K = step·n passages and the first k of them
-  N_k = ⌊N_(k+1)·W_k / W_(k+1)⌋, with cumulative weights W: the step alone says where each stream stands, and none goes
-  back (with N_k = ⌊N_K·W_k⌋ one might, where its share is below a passage).
+  Every corpus is a stream of its own: one permutation per epoch drawn from (seed, corpus, epoch), one epoch after the
+  other. Of the n passages of a step each corpus gives a share that is proportional to its size; a share below one
+  passage gives one every few steps. Before a step all K corpora have given N_K = step·n passages and the first k of
+  them N_k = ⌊N_(k+1)·W_k / W_(k+1)⌋, with cumulative shares W. So a step determines where each stream is, and no stream
+  goes back (with N_k = ⌊N_K·W_k⌋ one with a share below a passage might).
 
   A batch of S = 2n global spans on host p of h (s = S / h; K masked tokens at most):
-    tokens int32 [s, T] (masked where there is masking), lengths int32 [s]: spans 2i and 2i + 1 are of one passage,
-    positions int32 [s, K], labels int32 [s, K]: masked tokens, what stood there, −1 fills; only with masking,
-    groups int32 [S]: equal where spans are of the same text (a small corpus may come round within a batch, a text may
-    stand in two corpora, or twice in one).
+    tokens int32 [s, T] (masked if there is masking), lengths int32 [s]: spans 2i and 2i + 1 are of one passage,
+    positions int32 [s, K], labels int32 [s, K]: masked tokens and their ids, −1 fills; only with masking,
+    groups int32 [S]: equal for spans of the same text (a small corpus may come round within a batch; a text may be in
+    two corpora, or twice in one).
 
   Args:
-    stores: token stores that know words.
-    weights: share of each corpus, any scale; empty: by their numbers of passages.
+    stores: token stores with words, one a corpus.
     lengths: see SpanLengths.
     masking: None: spans are not masked.
     batch_size: S, even.
@@ -114,7 +104,6 @@ class SpanBatches:
   def __init__(
     self,
     stores: Sequence[TokenStore],
-    weights: Sequence[float],
     lengths: SpanLengths,
     masking: Masking | None,
     *,
@@ -128,35 +117,35 @@ class SpanBatches:
     self._stores, self._lengths, self._masking, self._bucket = list(stores), lengths, masking, bucket
     self._full = lengths.text(stores[0].num_special)
     if batch_size % (2 * num_hosts) or batch_size < 4:
-      raise InputError(f"a batch of {batch_size} spans is not pairs for each of {num_hosts} hosts, or fewer than two")
+      raise InputError("a batch has two pairs of spans at least, and as many for each host", value=batch_size,
+                       fix=f"Set pretrain.spans to 4 or more, a multiple of {2 * num_hosts}")  # fmt: skip
     self._passages, self._seed, self._neighbours = batch_size // 2, seed, neighbours
     share = batch_size // num_hosts
     self._mine = slice(host * share, (host + 1) * share)
     self._kept = [_with_text(store) for store in stores]
-    self._ratios = _ratios(weights, [len(kept) for kept in self._kept])
+    self._ratios = _ratios([len(kept) for kept in self._kept])
     self._order = functools.lru_cache(maxsize=2 * len(stores))(self._permutation)
 
   @property
   def steps_per_epoch(self) -> float:
-    """Steps until as many passages were drawn as all corpora have."""
+    """Steps until as many passages are drawn as all corpora have."""
     return sum(len(kept) for kept in self._kept) / self._passages
 
   def counts(self) -> list[dict[str, int]]:
-    """For each corpus the number of passages by what they give: 'whole' (two full spans), 'cut', 'twins', 'empty'.
+    """Returns for each corpus the number of passages by kind: 'whole' (two full spans), 'cut', 'twins', 'empty'.
 
-    Where spans may overlap none is cut: 'whole' are passages longer than a full span, 'twins' those that are not, both
-    spans of which are the passage unless they aim at a short length.
+    With overlap none is cut: 'whole' are passages longer than a full span, the others 'twins'.
     """
-    found, full = [], self._full
-    edges = [1, full + 1, full + 1] if self._lengths.overlap else [1, 2 * self._lengths.shortest, 2 * full]
+    counted, full = [], self._full
+    edges = [1, full + 1, full + 1] if self._lengths.overlap else [1, 2 * SHORTEST, 2 * full]
     for store in self._stores:
       kinds = np.searchsorted(edges, store.lengths, side="right")
       numbers = np.bincount(kinds, minlength=4).tolist()
-      found.append(dict(zip(("empty", "twins", "cut", "whole"), numbers, strict=True)))
-    return found
+      counted.append(dict(zip(("empty", "twins", "cut", "whole"), numbers, strict=True)))
+    return counted
 
   def position(self, step: int) -> list[dict[str, int]]:
-    """Where each corpus' stream stands before a step: epoch and passage within it."""
+    """Returns where each corpus' stream is before a step: epoch and passage within it."""
     done = self._advanced(step)
     places = [divmod(int(count), len(kept)) for count, kept in zip(done, self._kept, strict=True)]
     return [{"epoch": epoch, "passage": place} for epoch, place in places]
@@ -178,47 +167,41 @@ class SpanBatches:
     return Drawn(*(np.concatenate(part) for part in (corpora, rows, epochs)))
 
   def tokens(self, step: int) -> int:
-    """Tokens of the global batch of a step, special ones included, padding not."""
+    """Returns the tokens of the global batch of a step, special tokens included, padding not."""
     lengths = self._spans(step)[2]
     return int(lengths.sum())
 
   def __getitem__(self, step: int) -> Batch:
-    drawn, tokens, lengths, starts, source = self._spans(step)
+    drawn, tokens, lengths, starts, random = self._spans(step)
     batch = {"tokens": tokens, "lengths": lengths}
     if self._masking is not None:
       content = starts >= 0
-      masked = self._masking.apply(tokens, starts > 0, content, source)
+      masked = self._masking.apply(tokens, starts > 0, content, random)
       batch["tokens"], batch["positions"], batch["labels"] = masked
     batch = {name: value[self._mine] for name, value in batch.items()}
     batch["groups"] = np.repeat(self._groups(drawn), 2)
     return batch
 
   def load(self, start_step: int, stop_step: int, workers: int = 2) -> Iterator[Batch]:
-    """Yields the batches of start_step … stop_step − 1, some of them made ahead; see `batches.load_ahead`."""
+    """Yields the batches of start_step … stop_step − 1, prepared in threads; see `batches.load_ahead`."""
     return load_ahead(self.__getitem__, start_step, stop_step, workers)
 
   def _spans(self, step: int) -> tuple[Drawn, np.ndarray, np.ndarray, np.ndarray, np.random.Generator]:
-    """The global batch of a step before masking: its passages, `_gather`'s arrays, and what masks are drawn from."""
+    """The global batch of a step before masking: its passages, `_gather`'s arrays, and the generator for masks."""
     drawn = self.draw(step)
-    source = generator(self._seed, STAGE, "spans", 0, step)
+    random = generator(self._seed, STAGE, "spans", 0, step)
     totals, word_starts = self._whole(drawn)
-    first, count = cut(totals, self._lengths, self._full, source)
+    first, count = cut(totals, self._lengths, self._full, random)
     first, count = (part.ravel() for part in _to_words(first, count, totals, word_starts, self._full))
     owner = np.repeat(np.arange(len(drawn.rows)), 2)
     width = self._width(int(count.max()))
-    return drawn, *self._gather(drawn, owner, first, count, totals, word_starts, width), source
+    return drawn, *self._gather(drawn, owner, first, count, totals, word_starts, width), random
 
   def _groups(self, drawn: Drawn) -> np.ndarray:
-    """A number for each text that is drawn, int32 [n]."""
+    """A number for each different text that is drawn, int32 [n]."""
     numbers: dict[bytes, int] = {}
-    found = []
-    for corpus, store in enumerate(self._stores):
-      rows = drawn.rows[drawn.corpora == corpus]
-      counts = store.lengths_at(rows)
-      flat, edges = store.heads(rows, counts), ragged.offsets_of(counts)
-      for begin, end in itertools.pairwise(edges):
-        found.append(numbers.setdefault(flat[begin:end].tobytes(), len(numbers)))
-    return np.array(found, np.int32)
+    texts = (self._stores[corpus][row].tobytes() for corpus, row in zip(drawn.corpora, drawn.rows, strict=True))
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int32)
 
   def _advanced(self, step: int) -> np.ndarray:
     """How many passages each corpus has given before a step."""
@@ -228,15 +211,15 @@ class SpanBatches:
     return np.diff(given[::-1])
 
   def _permutation(self, corpus: int, epoch: int) -> np.ndarray:
-    source = generator(self._seed, f"{STAGE}/{corpus}", "order", epoch, 0)
-    return shuffled(len(self._kept[corpus]), self._neighbours, source)
+    random = generator(self._seed, f"{STAGE}/{corpus}", "order", epoch, 0)
+    return shuffled(len(self._kept[corpus]), self._neighbours, random)
 
   def _width(self, longest: int) -> int:
     needed = longest + self._stores[0].num_special
     return min(-(-needed // self._bucket) * self._bucket, self._lengths.tokens)
 
   def _whole(self, drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each passage int64 [n], and where words start in them, one behind the other."""
+    """Tokens of each passage int64 [n], and where words start in them, one passage after the other."""
     totals, parts = [], []
     for corpus, store in enumerate(self._stores):
       rows = drawn.rows[drawn.corpora == corpus]
@@ -245,7 +228,7 @@ class SpanBatches:
     return np.concatenate(totals), np.concatenate(parts)
 
   def _gather(self, drawn, owner, first, count, totals, word_starts, width):
-    """Tokens [S, T], lengths [S], and int8 [S, T]: 1 where a word starts, 0 within one, −1 beyond the text."""
+    """Tokens [S, T], lengths [S], and int8 [S, T]: 1 where a word starts, 0 within one, −1 outside of the text."""
     tokens, lengths = [], []
     for corpus, store in enumerate(self._stores):
       here = drawn.corpora[owner] == corpus
@@ -260,28 +243,27 @@ class SpanBatches:
 
 
 def cut(
-  totals: np.ndarray, lengths: SpanLengths, full: int, source: np.random.Generator
+  totals: np.ndarray, lengths: SpanLengths, full: int, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
   """Draws two spans in each passage; the module's docstring says how.
 
   Args:
     totals: int64 [n], tokens of each passage, at least 1.
-    full: tokens of text in the longest span.
+    full: S, tokens of text in the longest span.
 
   Returns:
     First token and number of tokens, int64 [n, 2] each.
   """
   count = len(totals)
-  short, length, place = source.random((count, 2)), source.random((count, 2)), source.random((count, 2))
-  jitter, swap = source.random(count), source.random(count) < 0.5
-  shortest = lengths.shortest
-  drawn = shortest + np.floor(length * (full - shortest)).astype(np.int64)
+  short, length, place = random.random((count, 2)), random.random((count, 2)), random.random((count, 2))
+  jitter, swap = random.random(count), random.random(count) < 0.5
+  drawn = SHORTEST + np.floor(length * (full - SHORTEST)).astype(np.int64)
   aims = np.where(short < lengths.short_share, drawn, full)
   if lengths.overlap:
     sizes = np.minimum(aims, totals[:, None])
     return np.floor(place * (totals[:, None] - sizes + 1)).astype(np.int64), sizes
   ratio = aims[:, 0] / aims.sum(1) + (jitter - 0.5) / 2
-  left = np.clip(np.rint(totals * ratio).astype(np.int64), shortest, np.maximum(totals - shortest, shortest))
+  left = np.clip(np.rint(totals * ratio).astype(np.int64), SHORTEST, np.maximum(totals - SHORTEST, SHORTEST))
   halves = np.minimum(np.stack([left, totals - left], 1), full)
   sizes = np.where((aims.sum(1) <= totals)[:, None], aims, halves)
   slack = totals - sizes.sum(1)
@@ -289,17 +271,17 @@ def cut(
   leading = np.where(swap, sizes[:, 1], sizes[:, 0])
   starts = np.stack([gaps[:, 0], gaps[:, 1] + leading], 1)
   starts = np.where(swap[:, None], starts[:, ::-1], starts)
-  twins = (totals < 2 * shortest)[:, None]
+  twins = (totals < 2 * SHORTEST)[:, None]
   return np.where(twins, 0, starts), np.where(twins, totals[:, None], sizes)
 
 
-def shuffled(count: int, neighbours: int, source: np.random.Generator) -> np.ndarray:
-  """A permutation of `count` rows, int64, in which so many neighbours stay together; the first begins anywhere."""
+def shuffled(count: int, neighbours: int, random: np.random.Generator) -> np.ndarray:
+  """Returns a permutation of `count` rows, int64, in which groups of so many neighbours stay together."""
   if neighbours == 1:
-    return source.permutation(count)
-  begin = int(source.integers(neighbours))
+    return random.permutation(count)
+  begin = int(random.integers(neighbours))  # where the groups begin changes with the generator
   edges = np.concatenate([[0], np.arange(begin or neighbours, count, neighbours), [count]])
-  order = source.permutation(len(edges) - 1)
+  order = random.permutation(len(edges) - 1)
   sizes = np.diff(edges)[order]
   return np.repeat(edges[order] - ragged.offsets_of(sizes)[:-1], sizes) + np.arange(count)
 
@@ -307,14 +289,20 @@ def shuffled(count: int, neighbours: int, source: np.random.Generator) -> np.nda
 def _to_words(
   first: np.ndarray, count: np.ndarray, totals: np.ndarray, word_starts: np.ndarray, full: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Moves ends of spans to where words start, as the module's docstring says; takes what `cut` does, and its result."""
+  """Moves ends of spans to where words start, as the module's docstring says.
+
+  Args:
+    first, count: the result of `cut`.
+    totals, full: see `cut`.
+    word_starts: bool, all passages one after the other.
+  """
   offsets = ragged.offsets_of(totals)
   places = np.arange(len(word_starts))
   beyond = len(word_starts)
   ahead = np.minimum.accumulate(np.where(word_starts, places, beyond)[::-1])[::-1]  # next word at or after
   behind = np.maximum.accumulate(np.where(word_starts, places, -1))  # last word at or before
   begin, end = offsets[:-1, None] + first, offsets[:-1, None] + first + count
-  meet = begin == end[:, ::-1]  # this span begins where the other one ends
+  meet = begin == end[:, ::-1]  # a span begins where the other one ends
   moved = ahead[begin]
   begin = np.where(moved < end, moved, begin)
   last = behind[np.minimum(end, beyond - 1)]
@@ -333,16 +321,8 @@ def _with_text(store: TokenStore) -> np.ndarray:
   return kept
 
 
-def check_weights(weights: Sequence[float], corpora: int) -> None:
-  """Raises InputError unless there is a weight above 0 for each corpus, or none at all."""
-  if weights and (len(weights) != corpora or min(weights) <= 0):
-    raise InputError(f"pretrain.weights: {corpora} corpora need as many weights above 0", value=list(weights))
-
-
-def _ratios(weights: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
-  """W_(k−1) / W_k for each corpus k, with cumulative weights W from 0 to exactly 1."""
-  check_weights(weights, len(sizes))
-  weights = list(weights) or list(sizes)
-  cumulative = np.concatenate([[0.0], np.cumsum(weights) / np.sum(weights)])
+def _ratios(sizes: Sequence[int]) -> np.ndarray:
+  """W_(k−1) / W_k for each corpus k, with cumulative shares W from 0 to exactly 1."""
+  cumulative = np.concatenate([[0.0], np.cumsum(sizes) / np.sum(sizes)])
   cumulative[-1] = 1.0
   return cumulative[:-1] / cumulative[1:]

@@ -1,4 +1,4 @@
-"""Hugging Face fast tokenizers without transformers in the way: ids without special tokens, and how to wrap them."""
+"""Hugging Face fast tokenizers by the tokenizers library: ids without special tokens, and how to wrap them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class PairTemplate(NamedTuple):
 
 
 class Tokenizer:
-  """A fast tokenizer out of a directory in Hugging Face layout; truncation and padding baked into it are taken off.
+  """A fast tokenizer from a directory in Hugging Face layout, without its own truncation and padding.
 
   Attributes:
     backend: the `tokenizers.Tokenizer`, with neither truncation nor padding.
     prefix, suffix: special ids before and after one text, such as (cls,) and (sep,).
-    cls_id, sep_id, pad_id, mask_id: their ids; mask_id is None where the vocabulary has none.
+    cls_id, sep_id, pad_id, mask_id: their ids; mask_id is None if the vocabulary has none.
     vocab_size: the number of ids, added tokens included.
-    hash: SHA-256 of tokenizer.json's content but for truncation and padding.
+    hash: SHA-256 of tokenizer.json's content without truncation and padding.
   """
 
   def __init__(self, directory: str | pathlib.Path):
@@ -56,7 +56,7 @@ class Tokenizer:
 
   @property
   def separator(self) -> str:
-    """The separator token as text, which the original puts between title and text."""
+    """The separator token as text: the original puts it between title and text."""
     return self.backend.id_to_token(self.sep_id)
 
   def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
@@ -73,25 +73,25 @@ class Tokenizer:
     return [*self.prefix, *ids, *self.suffix]
 
   def pair_template(self) -> PairTemplate:
-    """Returns what the tokenizer's own post-processor puts around two texts.
+    """Returns the special ids that the tokenizer's own post-processor puts around two texts.
 
     Raises:
-      InputError: it puts nothing before, between or after them, or the second text first.
+      InputError: it puts none before, between or after them, or the second text first.
     """
     encoding = self.backend.encode("a", "a", add_special_tokens=True)
     first, second = ([at for at, text in enumerate(encoding.sequence_ids) if text == which] for which in (0, 1))
     ids = encoding.ids
-    found = PairTemplate(*map(tuple, (ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :])))
-    if not all(found) or second[0] < first[-1]:
+    template = PairTemplate(*map(tuple, (ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :])))
+    if not all(template) or second[0] < first[-1]:
       what = "the tokenizer puts no special tokens before, between and after two texts"
-      raise InputError(what, path=self.directory, fix="Its post-processor must have a template for pairs")
-    return found
+      raise InputError(what, path=self.directory, fix="Its post-processor needs a template for pairs")
+    return template
 
   def check_model(self, vocab_size: int, path: str | pathlib.Path) -> None:
-    """Raises an InputError when the model at `path` has fewer word embeddings than the tokenizer has ids."""
+    """Raises an InputError if the model at `path` has fewer word embeddings than the tokenizer has ids."""
     if self.vocab_size > vocab_size:
       what = f"the tokenizer in {self.directory} has {self.vocab_size} ids and the model {vocab_size} embeddings"
-      raise InputError(what, path=path, fix="Take the tokenizer that belongs to the model")
+      raise InputError(what, path=path, fix="Use the tokenizer of the model")
 
   def _wrapping(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
     encoding = self.backend.encode("a", add_special_tokens=True)
@@ -99,11 +99,13 @@ class Tokenizer:
     prefix, suffix = encoding.ids[: content[0]], encoding.ids[content[-1] + 1 :]
     if not prefix or not suffix:
       what = "the tokenizer puts no special token before and after a text"
-      raise InputError(what, path=self.directory, fix="Its post-processor must add what the model was trained with")
+      raise InputError(
+        what, path=self.directory, fix="Its post-processor must add the special tokens of the model's training"
+      )
     return tuple(prefix), tuple(suffix)
 
   def _special(self, name: str) -> int | None:
-    """Finds a special token by the directory's own files, then by the names that BERT and RoBERTa give it."""
+    """The id of a special token, named by the directory's files, or else as BERT or RoBERTa name it."""
     named: list[str] = []
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
       if (self.directory / file).is_file():
@@ -114,17 +116,18 @@ class Tokenizer:
 
 
 def _load(directory: pathlib.Path) -> dict[str, Any]:
-  """Returns tokenizer.json's content; made by transformers where a directory has vocabulary files alone."""
+  """The content of tokenizer.json; transformers makes it if a directory has only vocabulary files."""
   if (directory / "tokenizer.json").is_file():
     return read_json(directory / "tokenizer.json")
   if not any((directory / name).is_file() for name in ("vocab.txt", "vocab.json", "sentencepiece.bpe.model")):
     raise InputError("no tokenizer here (tokenizer.json, vocab.txt or vocab.json)", path=directory)
-  import transformers  # seconds to import and rarely needed
+  import transformers  # takes seconds to import and is rarely needed
 
   try:
-    made = transformers.AutoTokenizer.from_pretrained(str(directory), use_fast=True, local_files_only=True)
-  except (OSError, ValueError) as error:
-    raise InputError(f"transformers makes no tokenizer of it ({error})", path=directory) from error
-  if not made.is_fast:
+    built = transformers.AutoTokenizer.from_pretrained(str(directory), use_fast=True, local_files_only=True)
+  except Exception as error:  # of any kind: a package that is missing, files that do not belong together
+    reason = " ".join(str(error).split())
+    raise InputError(f"transformers cannot make a tokenizer of it ({reason})", path=directory) from error
+  if not built.is_fast:
     raise InputError("only fast tokenizers are supported", path=directory)
-  return json.loads(made.backend_tokenizer.to_str())
+  return json.loads(built.backend_tokenizer.to_str())

@@ -1,14 +1,15 @@
 """Self-attention over [prompt; tokens]: two ways to compute it behind one signature.
 
-Legend: B examples, T tokens, P prompt length, S = P + T keys, N heads, D head size; R query rows (T, or 1 where one row
-is read).
-Tokens are padded on the right and the prompt is always visible, so what a row sees is a length, not a mask.
+Legend: B examples, T tokens, P prompt length, S = P + T keys, N heads, D head size; R query rows (T, or 1 if only one
+row is needed).
+Tokens are padded on the right and prompts come first, so a length says what a row sees; no mask is passed.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,22 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.models import dropout as drop
 from dptdr_jax.models.products import product
 
-Prompt = tuple[jax.Array, jax.Array]  # keys, values [P, N, D]
+Prompt = tuple[jax.Array, jax.Array]  # keys, values [P, N, D], the same for every example
 
-# Distance in a mask's index between heads and between query rows, so that it depends on neither T nor P + T's padding.
-# 2**32 indices: 256 heads × 4,096 rows × 4,096 keys.
+
+class RowPrompts(NamedTuple):
+  """A prompt of its own for every example; for serving, without dropout.
+
+  The order of the axes is that in which batched products read them: another order would cost a transpose an example.
+  """
+
+  keys: jax.Array  # [B, N, P, D]
+  values: jax.Array  # [B, N, P, D]
+  lengths: jax.Array  # [B] int32, from 0 to P: how many of the P are visible
+
+
+# Steps in a dropout mask's index from head to head and from query row to query row. They are constants so that a mask
+# depends neither on T nor on the padding. 2**32 indices hold 256 heads × 4,096 rows × 4,096 keys.
 _HEAD_STRIDE, _ROW_STRIDE = 1 << 24, 1 << 12
 _PROBABILITIES = "attention probabilities"
 
@@ -33,35 +46,35 @@ def attend(
   lengths: jax.Array,
   *,
   scale: float,
-  prompt: Prompt | None = None,
+  prompt: Prompt | RowPrompts | None = None,
   bias: jax.Array | None = None,
   noise: drop.Noise | None = None,
   layer: jax.Array | int = 0,
   first_row: int = 0,
   method: str = "auto",
-  remember: bool = True,
+  keep_probabilities: bool = True,
 ) -> jax.Array:
   """Softmax attention of each query row over the prompt and the visible tokens.
 
   Args:
-    query: [B, R, N, D]; `first_row` is the row of the sequence that its row 0 stands at.
+    query: [B, R, N, D]; its row 0 is row `first_row` of the sequence.
     key, value: [B, T, N, D].
     lengths: [B] int32, visible tokens of each example.
     scale: factor on the scores.
-    prompt: keys and values [P, N, D] that every example sees before its tokens, or None.
+    prompt: keys and values before the tokens: one prompt for all examples, one for each, or None.
     bias: [N, B, R, T] float32 added to the scaled scores of tokens (DeBERTa), or None.
-    noise: dropout on probabilities and prompt; `layer` tells the layers' masks apart. None: no dropout.
+    noise: dropout on probabilities and prompt; `layer` separates the masks of the layers. None: no dropout.
     method: 'split', 'concat' or 'auto'; see `choose_method`.
-    remember: keep the probabilities for the backward pass rather than compute them again: N·S numbers a row, at P = T
-      as much as the rest that a frozen layer keeps.
+    keep_probabilities: store the probabilities for the backward pass instead of computing them again. They are N·S
+      numbers a row; at P = T that is as much as everything else that a frozen layer stores.
 
   Returns:
     [B, R, N, D] in the dtype of `query`. Scores and softmax statistics are float32.
   """
   method = choose_method(method, query, key, prompt, bias, noise)
-  # What the backward pass needs is computed again from the arguments (and the stored probabilities), so that neither a
-  # copy of the prompt for each example nor a mask is kept.
-  policy = jax.checkpoint_policies.save_only_these_names(*([_PROBABILITIES] if remember else []))
+  # The backward pass recomputes everything but the stored probabilities from the arguments. So neither a copy of the
+  # prompt for each example nor a mask is stored.
+  policy = jax.checkpoint_policies.save_only_these_names(*([_PROBABILITIES] if keep_probabilities else []))
   core = jax.checkpoint(
     functools.partial(_concat if method == "concat" else _split, scale=scale, first_row=first_row),
     policy=policy,
@@ -70,13 +83,13 @@ def attend(
 
 
 def choose_method(method, query, key, prompt, bias, noise) -> str:
-  """'split' or 'concat': which of the two computes these arguments on this device (arguments as in `attend`).
+  """Returns 'split' or 'concat' for these arguments on this device; the arguments are those of `attend`.
 
-  'split' takes one product over the prompt and one over the tokens under one softmax: the prompt is never copied and
-  every option works; XLA fuses the softmax, but the scores pass through memory. 'concat' copies the prompt in front of
-  every example's keys, for a fused kernel that keeps no scores; there is one on NVIDIA GPUs from Ampere on (cuDNN:
-  16-bit, even lengths, D ≤ 128 and a multiple of 8, no dropout here). 'auto' takes 'concat' exactly where that kernel
-  runs: elsewhere the copy buys nothing.
+  'split' computes one product over the prompt and one over the tokens, with one softmax over both. It never copies the
+  prompt and supports every option. XLA fuses the softmax, but the scores pass through memory.
+  'concat' copies the prompt in front of every example's keys for a fused kernel that stores no scores. Only NVIDIA GPUs
+  from Ampere on have one (cuDNN: 16-bit, even lengths, D ≤ 128 and a multiple of 8, no dropout here).
+  'auto' is 'concat' if that kernel can run and 'split' otherwise.
   """
   dropped = noise is not None and noise.rates.attention > 0
   if method == "auto":
@@ -85,54 +98,70 @@ def choose_method(method, query, key, prompt, bias, noise) -> str:
     raise InputError("unknown attention method", value=method, fix="Known: auto, split, concat")
   if method == "concat" and (dropped or bias is not None):
     what = "dropout on attention probabilities" if dropped else "DeBERTa's relative biases"
-    raise InputError(f"attention 'concat' cannot do {what}", fix="Take 'auto' or 'split'")
+    raise InputError(f"attention 'concat' cannot do {what}", fix="Use 'auto' or 'split'")
   return method
 
 
+def _prompt_length(prompt: Prompt | RowPrompts | None) -> int:
+  return 0 if prompt is None else prompt[0].shape[-2 if isinstance(prompt, RowPrompts) else 0]
+
+
 def _has_fused_kernel(query, key, prompt) -> bool:
-  keys = key.shape[1] + (0 if prompt is None else prompt[0].shape[0])
   return (
     _is_ampere_or_later()
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and query.shape[-1] % 8 == 0
     and query.shape[-1] <= 128
     and query.shape[1] % 2 == 0
-    and keys % 2 == 0
+    and (key.shape[1] + _prompt_length(prompt)) % 2 == 0
   )
 
 
 def _is_ampere_or_later() -> bool:
-  """Whether this process computes on NVIDIA GPUs that cuDNN's kernel runs on; ROCm calls itself 'gpu', too."""
+  """Whether this process computes on NVIDIA GPUs with cuDNN's fused attention. ROCm reports 'gpu', too."""
   if jax.default_backend() != "gpu":
     return False
   capability = getattr(jax.local_devices()[0], "compute_capability", "")
   return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 
 
+def _hide(scores: jax.Array, lengths: jax.Array) -> jax.Array:
+  """Adds the smallest float32 to scores [N, B, R, K] of keys beyond each example's length."""
+  hidden = jnp.arange(scores.shape[-1]) >= lengths[:, None]
+  return scores + jnp.where(hidden, jnp.finfo(jnp.float32).min, 0.0)[None, :, None, :]
+
+
 def _split(query, key, value, lengths, prompt, bias, noise, layer, *, scale, first_row):
   scores = product("brnd,btnd->nbrt", query, key) * scale
   if bias is not None:
     scores += bias
-  hidden = jnp.arange(key.shape[1]) >= lengths[:, None]
-  scores += jnp.where(hidden, jnp.finfo(jnp.float32).min, 0.0)[None, :, None, :]
+  scores = _hide(scores, lengths)
   if prompt is None:
     (over_tokens,) = _joint_softmax((scores,), value.dtype)
     return _weighted_sum("nbrk,bknd->brnd", over_tokens, value, noise, layer, first_row, 0).astype(query.dtype)
 
-  prompt_keys = _prompt_for(prompt[0], query, noise, layer, drop.PROMPT_KEY)
-  prompt_values = _prompt_for(prompt[1], query, noise, layer, drop.PROMPT_VALUE)
-  equation = "brnd,npd->nbrp" if prompt_keys.ndim == 3 else "brnd,nbpd->nbrp"
-  prompt_scores = product(equation, query, prompt_keys) * scale
+  if isinstance(prompt, RowPrompts):
+    prompt_keys, prompt_values = prompt.keys.astype(query.dtype), prompt.values.astype(query.dtype)
+    prompt_scores = _hide(product("brnd,bnpd->nbrp", query, prompt_keys) * scale, prompt.lengths)
+    equation = "nbrk,bnkd->brnd"
+  else:
+    prompt_keys = _prompt_for(prompt[0], query, noise, layer, drop.PROMPT_KEY)
+    prompt_values = _prompt_for(prompt[1], query, noise, layer, drop.PROMPT_VALUE)
+    equation = "brnd,npd->nbrp" if prompt_keys.ndim == 3 else "brnd,nbpd->nbrp"
+    prompt_scores = product(equation, query, prompt_keys) * scale
+    equation = "nbrk,nkd->brnd" if prompt_values.ndim == 3 else "nbrk,nbkd->brnd"
   over_prompt, over_tokens = _joint_softmax((prompt_scores, scores), value.dtype)
-  equation = "nbrk,nkd->brnd" if prompt_values.ndim == 3 else "nbrk,nbkd->brnd"
   mixed = _weighted_sum(equation, over_prompt, prompt_values, noise, layer, first_row, 0)
-  mixed += _weighted_sum("nbrk,bknd->brnd", over_tokens, value, noise, layer, first_row, prompt[0].shape[0])
+  first_key = _prompt_length(prompt)
+  mixed += _weighted_sum("nbrk,bknd->brnd", over_tokens, value, noise, layer, first_row, first_key)
   return mixed.astype(query.dtype)
 
 
 def _concat(query, key, value, lengths, prompt, bias, noise, layer, *, scale, first_row):
-  del bias, first_row  # `choose_method` lets neither a bias nor a mask over rows come here
-  if prompt is not None:
+  del bias, first_row  # `choose_method` allows neither a bias nor a mask over rows here
+  if isinstance(prompt, RowPrompts):
+    key, value, lengths = _pack(key, value, lengths, prompt)
+  elif prompt is not None:
     sites = (drop.PROMPT_KEY, drop.PROMPT_VALUE)
     parts = [_prompt_for(part, query, noise, layer, site) for part, site in zip(prompt, sites, strict=True)]
     parts = [part if part.ndim == 4 else part[:, None] for part in parts]
@@ -145,11 +174,24 @@ def _concat(query, key, value, lengths, prompt, bias, noise, layer, *, scale, fi
   )
 
 
-def _prompt_for(part, query, noise, layer, site):
-  """The prompt's keys or values in the dtype of the products: [N, P, D], or [N, B, P, D] under dropout by example.
+def _pack(key, value, lengths, prompt: RowPrompts):
+  """Joins prompts and tokens so that the visible keys of each example are contiguous from 0, as the kernel needs."""
+  size, place = _prompt_length(prompt), jnp.arange(_prompt_length(prompt) + key.shape[1])
+  visible = prompt.lengths[:, None]
+  source = jnp.where(place < visible, place, jnp.minimum(place + size - visible, place[-1]))[..., None, None]
+  joined = (
+    jnp.concatenate([part.transpose(0, 2, 1, 3).astype(tokens.dtype), tokens], axis=1)
+    for part, tokens in ((prompt.keys, key), (prompt.values, value))
+  )
+  key, value = (jnp.take_along_axis(part, source, axis=1) for part in joined)
+  return key, value, lengths + prompt.lengths
 
-  In this order the batched products read them as they are: a transpose would be one more copy of the prompt an example.
-  Its dtype changes last, so that the gradient is summed over the examples in float32.
+
+def _prompt_for(part, query, noise, layer, site):
+  """The prompt's keys or values in the dtype of the products: [N, P, D], or [N, B, P, D] with a mask for each example.
+
+  Batched products read this order as it is; a transpose would be one more copy of the prompt an example. The dtype
+  changes last, so that the gradient is summed over the examples in float32.
   """
   part = part.transpose(1, 0, 2)
   if noise is None or noise.prompt_rate <= 0:
@@ -162,7 +204,7 @@ def _prompt_for(part, query, noise, layer, site):
 
 
 def _weighted_sum(equation, probabilities, values, noise, layer, first_row, first_key):
-  """Drops probabilities [N, B, R, K] and sums values by them, as `equation` lays them out: [B, R, N, D] float32."""
+  """Applies dropout to probabilities [N, B, R, K] and sums the values by them: [B, R, N, D] float32."""
   if noise is not None and noise.rates.attention > 0:
     probabilities = drop.dropout(
       probabilities, noise.at(layer, drop.ATTENTION), noise.rates.attention,
@@ -171,7 +213,7 @@ def _weighted_sum(equation, probabilities, values, noise, layer, first_row, firs
   return product(equation, probabilities, values)
 
 
-# A custom rule, so that the only thing stored is what the next product reads: the probabilities in the compute dtype.
+# A custom rule, so that only what the next product reads is stored: the probabilities in the compute dtype.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _joint_softmax(scores: tuple[jax.Array, ...], dtype) -> tuple[jax.Array, ...]:
   """One softmax over the last axes of several float32 arrays, as if they were concatenated."""

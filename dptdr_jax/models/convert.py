@@ -1,4 +1,4 @@
-"""Weights between Hugging Face's layout and ours: every tensor used, every shape checked, listed leftovers only."""
+"""Converts weights between Hugging Face's layout and ours, and refuses unknown tensors and other shapes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from dptdr_jax.models.prompts import Params, unflatten
 
 Tensors = dict[str, np.ndarray]
 
-# What a checkpoint may carry and a retriever never reads: poolers, heads, buffers, the original's prompts.
-_LEFTOVERS = re.compile(
+# Tensors that a checkpoint may contain and an encoder does not need: poolers, heads, buffers, the original's prompts.
+_UNUSED = re.compile(
   r"((bert|roberta|deberta)\.)?"
   r"(pooler\.|embeddings\.position_ids$|embeddings\.token_type_ids$|cls\.|lm_head\.|lm_predictions\.|classifier\.|prefix_encoder\.)"
 )
-# DeBERTa's embedding table of absolute positions, where the configuration says that they are not added.
+# DeBERTa's table of absolute positions, unused if the configuration does not add them.
 _UNUSED_POSITIONS = "embeddings.position_embeddings.weight"
 
-# Our modules' names in Hugging Face's layout (DeBERTa's after `_split_projections`).
+# Hugging Face's names of our modules (for DeBERTa after `_split_projections`).
 _EMBEDDINGS = {
   "word": "word_embeddings",
   "position": "position_embeddings",
@@ -51,27 +51,33 @@ _LAYER = {
 
 
 def weight_files(directory: files.Path) -> list[pathlib.Path]:
-  """The files of a directory's weights: model.safetensors, what its index names, or pytorch_model.bin.
+  """The weight files of a directory: model.safetensors, the shards named by its index, or pytorch_model.bin.
 
   Raises:
-    InputError: none of them is there.
+    InputError: there is none of them.
   """
   directory = pathlib.Path(directory)
   index = directory / "model.safetensors.index.json"
   if (directory / "model.safetensors").is_file():
     return [directory / "model.safetensors"]
   if index.is_file():
-    return [directory / shard for shard in sorted(set(files.read_json(index)["weight_map"].values()))]
+    with files.fields_of(index):
+      shards = sorted({pathlib.PurePath(shard) for shard in {**files.read_json(index)["weight_map"]}.values()})
+    if not shards:
+      raise InputError("weight_map names no shard", path=index)
+    if outside := [str(shard) for shard in shards if len(shard.parts) != 1 or shard.name == ".."]:
+      raise InputError("a shard must be a file in this directory", path=index, value=outside[0])
+    return [directory / shard for shard in shards]
   if (directory / "pytorch_model.bin").is_file():
     return [directory / "pytorch_model.bin"]
   raise InputError("neither model.safetensors nor pytorch_model.bin is here", path=directory)
 
 
 def load_backbone_tensors(directory: files.Path) -> Tensors:
-  """Reads the weights of a directory, see `weight_files`; of a .bin torch's weights only.
+  """Reads the weights of a directory, see `weight_files`; a .bin with torch's weights_only.
 
   Raises:
-    InputError: no such file, one that is cut short or damaged, or a .bin where torch is not installed.
+    InputError: no such file, a truncated or damaged one, or a .bin and torch is not installed.
   """
   found = weight_files(directory)
   if found[0].name == "pytorch_model.bin":
@@ -80,7 +86,7 @@ def load_backbone_tensors(directory: files.Path) -> Tensors:
 
 
 def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes one file for all who can read the directory: safetensors makes it its owner's alone."""
+  """Writes one file, readable by everyone who can read the directory; safetensors makes it private to its owner."""
   import safetensors.numpy
 
   safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -88,8 +94,8 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> 
 
 
 def read_safetensors(path: pathlib.Path) -> Tensors:
-  """Reads one file; one that is missing, cut short or damaged is an InputError."""
-  # ml_dtypes (a dependency of jax) gives numpy its bfloat16, which safetensors' numpy reader needs.
+  """Reads one file; raises InputError if it is missing, truncated or damaged."""
+  # safetensors' numpy reader needs numpy's bfloat16, which ml_dtypes (a dependency of jax) registers.
   import safetensors
   import safetensors.numpy
 
@@ -98,7 +104,8 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
   try:
     return safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, json.JSONDecodeError, ValueError) as error:
-    raise InputError(f"not a whole safetensors file ({error})", path=path, fix="Copy or download it again") from error
+    what = f"not a complete safetensors file ({error})"
+    raise InputError(what, path=path, fix="Copy or download it again") from error
 
 
 def _read_torch(path: pathlib.Path) -> Tensors:
@@ -109,16 +116,16 @@ def _read_torch(path: pathlib.Path) -> Tensors:
     raise InputError("reading a .bin needs torch", path=path, fix=fix) from error
   try:
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch raises its own, pickle's, zipfile's and the runtime's errors here
-    raise InputError(f"not a whole weights-only torch file ({error})", path=path) from error
+  except Exception as error:  # torch, pickle, zipfile and the runtime raise different errors here
+    raise InputError(f"not a complete weights-only torch file ({error})", path=path) from error
   if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-    raise InputError("not a flat dict of tensors", path=path, fix="Save model.state_dict() alone")
-  # numpy knows no bfloat16 of torch's: float32 holds every value of the 16-bit kinds exactly.
+    raise InputError("not a flat dict of tensors", path=path, fix="Save only model.state_dict()")
+  # torch cannot convert bfloat16 to numpy; float32 holds every value of the 16-bit types exactly.
   return {name: (t.float() if t.is_floating_point() else t).detach().numpy() for name, t in tensors.items()}
 
 
 def init_params(key: jax.Array, config: EncoderConfig) -> Params:
-  """A random float32 backbone: kernels and embeddings N(0, initializer_range), biases 0, as transformers starts one."""
+  """A random float32 backbone as transformers initialises it: kernels, embeddings N(0, initializer_range), biases 0."""
   tokens, lengths = jnp.zeros((1, 2), jnp.int32), jnp.full((1,), 2, jnp.int32)
   params = dict(jax.jit(Encoder(config).init)(key, tokens, lengths)["params"])
   word = params["embeddings"]["word"].at[config.pad_id].set(0.0)
@@ -132,15 +139,15 @@ def from_huggingface(
   dtype: Any = jnp.float32,
   source: files.Path | None = None,
 ) -> Params:
-  """Hugging Face tensors to our tree, as host arrays: put them on the devices once.
+  """Hugging Face tensors to our tree of host arrays; the caller puts them on the devices.
 
   Args:
-    tensors: with or without the family's prefix ('roberta.…').
-    dtype: what the tree is stored in (LayerNorm's weights stay float32).
+    tensors: names with or without the family's prefix ('roberta.…').
+    dtype: of the tree (LayerNorm's weights stay float32).
     source: the file or directory that errors name.
 
   Raises:
-    InputError: a tensor that is missing, of another shape, or not known.
+    InputError: a missing or unknown tensor, or one of another shape.
   """
   tensors = _plain_names(tensors, config)
   if config.family == "deberta":
@@ -151,14 +158,14 @@ def from_huggingface(
     parts = []
     for name, part_shape in _sources(path, shape, config):
       if name not in tensors:
-        raise InputError(f"tensor {name} is missing", path=source, fix="Does config.json belong to these weights?")
+        raise InputError(f"tensor {name} is missing", path=source, fix="Check that config.json is of these weights")
       if tensors[name].shape != part_shape:
         raise InputError(f"tensor {name} has shape {tensors[name].shape}, expected {part_shape}", path=source)
       parts.append(tensors[name].T if path[-1] == "kernel" else tensors[name])
       left.discard(name)
     array = np.stack(parts) if path[0] == "layers" else parts[0]
     flat["/".join(path)] = np.asarray(array, _stored_as(path, dtype))
-  unknown = sorted(name for name in left if not _is_leftover(name, config))
+  unknown = sorted(name for name in left if not _is_unused(name, config))
   if unknown:
     raise InputError(
       f"{len(unknown)} tensors are not part of a {config.family} encoder", path=source, value=unknown[:5]
@@ -167,19 +174,19 @@ def from_huggingface(
 
 
 def abstract_params(config: EncoderConfig, dtype: Any) -> Params:
-  """Shapes and dtypes of what `from_huggingface` gives, without weights."""
+  """Shapes and dtypes of what `from_huggingface` returns."""
   shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
   flat = {path: jax.ShapeDtypeStruct(leaf.shape, _stored_as(path, dtype)) for path, leaf in _leaves(shapes)}
   return unflatten({"/".join(path): leaf for path, leaf in flat.items()})
 
 
 def _stored_as(path: tuple[str, ...], dtype: Any) -> Any:
-  """LayerNorm's weights stay float32."""
+  """The dtype of one array: LayerNorm's weights stay float32."""
   return np.float32 if len(path) > 1 and path[-2].endswith("norm") else dtype
 
 
 def to_huggingface(params: Params, config: EncoderConfig) -> Tensors:
-  """The inverse of `from_huggingface`: float32 tensors under the names of transformers' bare model."""
+  """The inverse of `from_huggingface`: float32 tensors with the names of transformers' bare model."""
   leaves = {path: np.asarray(array, np.float32) for path, array in _leaves(params)}
   tensors: Tensors = {}
   for path, shape in _shapes(config):
@@ -190,43 +197,8 @@ def to_huggingface(params: Params, config: EncoderConfig) -> Tensors:
   return _join_projections(tensors, config) if config.family == "deberta" else tensors
 
 
-def bert_to_roberta(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-  """Rewrites a BERT checkpoint into RoBERTa's layout, which then gives the same vectors for `roberta_token_ids(ids)`.
-
-  RoBERTa's padding id is 1, BERT's 0: rows 0 and 1 of the word table change places. RoBERTa's positions start behind
-  the padding id: two rows go in front of the position table. RoBERTa knows one token type: the first one stays.
-
-  Args:
-    tensors: with or without 'bert.' in front; leftovers such as the pooler are dropped.
-    config: the fields of config.json, with a pad_token_id of 0.
-  """
-  shape = EncoderConfig.from_dict(config)
-  if shape.family != "bert" or shape.pad_id != 0:
-    raise InputError("only a BERT checkpoint with padding id 0 can be rewritten", value=config.get("model_type"))
-  plain = {name: array for name, array in _plain_names(tensors, shape).items() if not _is_leftover(name, shape)}
-  word, position, kind = (f"embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type"))
-  table = plain[word].copy()
-  table[[0, 1]] = table[[1, 0]]
-  plain[word] = table
-  plain[position] = np.concatenate([np.zeros_like(plain[position][:2]), plain[position]])
-  plain[kind] = plain[kind][:1]
-  changes = {
-    "model_type": "roberta",
-    "architectures": ["RobertaModel"],
-    "pad_token_id": 1,
-    "type_vocab_size": 1,
-    "max_position_embeddings": shape.max_positions + 2,
-  }
-  return plain, {**config, **changes}
-
-
-def roberta_token_ids(ids: np.ndarray) -> np.ndarray:
-  """Token ids of a BERT checkpoint as its rewrite by `bert_to_roberta` counts them: 0 and 1 change places."""
-  return np.where(ids < 2, 1 - ids, ids)
-
-
 def _plain_names(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> Tensors:
-  """Names without the family's prefix, and with LayerNorm's weight and bias for the gamma and beta of old files."""
+  """Removes the family's prefix from names, and renames gamma and beta of old files to weight and bias."""
   plain = {}
   for name, array in tensors.items():
     name = name.removeprefix(f"{config.family}.")
@@ -234,13 +206,13 @@ def _plain_names(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> Te
   return plain
 
 
-def _is_leftover(name: str, config: EncoderConfig) -> bool:
-  return bool(_LEFTOVERS.match(name)) or (name == _UNUSED_POSITIONS and not config.has_positions)
+def _is_unused(name: str, config: EncoderConfig) -> bool:
+  return bool(_UNUSED.match(name)) or (name == _UNUSED_POSITIONS and not config.has_positions)
 
 
-@functools.lru_cache(maxsize=8)  # a quarter of a second each, and a backbone that trains is measured again and again
+@functools.lru_cache(maxsize=8)  # .25 s a call, and training converts the same backbone many times
 def _shapes(config: EncoderConfig) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
-  """Path and shape of every array of our tree."""
+  """Path and shape of each array of our tree."""
   abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
   return tuple((path, leaf.shape) for path, leaf in _leaves(abstract))
 
@@ -251,7 +223,7 @@ def _leaves(params: Params) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _sources(path: tuple[str, ...], shape: tuple[int, ...], config: EncoderConfig) -> list[tuple[str, tuple[int, ...]]]:
-  """Names and shapes of the Hugging Face tensors that one of our arrays holds: one, or one for each stacked layer."""
+  """Names and shapes of the Hugging Face tensors in one of our arrays: one tensor, or one for each stacked layer."""
   leaf = "bias" if path[-1] == "bias" else "weight"
   if path[0] == "relative_positions":
     return [("encoder.rel_embeddings.weight", shape)]
@@ -265,7 +237,7 @@ def _sources(path: tuple[str, ...], shape: tuple[int, ...], config: EncoderConfi
 
 
 def _split_projections(tensors: Tensors, config: EncoderConfig, source) -> Tensors:
-  """DeBERTa stores queries, keys and values as one product, head by head: in_proj [N·3·D, H]; keys have no bias."""
+  """Splits DeBERTa's joint projection in_proj [N·3·D, H] into queries, keys and values; keys have no bias."""
   heads = (config.num_heads, 3, config.head_size)
   shape = (3 * config.hidden_size, config.hidden_size)
   split = {}

@@ -1,12 +1,12 @@
-"""From a query and a passage in one sequence to a logit: the frozen backbone, a prompt, and a small head.
+"""A cross-encoder: the frozen backbone reads query and passage as one sequence; a prompt and a small head give a logit.
 
-What is trained is {'prompt': raw prompt parameters, 'head': {'dense': …, 'output': …}}, float32; a dense is
-{'kernel': [in, out], 'bias': [out]}. The head 'first' is BERT's for sentence pairs: H → H, tanh, H → 1, of token 0.
+Trained parameters: {'prompt': raw prompt parameters, 'head': {'dense': …, 'output': …}}, float32, where a dense layer
+is {'kernel': [in, out], 'bias': [out]}. The head 'first' is BERT's for sentence pairs: H → H, tanh, H → 1, of token 0.
 
-The head 'match' adds to this how well the passage has the query's tokens, read off the last layer's vectors of the two
-texts in their one sequence: ColBERT's MaxSim, but after each text has seen the other. It has 'match', {'log_scale':
-[1], 'bias': [1]}: e^log_scale · (match + bias). A frozen sentence encoder's token 0 knows nothing of pairs, and prompts
-take long to teach it; its token vectors tell a passage that answers from one that doesn't before any training.
+The head 'match' adds how well the passage's tokens match the query's, from the last layer's vectors of the sequence.
+This is ColBERT's MaxSim, but each text has already attended to the other. Its parameters are 'match', {'log_scale':
+[1], 'bias': [1]}; it adds e^log_scale · (match + bias). Token 0 of a frozen sentence encoder carries nothing about
+pairs, and prompts learn that slowly; the token vectors separate good from bad passages before any training.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from dptdr_jax.models.represent import hidden_states, represent
 
 HEADS = ("match", "first")
 _HEAD_SCALE = 0.02  # standard deviation of fresh kernels (BERT's)
-_LOG_SCALE, _BIAS = float(np.log(10)), -0.6  # fresh: between .74 and .48, MiniLM's positives and near negatives
+# Initial values. The bias lies between MiniLM's mean match of positives (.74) and of near negatives (.48).
+_LOG_SCALE, _BIAS = float(np.log(10)), -0.6
 _QUERY, _PASSAGE = 1, 2  # in `segments`
-_SMALLEST = 1e-12  # a norm, or a sum of norms, below which it stays what it is
+_SMALLEST = 1e-12  # lower bound of norms and sums of norms that are divided by
 
 
 def init_cross(
@@ -37,7 +38,7 @@ def init_cross(
   word_ids: np.ndarray | None = None,
   head: str = "match",
 ) -> Params:
-  """A fresh prompt (see `prompts.init_prompt`) and a fresh head: kernels N(0, 0.02), biases 0, that of 'match' -0.6."""
+  """A fresh prompt (see `prompts.init_prompt`) and head: kernels N(0, 0.02), biases 0, the bias of 'match' −0.6."""
   prompt_key, dense_key, output_key = jax.random.split(key, 3)
   size = config.hidden_size
 
@@ -54,8 +55,9 @@ def init_cross(
 
 
 def check_cross(spec: PromptSpec, head: str, trainable: Params, config: EncoderConfig, source: Any = None) -> None:
-  """Raises InputError (naming `source`) where prompt or head have not the shapes that belong to `spec` and encoder."""
-  prompts.check_shapes(lambda key: init_cross(key, prompts.plain(spec), config, head=head), trainable, source)
+  """Raises InputError (naming `source`) if prompt or head do not have the shapes for `spec` on this encoder."""
+  spec = prompts.with_random_init(spec)
+  prompts.check_shapes(lambda key: init_cross(key, spec, config, head=head), trainable, source)
 
 
 def cross_logits(
@@ -68,25 +70,25 @@ def cross_logits(
   segments: jax.Array,
   **options: Any,
 ) -> jax.Array:
-  """A logit for each pair, whose sigmoid is the probability that the passage is relevant.
+  """One logit for each pair; its sigmoid is the probability that the passage is relevant.
 
   Args:
     params: the backbone's tree.
-    trainable: as in the module's docstring; what is in it says which head it is.
+    trainable: see the module's docstring; its keys say which head it is.
     tokens: [B, T] int32, pairs padded on the right. lengths: [B] int32.
-    segments: [B, T] int8, 1 at tokens of the query, 2 at tokens of the passage, 0 elsewhere.
+    segments: [B, T] int8: 1 for tokens of the query, 2 for tokens of the passage, 0 elsewhere.
     options: keys, batch_key, dropout, compute_dtype, attention, as in `represent`.
 
   Returns:
-    [B] float32. The head is float32 whatever `compute_dtype` is. 'match' needs the last layer's vectors of all tokens,
-    where for 'first' that layer computes token 0 alone.
+    [B] float32. The head is always float32. 'match' needs the last layer's vectors of all tokens; for 'first' that
+    layer computes token 0 alone.
   """
   inputs, head = (config, spec, params, trainable["prompt"], tokens, lengths), trainable["head"]
   if "match" not in head:
     return _of_first(head, represent(*inputs, pooling="first", normalize=False, **options))
   hidden = hidden_states(*inputs, **options).astype(jnp.float32)
-  met = match(hidden, lengths, segments) + head["match"]["bias"]
-  return _of_first(head, hidden[:, 0]) + jnp.exp(head["match"]["log_scale"]) * met
+  matched = match(hidden, lengths, segments) + head["match"]["bias"]
+  return _of_first(head, hidden[:, 0]) + jnp.exp(head["match"]["log_scale"]) * matched
 
 
 def _of_first(head: Params, first: jax.Array) -> jax.Array:
@@ -97,22 +99,22 @@ def _of_first(head: Params, first: jax.Array) -> jax.Array:
 
 
 def match(hidden: jax.Array, lengths: jax.Array, segments: jax.Array) -> jax.Array:
-  """How well the passage has the query's tokens: of each its largest cosine with one of the passage's, averaged.
+  """The largest cosine of each query token with a passage token, averaged over the query's tokens.
 
-  Vectors are centred on the mean of their sequence first, since those of many backbones all point one way; and a token
-  counts by the length of what is left, which is little for stop words.
+  Vectors are centred on the mean of their sequence first, because in many backbones they all point in a similar
+  direction. A token's weight is the norm of its centred vector, which is small for stop words.
 
   Args:
     hidden: [B, T, H] float32. lengths: [B]. segments: [B, T], see `cross_logits`.
 
   Returns:
-    [B] float32, from -1 to 1; -1 where the passage has no token, 0 where the query has none.
+    [B] float32, from −1 to 1; −1 if the passage has no token, 0 if the query has none.
   """
   visible = (jnp.arange(hidden.shape[1]) < lengths[:, None])[..., None]
   mean = jnp.sum(jnp.where(visible, hidden, 0), axis=1, keepdims=True) / jnp.maximum(lengths, 1)[:, None, None]
-  apart = hidden - mean
-  norms = jnp.sqrt(jnp.maximum(jnp.sum(apart * apart, axis=-1), _SMALLEST**2))
-  unit = apart / norms[..., None]
+  centred = hidden - mean
+  norms = jnp.sqrt(jnp.maximum(jnp.sum(centred * centred, axis=-1), _SMALLEST**2))
+  unit = centred / norms[..., None]
   cosines = jnp.einsum("bth,bsh->bts", unit, unit, precision=jax.lax.Precision.HIGHEST)
   best = jnp.max(jnp.where(segments[:, None, :] == _PASSAGE, cosines, -1.0), axis=2)
   weights = jnp.where(segments == _QUERY, norms, 0.0)

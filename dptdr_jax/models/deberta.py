@@ -1,9 +1,9 @@
-"""DeBERTa v1's disentangled attention: scores from relative positions, added to those from content.
+"""DeBERTa v1's disentangled attention: scores of relative positions are added to scores of content.
 
 He et al., 2021 (arXiv 2006.03654), equations 4 and 5, with the details of transformers' DebertaModel: relative
-positions are cut off at ±k (k = max_relative_positions), the table holds 2k rows, all scores share the scale
-1/√(D (1 + number of types)). transformers counts 'p2p' in that scale but adds no score for it; so does this. Dropout on
-the table itself is left out: the table is shared by all examples, and masks here belong to one example.
+positions are clipped to ±k (k = max_relative_positions), the table has 2k rows, and all scores are scaled by
+1/√(D (1 + number of types)). Like transformers, this counts 'p2p' in the scale but adds no score for it. There is no
+dropout on the table: all examples share it, and every mask here belongs to one example.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from dptdr_jax.models.products import product
 
 
 def score_scale(config: EncoderConfig) -> float:
-  """The factor on the scores of content and of positions."""
+  """The factor on all scores."""
   return (config.head_size * (1 + len(config.pos_att_type))) ** -0.5
 
 
 def relative_rows(config: EncoderConfig, rows: int, tokens: int, first_row: int) -> tuple[slice, jax.Array]:
-  """Which rows of the relative table a sequence needs, and where each pair of tokens finds its own among them.
+  """The rows of the relative table that a sequence needs, and the index into them for each pair of tokens.
 
   Args:
-    rows: R query rows, the first of them at `first_row` of the sequence.
+    rows: R query rows; the first one is row `first_row` of the sequence.
     tokens: T keys.
 
   Returns:
-    A slice of the table's 2k rows, 2·min(T, k) long, and indices into it [R, T]: row − column + min(T, k), clamped.
+    A slice of 2·min(T, k) of the table's 2k rows, and indices into it [R, T]: row − column + min(T, k), clipped.
   """
   span = min(tokens, config.max_relative_positions)
   distance = first_row + jnp.arange(rows)[:, None] - jnp.arange(tokens)[None, :]
@@ -48,8 +48,8 @@ def relative_bias(
 
   Args:
     query: [B, R, N, D]. key: [B, T, N, D].
-    position_keys, position_queries: [W, N, D], the projected window of the relative table; None where not configured.
-    index: [R, T] into the window.
+    position_keys, position_queries: [W, N, D], the projected slice of the relative table; None if not configured.
+    index: [R, T] into that slice.
 
   Returns:
     [N, B, R, T] float32.

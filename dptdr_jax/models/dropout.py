@@ -1,12 +1,12 @@
-"""Dropout whose every mask is a function of the example's own key, cheap on every device and never stored.
+"""Dropout whose masks depend on the example's own key only; they are cheap on every device and never stored.
 
-A mask depends on (example key, layer, site, element) and on nothing else: not on the batch that the example stands in,
-its place there, the padding, the chunk or the device. So the gradient cache replays it, and hosts agree on it.
+A mask is a function of (example key, layer, site, element). It does not depend on the batch, the place in it, the
+padding, the chunk or the device. So the gradient cache can replay it, and all hosts compute the same mask.
 
 The bits come from a counter-based hash: two rounds of multiply and xor-shift (the finaliser of MurmurHash3) over the
 element's index, with 64 bits of the example's key mixed in. Measured at [B, N, T, S] = [32, 12, 96, 128], 2 CPU cores:
-threefry under vmap 45 ms with 16 or 8 bits an element (60 ms with 32), XLA's rbg 38 ms, this hash 2.1 ms, where a copy
-of the array takes 1 ms and a softmax 2.0 ms. 32 bits an element also leave no quantisation of the rate.
+threefry under vmap 45 ms with 16 or 8 bits an element (60 ms with 32), XLA's rbg 38 ms, this hash 2.1 ms; a copy of the
+array takes 1 ms and a softmax 2.0 ms. With 32 bits an element the rate is not rounded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# Where a mask falls within a layer; with the layer's index it tells the masks of one example apart.
+# Sites of masks within a layer. Site and layer separate the masks of one example.
 EMBEDDING, EMBEDDING_AGAIN, ATTENTION, ATTENTION_OUTPUT, FEED_FORWARD, PROMPT_KEY, PROMPT_VALUE = range(7)
 _SITES = 8
 
@@ -37,7 +37,7 @@ class Dropout:
 
 @flax.struct.dataclass
 class Noise:
-  """What decides the masks of a batch: 64 bits for each example, and the rates (static)."""
+  """What the masks of a batch are made from: 64 bits for each example, and the rates (static)."""
 
   words: jax.Array  # [B, 2] uint32
   rates: Dropout = flax.struct.field(pytree_node=False)
@@ -45,7 +45,7 @@ class Noise:
 
   @classmethod
   def from_keys(cls, keys: jax.Array, rates: Dropout, prompt_rate: float = 0.0) -> Noise:
-    """Takes typed PRNG keys [B] of any implementation."""
+    """Reads typed PRNG keys [B] of any implementation."""
     return cls(jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys), rates, prompt_rate)
 
   def at(self, layer: jax.Array | int, site: int) -> jax.Array:
@@ -65,14 +65,14 @@ def dropout(
   strides: tuple[int, ...] | None = None,
   offset: int = 0,
 ) -> jax.Array:
-  """Zeroes elements of `x` with probability `rate` and scales the others by 1 / (1 − rate).
+  """Sets elements of `x` to 0 with probability `rate` and scales the others by 1 / (1 − rate).
 
   Args:
     x: any shape with B at `batch_axis`.
     words: [B, 2] uint32, from `Noise.at`.
     rate: probability, static. 0 returns `x`.
-    strides: what an element's index along each axis counts (0 at `batch_axis`); row-major by default, so that for
-      [B, T, H] the mask of a token does not depend on T.
+    strides: of the element's index along each axis, 0 at `batch_axis`. Row-major by default; so for [B, T, H] the mask
+      of a token does not depend on T.
     offset: added to every element's index, for a slice of a larger array.
   """
   if rate <= 0:
@@ -83,7 +83,7 @@ def dropout(
   return _dropout(rate, batch_axis, strides, offset, x, words)
 
 
-# A custom rule, because autodiff would keep the mask; here the backward pass computes it again.
+# A custom rule, because autodiff would store the mask; here the backward pass recomputes it.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _dropout(rate, batch_axis, strides, offset, x, words):
   index = jnp.full((1,) * x.ndim, offset, jnp.uint32)
@@ -94,9 +94,9 @@ def _dropout(rate, batch_axis, strides, offset, x, words):
   shape = [-1 if axis == batch_axis else 1 for axis in range(x.ndim)]
   bits = index * jnp.uint32(_WEYL) + words[:, 0].reshape(shape)
   bits = (bits ^ (bits >> 16)) * jnp.uint32(_FIRST) + words[:, 1].reshape(shape)
-  bits = (bits ^ (bits >> 13)) * jnp.uint32(_SECOND)  # the high bits are the well-mixed ones, and decide below
+  bits = (bits ^ (bits >> 13)) * jnp.uint32(_SECOND)  # the high bits are mixed best, and the comparison uses them
   kept = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-  # In float32: in bfloat16 the factor itself is off, 0.2 % at rate .1 and always to the same side.
+  # In float32: rounded to bfloat16 the factor itself is 0.2 % off at rate .1, always in the same direction.
   return jnp.where(kept, x.astype(jnp.float32) * (1 / (1 - rate)), 0).astype(x.dtype)
 
 

@@ -1,7 +1,8 @@
-"""The encoder in Linen: embeddings, L − 1 scanned layers, and a last layer that may compute one row only.
+"""The encoder in Linen: embeddings, L − 1 scanned layers, and a last layer that can compute a single row.
 
-Parameters: {'embeddings': {...}, 'layers': every array with a leading L − 1, 'last_layer': the same without, and for
-DeBERTa 'relative_positions'}. Legend: B examples, T tokens, P prompt length, L layers, N heads, D head size, H = N·D.
+Parameters: {'embeddings': {...}, 'layers': each array with a leading axis L − 1, 'last_layer': the same without that
+axis, and for DeBERTa 'relative_positions'}.
+Legend: B examples, T tokens, P prompt length, L layers, N heads, D head size, H = N·D.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ REMAT = ("none", "attention", "layer")
 
 
 def _gelu(x: Array) -> Array:
-  # jax.nn.gelu's exact form goes through erfc, which is slower than erf on CPU and no nearer to BERT's.
+  # jax.nn.gelu's exact form uses erfc, which is slower than erf on CPU and no closer to BERT's.
   return 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))
 
 
@@ -31,10 +32,10 @@ ACTIVATION = {"gelu": _gelu, "gelu_new": lambda x: jax.nn.gelu(x, approximate=Tr
 
 
 def _pin_rows(x: Array) -> Array:
-  """Keeps rows [B, …], and the gradient with respect to them, shared out along the mesh's axis 'fsdp', if there is one.
+  """Shards rows [B, …] and their gradient along the mesh's axis 'fsdp', if there is one.
 
-  Where weights are split along it the compiler would in the backward pass rather split the width, and gather rows that
-  are far larger than a layer's weights.
+  If weights are split along it, the compiler would otherwise split the width in the backward pass and gather the rows,
+  which are far larger than a layer's weights.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.shape.get("fsdp", 1) == 1:
@@ -43,7 +44,7 @@ def _pin_rows(x: Array) -> Array:
 
 
 class LayerNorm(nn.Module):
-  """Layer normalisation in float32 whatever goes in and out; the backward pass keeps its input alone."""
+  """Layer normalisation, computed in float32 for every input dtype. The backward pass stores only its input."""
 
   epsilon: float
 
@@ -78,16 +79,17 @@ class Embeddings(nn.Module):
       self.token_type = self.param("token_type", init, (config.type_vocab_size, config.hidden_size))
     self.norm = LayerNorm(config.layer_norm_eps)
 
-  def __call__(self, tokens: Array, first_position: int, noise: drop.Noise | None) -> Array:
-    """Token ids [B, T] → [B, T, H]; positions count up from `first_position`."""
+  def __call__(self, tokens: Array, first_position: Array | int, noise: drop.Noise | None) -> Array:
+    """Token ids [B, T] → [B, T, H]. Positions count from `first_position`: one for all rows, or [B] one for each."""
     return self.from_vectors(jnp.asarray(self.word)[tokens], first_position, noise, drop.EMBEDDING)
 
-  def from_vectors(self, x: Array, first_position: int, noise: drop.Noise | None, site: int) -> Array:
-    """Vectors [B, T, H] in place of the words' own (transformers' inputs_embeds) → [B, T, H]."""
+  def from_vectors(self, x: Array, first_position: Array | int, noise: drop.Noise | None, site: int) -> Array:
+    """Vectors [B, T, H] in place of word embeddings (transformers' inputs_embeds) → [B, T, H]."""
     x = x.astype(jnp.float32)
     if self.config.has_positions:
-      # Rows beyond the table can only be padding (`check_lengths` holds the rest): any vector does.
-      rows = jnp.minimum(first_position + jnp.arange(x.shape[1]), self.config.max_positions - 1)
+      # Rows beyond the table are padding, because `check_lengths` refused longer texts: any vector will do.
+      places = jnp.asarray(first_position)[..., None] + jnp.arange(x.shape[1])
+      rows = jnp.minimum(places, self.config.max_positions - 1)
       x += jnp.asarray(self.position)[rows].astype(jnp.float32)
     if self.config.type_vocab_size:
       x += self.token_type[0].astype(jnp.float32)
@@ -99,22 +101,22 @@ class Layer(nn.Module):
   """Self-attention and feed-forward, each followed by dropout, the residual and LayerNorm.
 
   Attributes:
-    row: compute this row of the output alone (keys and values are still those of all rows), or None for all.
-    remember: see `attention.attend`.
+    row: compute only this row of the output, from the keys and values of all rows. None: compute all rows.
+    keep_probabilities: see `attention.attend`.
   """
 
   config: EncoderConfig
   dtype: Any
   method: str
   row: int | None = None
-  remember: bool = True
+  keep_probabilities: bool = True
 
   @nn.compact
   def __call__(
     self,
     x: Array,  # [B, T, H]
     layer: Array | int,
-    prompt: attention.Prompt | None,  # keys, values [P, N, D]
+    prompt: attention.Prompt | attention.RowPrompts | None,
     lengths: Array,  # [B]
     noise: drop.Noise | None,
     relative_positions: Array | None,  # [2k, H]
@@ -124,7 +126,7 @@ class Layer(nn.Module):
     mixed = _pin_rows(self._attention(rows, x, layer, prompt, lengths, noise, relative_positions))
     x = rows + self._dropout(self._dense("attention_output")(mixed), noise, layer, drop.ATTENTION_OUTPUT)
     x = _pin_rows(LayerNorm(self.config.layer_norm_eps, name="attention_norm")(x))
-    # Under jax.checkpoint the activation keeps its input alone.
+    # With jax.checkpoint the activation stores only its input.
     activation = jax.checkpoint(ACTIVATION[self.config.activation], prevent_cse=False)
     wide = _pin_rows(activation(self._dense("intermediate", self.config.intermediate_size)(x)))
     x = x + self._dropout(self._dense("output")(wide), noise, layer, drop.FEED_FORWARD)
@@ -137,7 +139,7 @@ class Layer(nn.Module):
     # DeBERTa's keys have no bias.
     key = self._dense("key", use_bias=config.family != "deberta")(x).reshape(*x.shape[:2], *heads)
     value = self._dense("value")(x).reshape(*x.shape[:2], *heads)
-    self.sow("intermediates", "keys", key)  # for prompts that start from the backbone's own keys and values
+    self.sow("intermediates", "keys", key)  # prompts can be initialised with the backbone's own keys and values
     self.sow("intermediates", "values", value)
     first_row = self.row or 0
     scale, bias = config.head_size**-0.5, None
@@ -146,7 +148,7 @@ class Layer(nn.Module):
       bias = self._relative_bias(query, key, relative_positions, first_row)
     mixed = attention.attend(
       query, key, value, lengths, scale=scale, prompt=prompt, bias=bias,
-      noise=noise, layer=layer, first_row=first_row, method=self.method, remember=self.remember,
+      noise=noise, layer=layer, first_row=first_row, method=self.method, keep_probabilities=self.keep_probabilities,
     )  # fmt: skip
     return mixed.reshape(*rows.shape[:2], config.hidden_size)
 
@@ -180,12 +182,12 @@ class Encoder(nn.Module):
   """Token ids to the last layer's vectors.
 
   Attributes:
-    dtype: of the matrix products and of what passes between them.
+    dtype: of matrix products and of the activations between them.
     method: of attention, see `attention.choose_method`.
-    row: the only row of the result that is wanted, or None for all.
-    position_shift: how much later than usual the positions start (deep prompts of the original: P).
-    remat: what the backward pass computes again instead of keeping it: 'none' (next to nothing), 'attention' (the
-      probabilities), 'layer' (all but the layers' inputs: a forward pass more).
+    row: compute only this row of the result. None: all rows.
+    position_shift: added to every position (P for deep prompts of the original).
+    remat: what the backward pass recomputes instead of storing: 'none' (almost nothing), 'attention' (the
+      probabilities), 'layer' (everything but the layers' inputs, which costs one more forward pass).
   """
 
   config: EncoderConfig
@@ -208,13 +210,14 @@ class Encoder(nn.Module):
 
     Args:
       tokens: [B, T] int32, padded on the right; lengths: [B] int32.
-      deep: keys and values [L, P, N, D] that stand before the tokens' own in every layer.
-      shallow: [P, H], which stands before the tokens' embeddings.
+      deep: keys and values [L, P, N, D], put before the tokens' keys and values in every layer.
+      shallow: vectors [P, H], put before the tokens' embeddings.
 
     Returns:
-      [B, T, H] in `dtype` (with a shallow prompt [B, P + T, H], the prompt's rows in front), or the one `row` of it.
+      [B, T, H] in `dtype`. With a shallow prompt [B, P + T, H], the prompt's rows first. With `row` only that row,
+      [B, 1, H].
     """
-    config, remember = self.config, self.remat == "none"
+    config, keep = self.config, self.remat == "none"
     embeddings = Embeddings(config, self.dtype, name="embeddings")
     x = embeddings(tokens, config.first_position + self.position_shift, noise)
     if shallow is not None:
@@ -235,11 +238,11 @@ class Encoder(nn.Module):
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=last,
-        check_constancy_invariants=False,  # of variables for all layers, of which there are none: a second trace
+        check_constancy_invariants=False,  # no variable is shared by the layers, and the check traces a second time
       )
       lower = None if deep is None else (deep[0][:-1], deep[1][:-1])
-      layers = scanned(config, self.dtype, self.method, remember=remember, name="layers")
+      layers = scanned(config, self.dtype, self.method, keep_probabilities=keep, name="layers")
       x, _ = layers(x, jnp.arange(last), lower, lengths, noise, relative)
     upper = None if deep is None else (deep[0][-1], deep[1][-1])
-    layer = Layer(config, self.dtype, self.method, self.row, remember, name="last_layer")
+    layer = Layer(config, self.dtype, self.method, self.row, keep, name="last_layer")
     return layer(x, last, upper, lengths, noise, relative)[0]

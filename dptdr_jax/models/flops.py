@@ -1,9 +1,9 @@
 """Floating-point operations of encoding and training, counted by hand: matrix products only, 2 for a multiply-add.
 
-With W weights in the dense products, a token costs 2·W forward. Its backward pass through frozen weights costs 2·W
-(gradients of the inputs), through trained ones 4·W (of the weights too): 4·W against 6·W a token and step. Attention
-adds 4·S·H a row forward (scores, sums) and twice that backward in either case. Left out: element-wise work, embeddings,
-prompt projections and DeBERTa's position scores. Legend as in encoder.py.
+With W weights in the dense products, a token costs 2·W in the forward pass. The backward pass costs 2·W through frozen
+weights (gradients of the inputs) and 4·W through trained ones (gradients of the weights too): 4·W against 6·W a token
+and step. Attention adds 4·S·H a row forward (scores, sums) and twice that backward in both cases. Not counted:
+element-wise work, embeddings, prompt projections and DeBERTa's position scores. Legend as in encoder.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ def encode_flops(config: EncoderConfig, spec: PromptSpec, batch: int, tokens: in
 
 
 def prompt_step_flops(config: EncoderConfig, spec: PromptSpec, batch: int, tokens: int, pooling: str) -> int:
-  """Operations of the forward and the backward pass with respect to the prompt alone, without gradient cache."""
+  """Operations of the forward pass and the backward pass to the prompt alone, without gradient cache."""
   dense, attention = _products(config, spec, tokens, pooling)
   return batch * (2 * dense + 3 * attention)
 
 
 def finetune_step_flops(config: EncoderConfig, spec: PromptSpec, batch: int, tokens: int, pooling: str) -> int:
-  """Operations of the forward and the backward pass with respect to all weights, without gradient cache."""
+  """Operations of the forward pass and the backward pass to all weights, without gradient cache."""
   dense, attention = _products(config, spec, tokens, pooling)
   return batch * (3 * dense + 3 * attention)
 

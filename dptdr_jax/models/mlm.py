@@ -1,7 +1,7 @@
-"""Masked language modelling: BERT's and RoBERTa's head, taken from a checkpoint or made, and its loss.
+"""Masked language modelling: the head of BERT and RoBERTa, from a checkpoint or fresh, and its loss.
 
 The head's parameters: {'transform': {'kernel' [H, H], 'bias' [H]}, 'norm': {'scale', 'bias'} [H], 'bias' [V]}; the
-decoder is the table of word embeddings, as in both families' checkpoints.
+decoder is the table of word embeddings, as in checkpoints of both families.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dptdr_jax.models.encoder import ACTIVATION, LayerNorm
 from dptdr_jax.models.products import precision, product
 from dptdr_jax.models.prompts import Params, unflatten
 
-# Our names in Hugging Face's layout; a family's bias and decoder stand beside them.
+# Hugging Face's names of our parameters. The bias and the decoder are under the stem below.
 _HEAD = {
   "bert": {"transform": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm"},
   "roberta": {"transform": "lm_head.dense", "norm": "lm_head.layer_norm"},
@@ -32,7 +32,7 @@ _WORDS = "embeddings.word_embeddings.weight"
 
 
 def check_family(config: EncoderConfig) -> None:
-  """Raises InputError where this architecture's language-model head is not covered."""
+  """Raises InputError if the language-model head of this architecture is not supported."""
   if config.family not in _HEAD:
     raise InputError(
       "masked language modelling covers BERT and RoBERTa", value=config.family, fix="Set pretrain.mlm_weight to 0"
@@ -40,7 +40,7 @@ def check_family(config: EncoderConfig) -> None:
 
 
 def init_head(key: jax.Array, config: EncoderConfig) -> Params:
-  """A fresh head, float32: kernel N(0, initializer_range), norm 1 and 0, biases 0, as transformers starts one."""
+  """A fresh head, float32, initialised as in transformers: kernel N(0, initializer_range), scale 1, biases 0."""
   check_family(config)
   width = config.hidden_size
   kernel = config.initializer_range * jax.random.normal(key, (width, width), jnp.float32)
@@ -54,10 +54,10 @@ def init_head(key: jax.Array, config: EncoderConfig) -> Params:
 def head_from_huggingface(
   tensors: Mapping[str, np.ndarray], config: EncoderConfig, source: files.Path | None = None
 ) -> Params | None:
-  """A checkpoint's own head, float32, or None where it has none.
+  """The head of a checkpoint, float32, or None if it has none.
 
   Raises:
-    InputError: only a part of a head, a tensor of another shape, or a decoder that is not the word embeddings.
+    InputError: an incomplete head, a tensor of another shape, or a decoder that is not the word embeddings.
   """
   check_family(config)
   stem = _STEM[config.family]
@@ -70,7 +70,7 @@ def head_from_huggingface(
   if not named:
     return None
   if "decoder.bias" in {name.removeprefix(f"{stem}.") for name in named}:
-    named.setdefault(f"{stem}.bias", named.pop(f"{stem}.decoder.bias"))  # one bias under two names
+    named.setdefault(f"{stem}.bias", named.pop(f"{stem}.decoder.bias"))  # old and new checkpoints name it differently
   _check_tied(named.pop(f"{stem}.decoder.weight", None), tensors, config, source)
   flat = {}
   for path, (name, shape) in _tensors(config).items():
@@ -80,7 +80,7 @@ def head_from_huggingface(
       raise InputError(f"tensor {name} is {found}, expected {shape}", path=source)
     flat[path] = np.asarray(tensor.T if path.endswith("kernel") else tensor, np.float32)
   if named:
-    raise InputError("tensors that no language-model head has", path=source, value=sorted(named))
+    raise InputError("unknown tensors of a language-model head", path=source, value=sorted(named))
   return unflatten(flat)
 
 
@@ -93,7 +93,7 @@ def _check_tied(decoder: np.ndarray | None, tensors: Mapping[str, np.ndarray], c
 
 
 def add_head(tensors: Tensors, head: Params, config: EncoderConfig) -> Tensors:
-  """A bare model's tensors (`convert.to_huggingface`) and a head, under the names of transformers' …ForMaskedLM."""
+  """Joins a bare model's tensors (`convert.to_huggingface`) and a head under the names of …ForMaskedLM."""
   named = {f"{config.family}.{name}": tensor for name, tensor in tensors.items()}
   for path, (name, _) in _tensors(config).items():
     leaf: Any = head
@@ -105,7 +105,7 @@ def add_head(tensors: Tensors, head: Params, config: EncoderConfig) -> Tensors:
 
 
 def masked_lm_config(config: EncoderConfig) -> dict[str, Any]:
-  """The fields of a config.json that go with `add_head`."""
+  """The fields of config.json for what `add_head` returns."""
   return config.to_dict() | {"architectures": [_CLASS[config.family]], "tie_word_embeddings": True}
 
 
@@ -123,7 +123,7 @@ def logits(head: Params, words: jax.Array, hidden: jax.Array, config: EncoderCon
   kernel = head["transform"]["kernel"].astype(compute_dtype)
   x = jnp.matmul(hidden.astype(compute_dtype), kernel, precision=precision(compute_dtype))
   x = x + head["transform"]["bias"].astype(compute_dtype)
-  # RoBERTa's head has gelu whatever its hidden_act says.
+  # RoBERTa's head uses gelu and ignores hidden_act.
   x = ACTIVATION[config.activation if config.family == "bert" else "gelu"](x)
   x = LayerNorm(config.layer_norm_eps).apply({"params": head["norm"]}, x)
   scores = product("rh,vh->rv", x.reshape(-1, x.shape[-1]), words.astype(compute_dtype))
@@ -139,12 +139,16 @@ def masked_loss(
   config: EncoderConfig,
   compute_dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
-  """Sums over each row's masked tokens, [B] each: −log probability of what stood there, how often it scores highest.
+  """Loss and hits of each example.
 
   Args:
     hidden: [B, T, H].
-    positions: [B, K] int32, masked positions of each row; labels: [B, K] int32 what stood there, −1 for fillings.
-      Only these K rows meet the vocabulary.
+    positions: [B, K] int32, masked positions of each row. Only these K vectors are multiplied with the vocabulary.
+    labels: [B, K] int32, the original tokens there; −1 for padding.
+
+  Returns:
+    Two sums over the masked tokens of each row, [B] float32 each: −log probability of the original token, and how often
+    that token scores highest.
   """
   chosen = jnp.take_along_axis(hidden, positions[..., None], axis=1)
   scores = logits(head, words, chosen, config, compute_dtype)

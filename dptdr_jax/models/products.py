@@ -10,15 +10,15 @@ import jax.numpy as jnp
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
-  """Of products in `dtype`: float32 is meant where it is asked for, which accelerators would multiply in fewer bits."""
+  """The precision of products in `dtype`: full float32, which accelerators would otherwise multiply in fewer bits."""
   return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
-# A custom rule, because autodiff's products of the backward pass would be of the float32 gradient and a 16-bit operand:
-# XLA widens the latter, and a GPU's or a TPU's fast units stand idle.
+# A custom rule, because autodiff would multiply the float32 gradient by a 16-bit operand in the backward pass. XLA then
+# converts the operand to float32 and cannot use the fast units of a GPU or a TPU.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-  """einsum of two arrays of one dtype, summed up and returned in float32; its gradient is multiplied in their dtype."""
+  """einsum of two arrays of one dtype, summed and returned in float32. The gradient is multiplied in their dtype."""
   return jnp.einsum(equation, left, right, precision=precision(left.dtype), preferred_element_type=jnp.float32)
 
 

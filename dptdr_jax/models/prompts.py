@@ -1,11 +1,11 @@
-"""Prompts: what is trained. Deep (keys and values before every layer's own) or shallow (vectors before the embeddings).
+"""Prompts, the trained parameters: deep (keys and values in every layer) or shallow (vectors before the embeddings).
 
 Raw parameters are small trees of float32 arrays; `expand_prompt` turns them into what the encoder reads. Their layout:
   deep, no projection     {'table': [P, 2·L·H]} (order: layer 0 key, layer 0 value, layer 1 key, …)
-  deep, 'mlp'             {'table': [P, H], 'hidden': dense, 'output': dense}: tanh between, to 2·L·H
+  deep, 'mlp'             {'table': [P, H], 'hidden': dense, 'output': dense}: tanh between, output 2·L·H
   shallow, no projection  {'table': [P, H]}
-  shallow, 'mlp'          {'table': [P, H], 'hidden': dense, 'output': dense}: ReLU between, to H
-  shallow, 'lstm'         the same with 'lstm' before it: two bidirectional layers
+  shallow, 'mlp'          {'table': [P, H], 'hidden': dense, 'output': dense}: ReLU between, output H
+  shallow, 'lstm'         as 'mlp', with 'lstm' before it: two bidirectional layers
 where dense is {'kernel': [in, out], 'bias': [out]}.
 """
 
@@ -26,27 +26,29 @@ from dptdr_jax.models.encoder import Encoder
 
 Params = dict[str, Any]
 
+_INIT_SCALE = 0.02  # standard deviation of fresh tables and kernels (the original's)
 _LSTM_LAYERS, _DIRECTIONS = 2, ("forward", "backward")
 _CHOICES = {
   "kind": ("deep", "shallow", "none"),
   "projection": ("none", "mlp", "lstm"),
-  "dropout_per": ("example", "batch"),
   "init": ("normal", "words"),
 }
+# Fields that matter in training only.
+_TRAINING_FIELDS = ("dropout", "init")
+# Training options of earlier versions, in saved descriptions; they do not change vectors.
+_FORMER_FIELDS = ("dropout_per", "init_scale")
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSpec:
-  """Which prompt, and all that its vectors depend on beside its parameters."""
+  """The kind of prompt, and everything but its parameters that vectors depend on."""
 
   kind: str = "deep"  # 'deep', 'shallow' or 'none' (the bare backbone)
   length: int = 0  # P
   projection: str = "none"  # 'none', 'mlp' or (shallow only) 'lstm'
   projection_size: int = 0  # width of the projection's hidden layer
-  position_shift: int = 0  # deep: how much later the tokens' positions start; the original's is P
-  dropout: float = 0.1  # on deep keys and values; shallow vectors get the embedding layer's
-  dropout_per: str = "example"  # a mask for each 'example' (the original) or one for the 'batch'
-  init_scale: float = 0.02  # standard deviation of 'normal'
+  position_shift: int = 0  # deep: added to the tokens' positions; P in the original
+  dropout: float = 0.1  # on deep keys and values, a mask an example; shallow vectors get the embedding layer's dropout
   init: str = "normal"  # 'normal', or 'words': the frozen backbone's own keys and values of given words
 
   def __post_init__(self):
@@ -55,33 +57,37 @@ class PromptSpec:
         raise InputError(f"unknown prompt {field}", value=getattr(self, field), fix=f"Known: {', '.join(known)}")
     problem = None
     if (self.length < 1) != (self.kind == "none") or self.length < 0:
-      problem = f"prompt length {self.length} does not go with kind '{self.kind}'"
+      problem = f"prompt length {self.length} is not possible for kind '{self.kind}'"
     elif self.projection == "lstm" and self.kind != "shallow":
-      problem = "projection 'lstm' goes with shallow prompts only"
+      problem = "projection 'lstm' is for shallow prompts only"
     elif (self.projection == "none") != (self.projection_size == 0) or self.projection_size < 0:
-      problem = f"projection_size {self.projection_size} does not go with projection '{self.projection}'"
+      problem = f"projection_size {self.projection_size} is not possible for projection '{self.projection}'"
     elif self.position_shift < 0 or (self.position_shift and self.kind != "deep"):
-      problem = f"position_shift {self.position_shift} goes with deep prompts only, and is not negative"
+      problem = f"position_shift {self.position_shift} is negative, or not 0 for a prompt that is not deep"
     elif not 0 <= self.dropout < 1:
-      problem = f"prompt dropout {self.dropout} is not within 0 … 1"
+      problem = f"prompt dropout {self.dropout} is not in [0, 1)"
     elif self.init == "words" and self.projection != "none":
-      problem = "init 'words' goes with projection 'none' only"
+      problem = "init 'words' is for projection 'none' only"
     if problem:
       raise InputError(problem, fix="Change the fields of `prompt`")
 
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> PromptSpec:
+    """Reads the fields of a saved description, also of earlier versions."""
+    return cls(**{name: value for name, value in fields.items() if name not in _FORMER_FIELDS})
+
   def read_fields(self) -> dict[str, Any]:
-    """What a finished prompt's vectors depend on; the other fields matter in training alone."""
-    training = ("dropout", "dropout_per", "init", "init_scale")
-    return {name: value for name, value in dataclasses.asdict(self).items() if name not in training}
+    """The fields that the vectors of a trained prompt depend on; the others matter in training only."""
+    return {name: value for name, value in dataclasses.asdict(self).items() if name not in _TRAINING_FIELDS}
 
 
 def as_read(spec: PromptSpec) -> PromptSpec:
-  """What its vectors depend on, the rest at its defaults: retrievers that differ in that alone share programs."""
+  """The spec with training fields at their defaults, so that retrievers that differ only there share programs."""
   return PromptSpec(**spec.read_fields())
 
 
 def longest_input(config: EncoderConfig, spec: PromptSpec) -> int | None:
-  """The most tokens (special ones included) that fit the position table beside the prompt; None: no table, no limit."""
+  """The most tokens, special ones included, that the position table allows with this prompt. None: no limit."""
   if not config.has_positions:
     return None
   taken = spec.length if spec.kind == "shallow" else spec.position_shift
@@ -89,12 +95,12 @@ def longest_input(config: EncoderConfig, spec: PromptSpec) -> int | None:
 
 
 def check_lengths(config: EncoderConfig, spec: PromptSpec, max_tokens: int) -> None:
-  """Raises InputError where the prompt and `max_tokens` tokens (special ones included) don't fit the position table."""
+  """Raises InputError if the prompt and `max_tokens` tokens (with special tokens) don't fit the position table."""
   longest = longest_input(config, spec)
   if longest is not None and max_tokens > longest:
     raise InputError(
       f"a prompt of {spec.length} and {max_tokens} tokens don't fit the backbone's {config.max_positions} positions",
-      fix=f"The largest length that fits is {longest}" if longest > 0 else "Take a shorter prompt",
+      fix=f"The largest length that fits is {longest}" if longest > 0 else "Use a shorter prompt",
     )
 
 
@@ -105,20 +111,20 @@ def init_prompt(
   backbone_params: Params | None = None,
   word_ids: np.ndarray | None = None,
 ) -> Params:
-  """Fresh raw parameters: tables and dense kernels N(0, init_scale), biases 0, LSTMs as torch starts them.
+  """Fresh raw parameters: tables and dense kernels N(0, 0.02), biases 0, LSTMs initialised as in torch.
 
   Args:
     key: typed PRNG key.
-    backbone_params, word_ids: for spec.init 'words' only: the backbone reads these P token ids as one sequence, and its
-      keys and values of them (shallow: their embeddings) are the start.
+    backbone_params, word_ids: for spec.init 'words' only. The backbone reads these P token ids as one sequence; its
+      keys and values of them (shallow: their embeddings) are the initial values.
 
   Raises:
-    InputError: a prompt that this encoder cannot take, or word_ids that are not P valid ids.
+    InputError: a prompt that this encoder does not support, or word_ids that are not P valid ids.
   """
   if spec.kind == "none":
     return {}
   if spec.kind == "shallow" and config.family == "deberta":
-    raise InputError("DeBERTa takes deep prompts only", fix="Set prompt.kind to 'deep'")
+    raise InputError("DeBERTa supports deep prompts only", fix="Set prompt.kind to 'deep'")
   if spec.init == "words":
     return _from_words(spec, config, backbone_params, word_ids)
   keys = iter(jax.random.split(key, 32))
@@ -128,7 +134,7 @@ def init_prompt(
     return {"kernel": normal(inputs, outputs), "bias": jnp.zeros((outputs,), jnp.float32)}
 
   def normal(*shape: int) -> jax.Array:
-    return spec.init_scale * jax.random.normal(next(keys), shape, jnp.float32)
+    return _INIT_SCALE * jax.random.normal(next(keys), shape, jnp.float32)
 
   if spec.projection == "none":
     return {"table": normal(spec.length, width)}
@@ -141,7 +147,7 @@ def init_prompt(
 
 
 def _init_lstm(keys, inputs: int, hidden: int) -> Params:
-  """torch.nn.LSTM's start: everything U(−1/√m, 1/√m) for a hidden size of m."""
+  """Initialises as torch.nn.LSTM does: everything U(−1/√m, 1/√m) for a hidden size of m."""
   params: Params = {}
   for layer in range(_LSTM_LAYERS):
     shapes = {
@@ -171,15 +177,17 @@ def _from_words(spec, config, backbone_params, word_ids) -> Params:
 
 
 def check_words(spec: PromptSpec, config: EncoderConfig) -> None:
-  """Raises InputError where the backbone cannot read as many words at once as a prompt of init 'words' starts from."""
+  """Raises InputError if init 'words' needs more words than the backbone can read as one sequence."""
   longest = longest_input(config, PromptSpec(kind="none"))
   if spec.init == "words" and spec.kind == "deep" and longest and spec.length > longest:
-    raise InputError(f"prompt init 'words' reads as many words as the prompt is long, and the backbone takes {longest}",
-                     value=spec.length, fix="Lower the prompt's length, or set its init to normal")  # fmt: skip
+    raise InputError(
+      f"prompt init 'words' reads as many words as the prompt is long, and the backbone can read {longest}",
+      value=spec.length, fix="Lower prompt.length, or set prompt.init to normal",
+    )  # fmt: skip
 
 
 def _keys_and_values(config: EncoderConfig, params: Params, token_ids: np.ndarray) -> tuple[jax.Array, jax.Array]:
-  """Every layer's keys and values [L, P, N, D] of one sequence of P token ids, without a prompt."""
+  """Keys and values [L, P, N, D] of all layers for one sequence of P token ids, without a prompt."""
   tokens = jnp.asarray(token_ids, jnp.int32)[None]
   lengths = jnp.asarray([tokens.shape[1]], jnp.int32)
   run = jax.jit(functools.partial(Encoder(config).apply, mutable=["intermediates"]))
@@ -194,7 +202,7 @@ def _keys_and_values(config: EncoderConfig, params: Params, token_ids: np.ndarra
 
 
 def expand_prompt(spec: PromptSpec, params: Params | None, config: EncoderConfig):
-  """What the encoder reads, float32: deep (keys, values) [L, P, N, D] each, shallow [P, H], 'none' None."""
+  """What the encoder reads, float32: for deep (keys, values) [L, P, N, D] each, for shallow [P, H], for 'none' None."""
   if spec.kind == "none":
     return None
   x = jnp.asarray(params["table"], jnp.float32)
@@ -213,7 +221,7 @@ def _dense(params: Params, x: jax.Array) -> jax.Array:
   return _matmul(x, params["kernel"]) + params["bias"]
 
 
-# In float32 whatever the compute dtype: prompts are, and so is the little that is computed of them alone.
+# Always in float32: prompts are, and this is little work.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -239,10 +247,10 @@ def _bidirectional_lstm(params: Params, x: jax.Array) -> jax.Array:
 
 
 def flatten(params: Params) -> dict[str, np.ndarray]:
-  """A tree of arrays as one dict of float32 arrays with '/' between the names: what prompts.safetensors holds."""
+  """A tree of arrays as one dict of float32 arrays, names joined by '/', for prompts.safetensors."""
   flat = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    # In one piece: safetensors writes a transposed view's bytes in the wrong order.
+    # Contiguous, because safetensors writes the bytes of a transposed view in the wrong order.
     flat["/".join(entry.key for entry in path)] = np.ascontiguousarray(leaf, np.float32)
   return flat
 
@@ -260,24 +268,24 @@ def unflatten(flat: Mapping[str, np.ndarray]) -> Params:
 
 
 def check_prompt(spec: PromptSpec, params: Params, config: EncoderConfig, source: Any = None) -> None:
-  """Raises InputError (naming `source`) where `params` have not the shapes that `spec` has on this encoder."""
-  check_shapes(lambda key: init_prompt(key, plain(spec), config), params, source)
+  """Raises InputError (naming `source`) if `params` do not have the shapes for `spec` on this encoder."""
+  check_shapes(lambda key: init_prompt(key, with_random_init(spec), config), params, source)
 
 
-def plain(spec: PromptSpec) -> PromptSpec:
-  """The same prompt from a random start, which takes a key alone."""
+def with_random_init(spec: PromptSpec) -> PromptSpec:
+  """The same prompt with init 'normal', for shapes: `init_prompt` then needs a key only."""
   return dataclasses.replace(spec, init="normal")
 
 
 def check_shapes(init: Callable[[jax.Array], Params], params: Params, source: Any = None) -> None:
-  """Raises InputError (naming `source`) where `params` have not the names and shapes of what init(key) gives."""
-  wanted = {name: leaf.shape for name, leaf in _flat_leaves(jax.eval_shape(lambda: init(jax.random.key(0))))}
-  found = {name: leaf.shape for name, leaf in _flat_leaves(params)}
-  for name in sorted(wanted.keys() | found.keys()):
-    if wanted.get(name) != found.get(name):
+  """Raises InputError (naming `source`) if `params` do not have the names and shapes of what init(key) returns."""
+  expected = {name: leaf.shape for name, leaf in _flat_leaves(jax.eval_shape(lambda: init(jax.random.key(0))))}
+  given = {name: leaf.shape for name, leaf in _flat_leaves(params)}
+  for name in sorted(expected.keys() | given.keys()):
+    if expected.get(name) != given.get(name):
       raise InputError(
-        f"prompt tensor {name} has shape {found.get(name)}, expected {wanted.get(name)}",
-        path=source, fix="The prompt belongs to another backbone or another prompt setting",
+        f"prompt tensor {name} has shape {given.get(name)}, expected {expected.get(name)}",
+        path=source, fix="The prompt belongs to another backbone or to other prompt settings",
       )  # fmt: skip
 
 
@@ -287,15 +295,15 @@ def _flat_leaves(params: Params):
 
 
 def check_original(config: Mapping[str, Any], source: Any = None) -> str:
-  """The kind of prompt that config.json announces of a checkpoint of the original.
+  """The kind of prompt in a checkpoint of the original, according to its config.json.
 
   Raises:
-    InputError: none; names `source`.
+    InputError: there is none; names `source`.
   """
   kind = "deep" if config.get("prefix") else "shallow" if config.get("prompt") else None
   if kind is None:
-    raise InputError("this checkpoint carries no prompt", path=source,
-                     fix="The original's have 'prefix' or 'prompt' in config.json")  # fmt: skip
+    fix = "A checkpoint of the original has 'prefix' or 'prompt' in config.json"
+    raise InputError("this checkpoint carries no prompt", path=source, fix=fix)
   return kind
 
 
@@ -307,33 +315,32 @@ def from_original(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) 
     config: the fields of its config.json: prefix, prompt, pre_seq_len, prefix_projection, prompt_encoder_type.
 
   Raises:
-    InputError: no prompt in it, or tensors that its config.json does not announce.
+    InputError: it has no prompt, or prompt tensors that config.json does not describe.
   """
   prefix = "prefix_encoder."
-  mine = {
-    name.removeprefix(prefix): np.asarray(a, np.float32) for name, a in tensors.items() if name.startswith(prefix)
-  }
+  named = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+  left = {name: np.asarray(array, np.float32) for name, array in named.items()}
   kind = check_original(config)
-  if not mine:
-    raise InputError("this checkpoint carries no prompt: no tensor of it has one")
+  if not left:
+    raise InputError("this checkpoint carries no prompt: none of its tensors is a prompt's")
   try:
     if kind == "deep":
       projection = "mlp" if config.get("prefix_projection") else "none"
-      params = {"table": mine.pop("embedding.weight")}
+      params = {"table": left.pop("embedding.weight")}
       if projection == "mlp":
-        params |= {"hidden": _pop_dense(mine, "trans.0"), "output": _pop_dense(mine, "trans.2")}
+        params |= {"hidden": _pop_dense(left, "trans.0"), "output": _pop_dense(left, "trans.2")}
     else:
       projection = config.get("prompt_encoder_type") or "none"
-      params = {"table": mine.pop("0.weight")}
+      params = {"table": left.pop("0.weight")}
       stem = {"none": "", "mlp": "1.", "lstm": "1.mlp_head."}[projection]
       if projection == "lstm":
-        params["lstm"] = _pop_lstm(mine)
+        params["lstm"] = _pop_lstm(left)
       if projection != "none":
-        params |= {"hidden": _pop_dense(mine, f"{stem}0"), "output": _pop_dense(mine, f"{stem}2")}
+        params |= {"hidden": _pop_dense(left, f"{stem}0"), "output": _pop_dense(left, f"{stem}2")}
   except KeyError as error:
     raise InputError(f"the prompt's tensor or kind {error} is missing or unknown") from error
-  if mine:
-    raise InputError("prompt tensors that config.json does not announce", value=sorted(mine))
+  if left:
+    raise InputError("prompt tensors that config.json does not describe", value=sorted(left))
   if projection == "lstm":
     size = params["lstm"]["forward_0"]["hidden_kernel"].shape[0]
   else:

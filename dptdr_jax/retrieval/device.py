@@ -1,9 +1,9 @@
-"""Exact maximum inner product search on the devices: the corpus goes by once, in blocks that are sharded over all.
+"""Exact maximum inner product search on the devices: the corpus is read once, in blocks that are sharded over all.
 
-Everything keeps one order of lists. A tile's passages stand by row, a device's tiles by row, the devices' shares of a
-block by row, the blocks by row; so a stable top-k over lists that stand in this order breaks ties by ascending row.
+All lists are in the order of rows: passages within a tile, tiles of a device, the devices' shares of a block, blocks.
+So a stable top-k over lists that are joined in this order breaks ties by ascending row.
 
-The one file of this room that imports jax.
+The only file of this room that imports jax.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ DTYPES = ("float32", "bfloat16")
 _SHARD = "shard"
 _ROWS = 128  # tiles are multiples of this: the width of a TPU's vector registers, and divisible by every group
 _PIECE_ROWS = 16_384  # read from disk at a time
+_DEVICE_BYTES = 1 << 29  # of corpus on a device: the block that is searched and the one that is being placed
 _PAIRS = 1 << 25  # rescored in one pass over the corpus: 0.7 GB of rows, places and scores
 
 
@@ -39,39 +40,34 @@ def search_devices(
   mesh: Mesh,
   dtype: str = "float32",
   rescore: int = 0,
-  rows: range | None = None,
-  device_bytes: int = 1 << 29,
   query_rows: int = 1024,
   tile_rows: int = 16_384,
 ) -> Run:
   """Finds the k passages of largest inner product for each query, as `search_exact` does, on accelerators.
 
   Each passage is read from disk and sent to one device once, whatever the number of queries: a block of the corpus is
-  searched for all queries while the next is read and placed. A device goes through its share in tiles and keeps the
-  best k; at a block's end these [query_rows, k] candidates change places (an all-to-all: every device merges its own
+  searched for all queries while the next one is read and placed. A device searches its share in tiles and keeps the
+  best k; at a block's end these [query_rows, k] candidates are exchanged (an all-to-all: every device merges its own
   queries), and nothing else travels between devices.
 
-  In float32 products are exact to float32 (no TF32, no bfloat16 passes), so that ids are FAISS' but for ties within its
-  rounding. In bfloat16 queries and passages are rounded to 8 bits and summed in float32: scores are off by about
-  0.002 · |q| · |p| / √H, and neighbours change places. `rescore` mends that.
+  In float32 products are exact to float32 (no TF32, no bfloat16 passes): ids equal FAISS' except for ties within its
+  rounding. In bfloat16 queries and passages are rounded to 8 bits and summed in float32: the error of a score is about
+  0.002 · |q| · |p| / √H, and neighbours in rank are swapped. `rescore` corrects that.
 
-  Memory on a device: `device_bytes` of corpus, about 8 · query_rows · tile_rows bytes of scores, and of the run
-  8 · Q · k / devices bytes. On the host: what is on its way to the devices (at most half of what they hold of the
+  Memory on a device: 0.5 GB of corpus, about 8 · query_rows · tile_rows bytes of scores, and of the run
+  8 · Q · k / devices bytes. On the host: what is being sent to the devices (at most half of what they hold of the
   corpus), the run, 150 MB.
 
-  One process is meant. A mesh over several is cut to this process's own devices: give each process its `rows` and merge
-  the runs with `search.merge(best, found, 0)` in the order of rows.
+  For one process: a mesh over several is reduced to this process's own devices.
 
   Args:
     queries: float32 [Q, H].
     passages: embeddings on disk, or float32 [C, H].
-    k: depth; beyond the passages searched there are −1 fills.
+    k: depth; beyond C there are −1 fills.
     mesh: the devices; its axes don't matter.
     dtype: "float32" or "bfloat16" (half the memory and traffic, the fast matrix units).
-    rescore: r ≥ 1 searches the best r · k and orders them by float32 scores from the vectors as stored, in another pass
-      over the corpus on the host; 2 is ample for bfloat16. 0: the devices' scores.
-    rows: the passages to search, step 1; the run's rows count from the corpus' beginning all the same. None: all.
-    device_bytes: of corpus on a device, the block in work and the one that comes together; at least 256 rows.
+    rescore: r ≥ 1 searches the best r · k and orders them by float32 scores of the stored vectors, in another pass over
+      the corpus on the host; 2 is ample for bfloat16. 0: the devices' scores.
     query_rows: queries at a time, rounded up to a multiple of the devices.
     tile_rows: passages scored at a time.
 
@@ -83,29 +79,28 @@ def search_devices(
   """
   width = passages.shape[1] if isinstance(passages, np.ndarray) else passages.width
   queries = checked_queries(queries, width)
-  rows = range(len(passages)) if rows is None else rows
   if dtype not in DTYPES:
     raise InputError(f"devices search in {' or '.join(DTYPES)}", value=dtype)
-  if k < 1 or rescore < 0 or rows.step != 1 or rows.start < 0 or rows.stop > len(passages):
-    raise ValueError(f"k = {k}, rescore = {rescore}, rows = {rows} of {len(passages)} cannot be searched")
+  if k < 1 or rescore < 0:
+    raise ValueError(f"k = {k}, rescore = {rescore} cannot be searched")
   run = Run.empty(len(queries), k)
-  depth = min(k * max(rescore, 1), len(rows))
+  depth = min(k * max(rescore, 1), len(passages))
   if not depth or not len(queries):
     return run
-  plan = Plan.make(mesh.local_devices, len(rows), width, dtype, device_bytes, tile_rows)
-  found = _search(queries, passages, rows, depth, plan, query_rows)
-  if not np.isfinite(found.scores).all():
-    raise InputError("a passage vector has a number that is not finite", fix="Look for NaN in what encodes.")
+  plan = Plan.make(mesh.local_devices, len(passages), width, dtype, tile_rows)
+  best = _search(queries, passages, depth, plan, query_rows)
+  if not np.isfinite(best.scores).all():
+    raise InputError("a passage vector has a number that is not finite", fix="Look for NaN in the encoder")
   if rescore:
-    found = _rescored(queries, passages, found)
+    best = _rescored(queries, passages, best)
   kept = min(k, depth)
-  run.rows[:, :kept], run.scores[:, :kept] = found.rows[:, :kept], found.scores[:, :kept]
+  run.rows[:, :kept], run.scores[:, :kept] = best.rows[:, :kept], best.scores[:, :kept]
   return run
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How a corpus lies on the devices: blocks of [devices · share, width], each share in tiles of `tile` rows."""
+  """How a corpus is divided: blocks of [devices · share, width], each share in tiles of `tile` rows."""
 
   mesh: Mesh
   share: int
@@ -114,11 +109,9 @@ class Plan:
   dtype: str
 
   @classmethod
-  def make(
-    cls, devices: list[jax.Device], count: int, width: int, dtype: str, device_bytes: int, tile_rows: int
-  ) -> Plan:
-    """Blocks, and tiles in them, are of one size, with little padding: as many as are needed, then made even."""
-    most = max(_ROWS, device_bytes // 2 // (width * jnp.dtype(dtype).itemsize))
+  def make(cls, devices: list[jax.Device], count: int, width: int, dtype: str, tile_rows: int) -> Plan:
+    """Blocks, and tiles in them, are of one size, with little padding: as few as possible, of even size."""
+    most = max(_ROWS, _DEVICE_BYTES // 2 // (width * jnp.dtype(dtype).itemsize))
     each = -(-count // len(devices))
     share = -(-each // -(-each // most))
     tiles = -(-share // max(tile_rows, _ROWS))
@@ -130,23 +123,21 @@ class Plan:
     """Rows of a block."""
     return self.share * self.mesh.size
 
-  def place(self, passages: Embeddings | np.ndarray, first: int, stop: int) -> jax.Array:
-    """Puts the block that begins at row `first` on the devices, share by share; zeros from row `stop` on."""
+  def place(self, passages: Embeddings | np.ndarray, first: int) -> jax.Array:
+    """Places the block that begins at row `first`, share by share; zeros beyond the corpus."""
     shares = []
     for number, device in enumerate(self.mesh.devices):
       share = np.zeros((self.share, self.width), jnp.dtype(self.dtype))
       start = first + number * self.share
-      for row, vectors in _pieces(passages, range(start, min(start + self.share, stop))):
+      for row, vectors in _pieces(passages, range(start, min(start + self.share, len(passages)))):
         share[row - start : row - start + len(vectors)] = vectors
       shares.append(jax.device_put(share, device))
     sharding = NamedSharding(self.mesh, PartitionSpec(_SHARD))
     return jax.make_array_from_single_device_arrays((self.block, self.width), sharding, shares)
 
 
-def _search(
-  queries: np.ndarray, passages: Embeddings | np.ndarray, rows: range, depth: int, plan: Plan, query_rows: int
-) -> Run:
-  """All blocks for all queries; depth is at most len(rows)."""
+def _search(queries: np.ndarray, passages: Embeddings | np.ndarray, depth: int, plan: Plan, query_rows: int) -> Run:
+  """All blocks for all queries; depth is at most C."""
   devices = plan.mesh.size
   size = -(-min(query_rows, len(queries)) // devices) * devices
   group = group_size(plan.mesh.devices[0].platform, plan.tile, depth)
@@ -155,28 +146,28 @@ def _search(
   empty = jax.device_put(tuple(dataclasses.astuple(Run.empty(size, depth))[::-1]), by_query)
   starts = range(0, len(queries), size)
   best = dict.fromkeys(starts, empty)
-  firsts = range(rows.start, rows.stop, plan.block)
+  firsts = range(0, len(passages), plan.block)
   shown = progress.bar(f"device search, {len(firsts)} blocks", len(firsts) * len(queries), "query")
   with shown as bar, concurrent.futures.ThreadPoolExecutor(1) as reader:
-    coming = reader.submit(plan.place, passages, firsts[0], rows.stop)
+    coming = reader.submit(plan.place, passages, 0)
     for first in firsts:
       block = coming.result()
-      if first + plan.block < rows.stop:
-        coming = reader.submit(plan.place, passages, first + plan.block, rows.stop)
+      if first + plan.block < len(passages):
+        coming = reader.submit(plan.place, passages, first + plan.block)
       behind = empty
       for start in starts:
         some = queries[start : start + size].astype(jnp.dtype(plan.dtype))
         some = jax.device_put(np.pad(some, ((0, size - len(some)), (0, 0))), whole)
         best[start] = search_block(
-          *best[start], some, block, first, rows.stop, mesh=plan.mesh, tile=plan.tile, group=group
+          *best[start], some, block, first, len(passages), mesh=plan.mesh, tile=plan.tile, group=group
         )
-        jax.block_until_ready(behind)  # no more than two steps under way: bounds what lies on the devices
+        jax.block_until_ready(behind)  # at most two steps at a time: bounds the memory of the devices
         behind = best[start]
         bar.advance(min(size, len(queries) - start))
-      jax.block_until_ready(behind)  # the block is free when the reader begins with the one after the next
+      jax.block_until_ready(behind)  # frees the block before the reader places the one after the next
       preemption.check("the search will begin again")
-  scores, found = (np.concatenate([best[start][part] for start in starts])[: len(queries)] for part in (0, 1))
-  return Run(found, scores)
+  scores, rows = (np.concatenate([best[start][part] for start in starts])[: len(queries)] for part in (0, 1))
+  return Run(rows, scores)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "tile", "group"))
@@ -184,7 +175,7 @@ def search_block(
   scores: jax.Array, rows: jax.Array, queries: jax.Array, block: jax.Array, first: int, stop: int, *, mesh: Mesh,
   tile: int, group: int,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-  """Merges a block's best passages into the best so far, which are of lower rows.
+  """Merges a block's best passages into the best so far, whose rows are lower.
 
   Args:
     scores: float32 [q, k], descending, −inf at fills; sharded by query, as the result is; q a multiple of the devices.
@@ -204,13 +195,13 @@ def search_block(
 
   def on_device(scores, rows, queries, share, first, stop):
     shape = (len(queries), scores.shape[1])
-    nothing = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, FILL, jnp.int32))
-    nothing = jax.tree.map(lambda values: jax.lax.pcast(values, axis, to="varying"), nothing)
+    empty = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, FILL, jnp.int32))
+    empty = jax.tree.map(lambda values: jax.lax.pcast(values, axis, to="varying"), empty)
     start = first + jax.lax.axis_index(axis) * len(share)
-    found = search_share(*nothing, queries, share, start, stop, tile=tile, group=group)
+    own = search_share(*empty, queries, share, start, stop, tile=tile, group=group)
     scores, rows = (
       jnp.concatenate([best, _exchange(mine, axis, mesh.size)], 1)
-      for best, mine in zip((scores, rows), found, strict=True)
+      for best, mine in zip((scores, rows), own, strict=True)
     )
     scores, at = _top_k(scores, shape[1])
     return scores, jnp.take_along_axis(rows, at, 1)
@@ -223,7 +214,7 @@ def search_block(
 
 
 def _exchange(mine: jax.Array, axis: str, devices: int) -> jax.Array:
-  """[q, k] of one device's passages → [q / devices, devices · k] of all devices', in the order of devices."""
+  """[q, k] of one device's passages → [q / devices, devices · k] of all devices, in their order."""
   parts = jax.lax.all_to_all(mine.reshape(devices, -1, mine.shape[1]), axis, 0, 0)
   return jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], -1)
 
@@ -234,9 +225,9 @@ def search_share(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """Merges the best passages of one device's share into the best so far, tile by tile.
 
-  With `group` g > 1 only k · g passages of a tile are ranked. Whatever is among a tile's best k stands in one of the k
-  groups of g neighbours that have the largest maximum (of equal ones the first): each of these has a member that comes
-  before all members of any other group. That is exact, as `jax.lax.approx_max_k` is not.
+  With `group` g > 1 only k · g passages of a tile are ranked: the members of the k groups of g neighbours with the
+  largest maximum (of equal ones the first). Each of these groups has a member that precedes all members of any other
+  group, so the tile's best k are in them. That is exact, unlike `jax.lax.approx_max_k`.
 
   Args:
     scores: float32 [q, k], descending, −inf at fills.
@@ -256,15 +247,15 @@ def search_share(
 
   def one_tile(best: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array]):
     passages, start = inputs
-    found = jnp.einsum("qh,th->qt", queries, passages, precision=precision, preferred_element_type=jnp.float32)
-    found = jnp.where(found == 0, 0.0, found)  # top_k ranks −0 below 0
-    found = jnp.where(start + jax.lax.iota(jnp.int32, tile) < stop, found, -jnp.inf)
+    products = jnp.einsum("qh,th->qt", queries, passages, precision=precision, preferred_element_type=jnp.float32)
+    products = jnp.where(products == 0, 0.0, products)  # top_k ranks −0 below 0
+    products = jnp.where(start + jax.lax.iota(jnp.int32, tile) < stop, products, -jnp.inf)
     if group > 1:
-      found = found.reshape(len(queries), -1, group)
-      groups = jnp.sort(_top_k(found.max(2), k)[1], 1)
-      found = jax.vmap(lambda of, at: of[at])(found, groups).reshape(len(queries), -1)
-    # The best so far stand first: they win ties, and a partial sort that begins with them leaves most others out.
-    scores, at = _top_k(jnp.concatenate([best[0], found], 1), k)
+      products = products.reshape(len(queries), -1, group)
+      groups = jnp.sort(_top_k(products.max(2), k)[1], 1)
+      products = jax.vmap(lambda of, at: of[at])(products, groups).reshape(len(queries), -1)
+    # The best so far come first: they win ties, and a partial sort that begins with them skips most others.
+    scores, at = _top_k(jnp.concatenate([best[0], products], 1), k)
     place = jnp.maximum(at - k, 0)
     if group > 1:
       place = group * jnp.take_along_axis(groups, place // group, 1) + place % group
@@ -276,16 +267,16 @@ def search_share(
 
 def _top_k(values: jax.Array, k: int) -> list[jax.Array]:
   """The k largest of each row and their places, equal ones by place."""
-  # A slice of the result, such as a part to send, would be drawn into it and make a full sort of it: 100 × the time.
-  # (One barrier around both results ends the compiler, of jaxlib 0.10, for CPUs.)
+  # XLA would fuse a slice of the result (a part to send) with it and sort everything: 100 × the time.
+  # (One barrier around both results crashes the CPU compiler of jaxlib 0.10.)
   return [jax.lax.optimization_barrier(part) for part in jax.lax.top_k(values, k)]
 
 
 def group_size(platform: str, tile: int, k: int) -> int:
-  """Passages a group: what leaves two top-k, over tile / g maxima and over k · g members, least to look at.
+  """Passages a group: the number for which the two top-k, over tile / g maxima and over k · g members, read least.
 
-  On a CPU 1: its top_k is a partial sort, one pass over the tile (measured). Elsewhere a top_k is taken to cost what a
-  sort does, which is not measured yet: benchmarks/device_search.py --group does it.
+  On a CPU 1: its top_k is a partial sort, one pass over the tile (measured). Elsewhere the cost of a top_k is assumed
+  to be that of a sort, which is not measured yet: benchmarks/device_search.py --group does it.
   """
   if platform == "cpu":
     return 1
@@ -293,7 +284,7 @@ def group_size(platform: str, tile: int, k: int) -> int:
 
 
 def _pieces(passages: Embeddings | np.ndarray, rows: range) -> Iterator[tuple[int, np.ndarray]]:
-  """Yields (first row, float32 [≤ _PIECE_ROWS, H]) over some rows; none where the range is empty."""
+  """Yields (first row, float32 [≤ _PIECE_ROWS, H]) over some rows; nothing for an empty range."""
   for first in range(rows.start, rows.stop, _PIECE_ROWS):
     stop = min(first + _PIECE_ROWS, rows.stop)
     if isinstance(passages, Embeddings):
@@ -302,22 +293,22 @@ def _pieces(passages: Embeddings | np.ndarray, rows: range) -> Iterator[tuple[in
       yield first, np.asarray(passages[first:stop], np.float32)
 
 
-def _rescored(queries: np.ndarray, passages: Embeddings | np.ndarray, found: Run) -> Run:
-  """The same passages, by their float32 scores: passes over the corpus in its order, for as many queries as fit."""
-  size = max(1, _PAIRS // found.depth)
-  starts = range(0, len(found), size)
-  exact = np.empty_like(found.scores)
-  low, high = int(found.rows.min()), int(found.rows.max()) + 1
+def _rescored(queries: np.ndarray, passages: Embeddings | np.ndarray, run: Run) -> Run:
+  """The same passages with their float32 scores: one pass over the corpus for as many queries as fit in memory."""
+  size = max(1, _PAIRS // run.depth)
+  starts = range(0, len(run), size)
+  exact = np.empty_like(run.scores)
+  low, high = int(run.rows.min()), int(run.rows.max()) + 1
   with progress.bar("rescore", len(starts) * (high - low), "passage") as shown:
     for start in starts:
-      rows = found.rows[start : start + size].ravel()
+      rows = run.rows[start : start + size].ravel()
       order = np.argsort(rows, kind="stable")
       ordered, scores = rows[order], exact[start : start + size].reshape(-1)
       for first, vectors in _pieces(passages, range(low, high)):
         ends = np.searchsorted(ordered, [first, first + len(vectors)])
         for begin in range(ends[0], ends[1], _PIECE_ROWS):
           pairs = order[begin : min(begin + _PIECE_ROWS, ends[1])]
-          some = queries[start + pairs // found.depth]
+          some = queries[start + pairs // run.depth]
           scores[pairs] = np.einsum("nh,nh->n", some, vectors[rows[pairs] - first])
         shown.advance(len(vectors))
-  return Run.ranked(found.rows, exact)
+  return Run.ranked(run.rows, exact)

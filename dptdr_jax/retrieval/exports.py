@@ -1,6 +1,6 @@
-"""The merged training set for other trainers: the original's JSONL, and sentence-transformers' n-tuples.
+"""Exports a pool for other trainers: the original's JSONL, and sentence-transformers' n-tuples.
 
-Both stream: some hundred queries' texts are read at once, written and forgotten.
+Both stream: the texts of some hundred queries are in memory at a time.
 """
 
 from __future__ import annotations
@@ -32,33 +32,32 @@ class Example(NamedTuple):
 
 
 def training_examples(
-  pool: Pool, queries: Iterable[str], positives: Callable[[int], np.ndarray], texts: Texts, *, most: int | None = None
+  pool: Pool, queries: Iterable[str], positives: Callable[[int], np.ndarray], texts: Texts
 ) -> Iterator[Example]:
   """Yields the examples of a pool, by query row.
 
   Args:
     pool: Q queries.
     queries: their Q texts, by row.
-    positives: positives(query row) → passage rows, none where the query is not to train on.
-    texts: see Texts; a negative that has none is left out, as no trainer reads it.
-    most: negatives of a query; default: all that denoising kept.
+    positives: positives(query row) → passage rows, none for a query that is not trained on.
+    texts: see Texts; a negative with neither title nor text is left out.
   """
   rows = zip(range(len(pool)), queries, strict=True)
   with progress.bar("export", len(pool), "query") as shown:
     while block := list(itertools.islice(rows, _AT_ONCE)):
-      wanted = [(np.asarray(positives(query), np.int64), pool.candidates(query)[:most]) for query, _ in block]
+      wanted = [(np.asarray(positives(query), np.int64), pool.candidates(query)) for query, _ in block]
       read = iter(texts(np.concatenate([part for pair in wanted for part in pair]).astype(np.int64)))
       for (_, text), parts in zip(block, wanted, strict=True):
-        found, others = (list(itertools.islice(read, len(part))) for part in parts)
-        yield Example(text, found, [passage for passage in others if any(passage)])
+        relevant, others = (list(itertools.islice(read, len(part))) for part in parts)
+        yield Example(text, relevant, [passage for passage in others if any(passage)])
       shown.advance(len(block))
 
 
 def write_original(path: Path, examples: Iterable[Example], *, separator: str = " ") -> dict[str, int]:
   """Writes the original's training JSONL, atomically: {"query", "positives": [passage, …], "negatives": [passage, …]}.
 
-  A passage is one string, as the original hands it to its tokenizer. A query without a positive or without a negative
-  is left out: the original would draw from an empty list, and end.
+  A passage is one string, the input of the original's tokenizer. A query without a positive or without a negative is
+  left out: the original would draw from an empty list and fail.
 
   Args:
     path: replaced if it exists.
@@ -89,8 +88,8 @@ def write_ntuples(
 ) -> dict[str, int]:
   """Writes sentence-transformers' n-tuples as JSONL, atomically: {"anchor", "positive", "negative_1", …, "negative_n"}.
 
-  One line for each (query, positive); the first n negatives, the same for each positive. Its losses want the same
-  columns everywhere, so a query with fewer than n negatives is left out, as sentence-transformers' own mining does.
+  One line for each (query, positive), with the query's first n negatives. Its losses need the same columns in every
+  line, so a query with fewer than n negatives is left out, as in sentence-transformers' own mining.
 
   Args:
     path: replaced if it exists.
@@ -102,7 +101,7 @@ def write_ntuples(
     Counts: "lines" and "queries" written, queries "without a positive" and with "too few negatives".
 
   Raises:
-    InputError: no query has so many.
+    InputError: no query has n negatives and a positive.
   """
   if num_negatives < 1:
     raise InputError("n-tuples have at least 1 negative", value=num_negatives)
@@ -123,5 +122,5 @@ def write_ntuples(
         stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         counts["lines"] += 1
     if not counts["lines"]:
-      raise InputError("no query has a positive and so many negatives", value=num_negatives)
+      raise InputError("no query has a positive and this many negatives", value=num_negatives)
   return counts

@@ -6,15 +6,17 @@ import dataclasses
 
 import numpy as np
 
+from dptdr_jax.core.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Qrels:
-  """Judgements of Q queries in compressed rows: query q owns the slice offsets[q]:offsets[q + 1].
+  """Judgements of Q queries: those of query q are the slice offsets[q]:offsets[q + 1].
 
   Attributes:
     offsets: int64 [Q + 1].
     rows: int32 [J], passage rows, ascending within a query.
-    grades: int32 [J], above 0 is relevant (binary sets say 1; TREC Deep Learning says 0 to 3).
+    grades: int32 [J], above 0 is relevant (binary sets have 1; TREC Deep Learning has 0 to 3).
   """
 
   offsets: np.ndarray
@@ -28,17 +30,22 @@ class Qrels:
 
   @classmethod
   def from_triples(cls, queries: np.ndarray, passages: np.ndarray, grades: np.ndarray, num_queries: int) -> Qrels:
-    """Sorts judgements into rows.
+    """Sorts judgements by query and passage.
 
     Args:
       queries: int [J], query rows in 0 … num_queries − 1.
       passages: int [J], passage rows.
       grades: int [J]. Where a pair is judged twice the last one counts.
       num_queries: Q; a query without a judgement has an empty slice.
+
+    Raises:
+      InputError: a grade is beyond int32.
     """
     queries, passages, grades = np.asarray(queries), np.asarray(passages), np.asarray(grades)
     if len(queries) and (queries.min() < 0 or queries.max() >= num_queries):
       raise ValueError(f"query rows go from {queries.min()} to {queries.max()}, there are {num_queries} queries")
+    if len(grades) and np.abs(grades).max() >= 2**31:
+      raise InputError("a grade is beyond 32 bits", value=int(np.abs(grades).max()))
     order = np.lexsort((np.arange(len(queries)), passages, queries))
     queries, passages, grades = queries[order], passages[order], grades[order]
     last = np.ones(len(queries), bool)

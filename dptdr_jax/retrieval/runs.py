@@ -1,7 +1,7 @@
-"""Runs: what a search found for each query, in memory by row and on disk by id.
+"""Runs: which passages a search retrieved for each query, in memory by row and in files by id.
 
-In memory a run is passage rows and scores; ids are joined when a file is written. Files are TREC's six columns
-(`qid Q0 pid rank score tag`) or MS MARCO's three (`qid pid rank`, tabs); gzip is accepted when reading.
+Files are TREC's six columns (`qid Q0 pid rank score tag`) or MS MARCO's three (`qid pid rank`, tabs); gzip and a byte
+order mark are accepted when reading.
 """
 
 from __future__ import annotations
@@ -9,37 +9,40 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import math
-import os
+import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from dptdr_jax.core import progress
+from dptdr_jax.core import progress, shards
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.core.files import Path, atomic_directory, atomic_path, open_text
+from dptdr_jax.core.files import Path, atomic_path, open_text
+from dptdr_jax.core.team import SOLO, Team
 
 _log = logging.getLogger(__name__)
 
 FILL = -1  # in place of a passage row where a query has fewer than K passages
-_LINES = 1 << 18  # of a run file that are looked up at a time
+_LINES = 1 << 16  # of a run file that are looked up at a time
+_QUERIES = 256  # whose lines are written together
+_LARGEST = float(np.finfo(np.float32).max)
+_KIND = "run"
 
 Lookup = Callable[[Sequence[str]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The passages found for Q queries, best first.
+  """The passages retrieved for Q queries, best first. Arrays on disk are read as they are sliced.
 
   Attributes:
-    rows: int32 [Q, K], passage rows; −1 fills stand at the end of a query.
-    scores: float32 [Q, K], descending, −inf at fills; equal scores stand by ascending row.
+    rows: int32 [Q, K], passage rows; −1 fills at the end of a query.
+    scores: float32 [Q, K], descending, −inf at fills; equal scores are ordered by ascending row.
   """
 
-  rows: np.ndarray
-  scores: np.ndarray
+  rows: np.ndarray | shards.Column
+  scores: np.ndarray | shards.Column
 
   def __post_init__(self):
     if self.rows.ndim != 2 or self.rows.shape != self.scores.shape:
@@ -52,11 +55,11 @@ class Run:
 
   @classmethod
   def ranked(cls, rows: np.ndarray, scores: np.ndarray, depth: int | None = None) -> Run:
-    """Puts found passages into a run's order: score descending, then row ascending, fills last; cut to `depth`.
+    """Puts passages into a run's order: score descending, then row ascending, fills last; cut to `depth`.
 
     Args:
       rows: int [Q, K'], any negative row is a fill.
-      scores: float [Q, K'], whatever stands at fills.
+      scores: float [Q, K'], whatever the value at fills.
       depth: K; default K'.
     """
     absent = rows < 0
@@ -67,17 +70,25 @@ class Run:
 
   @classmethod
   def open(cls, directory: Path) -> Run:
-    """Maps a run that `save` wrote."""
-    try:
-      return cls(*(np.load(os.path.join(directory, f"{name}.npy"), mmap_mode="r") for name in ("rows", "scores")))
-    except (OSError, ValueError) as error:
-      raise InputError(f"no whole run here ({error})", path=directory, fix="Remove it: it is searched again") from error
+    """Opens a run that `save` or `write_run` wrote.
+
+    Raises:
+      InputError: there is none, or a file is missing, cut, or of another shape or dtype.
+    """
+    manifest = shards.read_manifest(directory, kind=_KIND)
+    depth = manifest.get("depth")
+    if type(depth) is not int or depth < 0:
+      raise InputError("depth must be a number from 0", path=pathlib.Path(directory, shards.MANIFEST), value=depth)
+    arrays = shards.Shards(directory, manifest["count"], manifest["shard_rows"], _arrays(depth))
+    return cls(arrays["rows"], arrays["scores"])
 
   def save(self, directory: Path) -> None:
-    """Writes rows.npy and scores.npy, both or neither."""
-    with atomic_directory(directory) as partial:
-      np.save(partial / "rows.npy", self.rows)
-      np.save(partial / "scores.npy", self.scores)
+    """Writes the run in one shard; another run in this directory is replaced."""
+    writer = shards.ShardWriter(directory, len(self), max(1, len(self)), _arrays(self.depth), _about(self.depth))
+    writer.begin()
+    if len(self):
+      writer.write(0, {"rows": self.rows[:], "scores": self.scores[:]})
+    writer.finish()
 
   def __len__(self) -> int:
     """Number of queries Q."""
@@ -89,56 +100,76 @@ class Run:
     return self.rows.shape[1]
 
   def counts(self) -> np.ndarray:
-    """Number of passages found for each query, int64 [Q]."""
-    return (self.rows >= 0).sum(1)
+    """Number of passages retrieved for each query, int64 [Q]."""
+    return (np.asarray(self.rows) >= 0).sum(1)
+
+
+def write_run(
+  directory: Path, count: int, depth: int, search: Callable[[range], Run], *, size: int, team: Team = SOLO,
+  what: str = "search",
+) -> Run:  # fmt: skip
+  """Searches for Q queries in shards on disk; what an earlier attempt left is kept.
+
+  Args:
+    directory: of this run alone.
+    count: Q.
+    depth: K.
+    search: queries → their run of depth K.
+    size: queries a shard: the work that a kill may cost, against one reading of the corpus.
+    team: the processes that take turns at the shards.
+    what: names the search in messages.
+  """
+
+  def make(queries: range) -> dict[str, np.ndarray]:
+    run = search(queries)
+    return {"rows": run.rows, "scores": run.scores}
+
+  shards.share_out(directory, count, size, _arrays(depth), make, about=_about(depth), team=team, what=what, shows=False)
+  return Run.open(directory)
+
+
+def _arrays(depth: int) -> shards.Arrays:
+  return {"rows": ("int32", (depth,)), "scores": ("float32", (depth,))}
+
+
+def _about(depth: int) -> dict[str, object]:
+  return {"format": 1, "kind": _KIND, "depth": depth}
 
 
 def write_trec(path: Path, run: Run, query_ids: Sequence[str], passage_ids: Sequence[str], tag: str) -> None:
-  """Writes a TREC run file, atomically; ranks from 1, scores with the nine digits that carry a float32 whole.
+  """Writes a TREC run file, atomically; ranks from 1, scores with nine digits, which hold a float32 exactly.
 
   trec_eval reads scores, not ranks, and breaks ties by passage id: its figures differ from ours where scores tie.
   """
-
-  def lines(query: str, rows: list[int], scores: list[float]) -> Iterator[str]:
-    for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1):
-      yield f"{query} Q0 {passage_ids[row]} {rank} {score:.9g} {tag}\n"
-
-  _write(path, run, query_ids, lines)
+  _write(path, run, query_ids, passage_ids, lambda rank: f"\0 Q0 %s {rank} %.9g {_escaped(tag)}\n", scored=True)
 
 
 def write_msmarco(path: Path, run: Run, query_ids: Sequence[str], passage_ids: Sequence[str]) -> None:
   """Writes MS MARCO's own format, `qid\\tpid\\trank`, atomically; ranks from 1."""
-
-  def lines(query: str, rows: list[int], _: list[float]) -> Iterator[str]:
-    for rank, row in enumerate(rows, 1):
-      yield f"{query}\t{passage_ids[row]}\t{rank}\n"
-
-  _write(path, run, query_ids, lines)
+  _write(path, run, query_ids, passage_ids, lambda rank: f"\0\t%s\t{rank}\n", scored=False)
 
 
 def read_trec(path: Path, query_rows: Lookup, passage_rows: Lookup, num_queries: int, depth: int | None = None) -> Run:
-  """Reads a TREC run file. Its order is that of the scores (ties by row): the rank column is checked, not used.
+  """Reads a TREC run file. Its order is that of the scores, ties by row; ranks that contradict it are an error.
 
   What is kept of a file of any length is `depth` passages a query.
 
   Args:
     path: the file, plain or gzip.
     query_rows: ids → rows of queries, int [n], −1 for an unknown one; passage_rows: the same for passages.
-    num_queries: Q; a query that the file lacks has fills only; others that it has are skipped, and the log says how
-      many.
+    num_queries: Q; a query that the file lacks has fills only; unknown queries are skipped, and the log says how many.
     depth: keeps the best `depth` of each query; default: the longest list in the file.
 
   Raises:
-    InputError: with file and line, on a wrong column count, rank or score, an unknown passage, or one that stands twice
-      for a query; or where none of the file's queries is known.
+    InputError: with file and line, on a wrong column count, rank or score, an unknown passage, or one that is listed
+      twice for a query; or if none of the file's queries is known.
   """
 
-  def parse(line: str) -> tuple[str, str, float]:
+  def parse(line: str) -> tuple[str, str, int, float]:
     fields = line.split()
     if len(fields) != 6:
       raise _BadLine(f"{len(fields)} columns where a TREC run has 6 (qid Q0 pid rank score tag)", line)
-    _rank(fields[3])
-    return fields[0], fields[2], _score(fields[4])
+    return fields[0], fields[2], _rank(fields[3]), _score(fields[4])
 
   return _read(path, parse, query_rows, passage_rows, num_queries, depth)
 
@@ -148,21 +179,22 @@ def read_msmarco(
 ) -> Run:
   """Reads MS MARCO's own format. It has no scores: a passage's score here is −rank. Otherwise as `read_trec`."""
 
-  def parse(line: str) -> tuple[str, str, float]:
+  def parse(line: str) -> tuple[str, str, int, float]:
     fields = line.rstrip("\n").split("\t")
     if len(fields) != 3:
       raise _BadLine(f"{len(fields)} columns where an MS MARCO run has 3 (qid, pid, rank, between tabs)", line)
-    return fields[0], fields[1], -float(_rank(fields[2]))
+    rank = _rank(fields[2])
+    return fields[0], fields[1], rank, -float(rank)
 
   return _read(path, parse, query_rows, passage_rows, num_queries, depth)
 
 
 class _BadLine(Exception):
-  """What is wrong with a line, and the value that is; the reader adds file and line number."""
+  """What is wrong with a line, and the value; the reader adds file and line number."""
 
 
 def _rank(text: str) -> int:
-  if not text.isascii() or not text.isdigit():
+  if not text.isascii() or not text.isdigit() or len(text) > 9:
     raise _BadLine("rank is not a whole number from 0", text)
   return int(text)
 
@@ -172,85 +204,124 @@ def _score(text: str) -> float:
     score = float(text)
   except ValueError:
     raise _BadLine("score is not a number", text) from None
-  if not math.isfinite(score):
-    raise _BadLine("score is not finite", text)
+  if not abs(score) <= _LARGEST:
+    raise _BadLine("score is not finite in float32", text)
   return score
 
 
-def _write(path: Path, run: Run, query_ids: Sequence[str], lines: Callable[..., Iterator[str]]) -> None:
+def _escaped(text: str) -> str:
+  return text.replace("%", "%%")
+
+
+def _write(
+  path: Path, run: Run, query_ids: Sequence[str], passage_ids: Sequence[str], line: Callable[[int], str], *,
+  scored: bool,
+) -> None:  # fmt: skip
+  """Writes all lines of a query by one `%`, which is twice as fast as a line at a time.
+
+  Args:
+    line: rank → a format for the passage's id and, if `scored`, its score, with NUL in place of the query's id.
+  """
   if len(query_ids) != len(run):
     raise ValueError(f"{len(query_ids)} query ids for a run of {len(run)} queries")
-  counts = run.counts()
-  with atomic_path(path) as partial, open(partial, "w", encoding="utf-8") as stream:
-    for query in progress.track(range(len(run)), "write run", unit="query"):
-      found = slice(0, counts[query])
-      stream.writelines(lines(query_ids[query], run.rows[query, found].tolist(), run.scores[query, found].tolist()))
+  formats = [line(rank) for rank in range(1, run.depth + 1)]
+  with (
+    progress.bar("write run", len(run), "query") as shown,
+    atomic_path(path) as partial,
+    open(partial, "w", encoding="utf-8") as stream,
+  ):
+    for start in range(0, len(run), _QUERIES):
+      rows, scores = (array[start : start + _QUERIES] for array in (run.rows, run.scores))
+      distinct, place = np.unique(rows, return_inverse=True)
+      ids = np.array([passage_ids[row] if row >= 0 else "" for row in distinct.tolist()], object)
+      for query, count in enumerate((rows >= 0).sum(1).tolist()):
+        names = ids[place.reshape(rows.shape)[query, :count]].tolist()
+        fields = names
+        if scored:
+          fields = [None] * (2 * count)
+          fields[::2], fields[1::2] = names, scores[query, :count].tolist()
+        text = "".join(formats[:count]).replace("\0", _escaped(query_ids[start + query]))
+        stream.write(text % tuple(fields))
+      shown.advance(len(rows))
+
+
+class _Entries(NamedTuple):
+  """Lines of a run file, or one query's list; arrays [n]."""
+
+  rows: np.ndarray
+  scores: np.ndarray  # float64, as the file has them
+  ranks: np.ndarray
+  lines: np.ndarray
+
+  def take(self, places: np.ndarray) -> _Entries:
+    return _Entries(*(column[places] for column in self))
 
 
 def _read(
-  path: Path,
-  parse: Callable[[str], tuple[str, str, float]],
-  query_rows: Lookup,
-  passage_rows: Lookup,
-  num_queries: int,
-  depth: int | None,
-) -> Run:
-  found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+  path: Path, parse: Callable[[str], tuple[str, str, int, float]], query_rows: Lookup, passage_rows: Lookup,
+  num_queries: int, depth: int | None,
+) -> Run:  # fmt: skip
+  lists: dict[int, _Entries] = {}
   skipped: set[str] = set()
   with open_text(path) as stream:
-    lines = _parsed(stream, path, parse)
-    while block := list(itertools.islice(lines, _LINES)):
-      numbers, queries, passages, scores = zip(*block, strict=True)
-      rows = np.stack([query_rows(queries), passage_rows(passages)])
-      if (rows[1] < 0).any():
-        line = int(np.argmax(rows[1] < 0))
-        raise InputError("unknown passage id", path=path, line=numbers[line], value=passages[line])
-      known = rows[0] >= 0
-      skipped.update(queries[line] for line in np.flatnonzero(~known))
-      if known.any():
-        _take(found, *rows[:, known], np.array(scores, np.float32)[known], np.array(numbers)[known], depth, path)
-  if skipped and not found:
+    parsed = _parsed(stream, path, parse)
+    while block := list(itertools.islice(parsed, _LINES)):
+      lines, queries, passages, ranks, scores = zip(*block, strict=True)
+      known, rows = query_rows(queries), passage_rows(passages)
+      if (rows < 0).any():
+        at = int(np.argmax(rows < 0))
+        raise InputError("unknown passage id", path=path, line=lines[at], value=passages[at])
+      skipped.update(queries[at] for at in np.flatnonzero(known < 0))
+      entries = _Entries(rows.astype(np.int32), np.array(scores), np.array(ranks), np.array(lines))
+      _add(lists, known[known >= 0], entries.take(known >= 0), depth, path)
+  if skipped and not lists:
     raise InputError("no query of this run is known here", path=path, value=min(skipped),
                      fix="Name a run of these queries")  # fmt: skip
   if skipped:
     _log.info("%s: %d queries are unknown here and skipped", path, len(skipped))
-  run = Run.empty(num_queries, max((len(rows) for rows, _ in found.values()), default=0) if depth is None else depth)
-  for query, (rows, scores) in found.items():
-    run.rows[query, : len(rows)], run.scores[query, : len(rows)] = rows, scores
+  run = Run.empty(num_queries, max((len(one.rows) for one in lists.values()), default=0) if depth is None else depth)
+  for query, one in lists.items():
+    run.rows[query, : len(one.rows)], run.scores[query, : len(one.rows)] = one.rows, one.scores
   return run
 
 
-def _parsed(stream: TextIO, path: Path, parse: Callable[[str], tuple]) -> Iterator[tuple[int, str, str, float]]:
-  """Yields (line number, query, passage, score) of the lines that are not empty."""
+def _parsed(stream: TextIO, path: Path, parse: Callable[[str], tuple]) -> Iterator[tuple[int, str, str, int, float]]:
+  """Yields (line number, query, passage, rank, score) of the lines that are not empty."""
   number = 0
   try:
     for line in progress.track(stream, "read run", unit="line"):
       number += 1
+      if number == 1:
+        line = line.removeprefix("\ufeff")  # a byte order mark would become part of the first query's id
       if not line.isspace():
         yield number, *parse(line)
   except _BadLine as error:
     raise InputError(error.args[0], path=path, line=number, value=error.args[1]) from None
   except (EOFError, zlib.error, UnicodeDecodeError, OSError) as error:
-    raise InputError(f"cannot be read on ({error})", path=path, line=number + 1, fix="Fetch the file again.") from error
+    raise InputError(f"cannot be read any further ({error})", path=path, line=number + 1,
+                     fix="Fetch the file again") from error  # fmt: skip
 
 
-def _take(
-  found: dict[int, tuple[np.ndarray, np.ndarray]], queries: np.ndarray, passages: np.ndarray, scores: np.ndarray,
-  numbers: np.ndarray, depth: int | None, path: Path,
-) -> None:  # fmt: skip
-  """Adds entries [E] to the lists by query, which stay in a run's order; `numbers` are lines, for the error."""
+def _add(lists: dict[int, _Entries], queries: np.ndarray, entries: _Entries, depth: int | None, path: Path) -> None:
+  """Adds entries to the lists of their queries, rows [E], and cuts these to `depth`."""
   order = np.argsort(queries, kind="stable")
   starts = np.flatnonzero(np.diff(queries[order], prepend=-1))
-  for entries in np.split(order, starts[1:]):
-    query = int(queries[entries[0]])
-    rows, values, lines = passages[entries].astype(np.int32), scores[entries], numbers[entries]
-    if query in found:  # its list is not in one piece, or goes on from the block before
-      before, theirs = found[query]
-      rows, values = np.concatenate([before, rows]), np.concatenate([theirs, values])
-      lines = np.concatenate([np.zeros(len(before), lines.dtype), lines])
-    by_row = np.lexsort((lines, rows))
-    twice = by_row[1:][rows[by_row][1:] == rows[by_row][:-1]]
-    if len(twice):
-      raise InputError("passage stands twice for its query", path=path, line=int(lines[twice].min()))
-    best = np.lexsort((rows, -values))[:depth]
-    found[query] = rows[best], values[best]
+  for of_query in np.split(order, starts[1:]) if len(order) else ():
+    query, own = int(queries[of_query[0]]), entries.take(of_query)
+    if query in lists:  # it is not in one piece, or goes on from the block before
+      own = _Entries(*map(np.concatenate, zip(lists[query], own, strict=True)))
+    _check_list(own, path)
+    lists[query] = own.take(np.lexsort((own.rows, -own.scores))[:depth])
+
+
+def _check_list(own: _Entries, path: Path) -> None:
+  """Raises InputError for a passage that is listed twice, and where a later rank has the higher score."""
+  order = np.lexsort((own.lines, own.rows))
+  twice = order[1:][own.rows[order][1:] == own.rows[order][:-1]]
+  if len(twice):
+    raise InputError("passage is listed twice for its query", path=path, line=int(own.lines[twice].min()))
+  order = np.lexsort((-own.scores, own.ranks))
+  rises = order[1:][(np.diff(own.scores[order]) > 0) & (np.diff(own.ranks[order]) > 0)]
+  if len(rises):
+    raise InputError("the score is higher than that of an earlier rank", path=path, line=int(own.lines[rises].min()),
+                     fix="Number the ranks by descending score")  # fmt: skip

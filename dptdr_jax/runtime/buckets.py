@@ -1,4 +1,4 @@
-"""Sequences of many lengths through one jitted function: in order of length, in few shapes, fetched a step behind."""
+"""Sequences of many lengths through one jitted function: by length, in few shapes, fetched while the devices work."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from dptdr_jax.core import preemption, progress
 from dptdr_jax.runtime.mesh import put_batch
 
 BATCH_TOKENS = 16384  # tokens a device takes at a time, padding included
-_BUCKET = 16  # lengths are padded to a multiple: few shapes to compile
-_AHEAD = 2  # batches that may be under way on the devices while the host builds the next
+_BUCKET = 16  # lengths are padded to a multiple of it, so that few shapes are compiled
+_AHEAD = 2  # batches that may be on the devices while the host builds the next
 
 
 class Sequences(Protocol):
-  """Token sequences by place."""
+  """Token sequences, numbered from 0."""
 
   @property
   def limit(self) -> int:
-    """The longest that one can be, and the widest that a batch gets."""
+    """The largest possible length, and the largest width of a batch."""
     ...
 
   def lengths(self) -> np.ndarray:
-    """Tokens of each, int64 [n]."""
+    """Number of tokens of each, int64 [n]."""
     ...
 
   def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    """Arrays of some of them, one row each, padded to `width`."""
+    """Arrays of some of them, a row each, padded to `width`."""
     ...
 
 
@@ -48,20 +48,20 @@ def map_sequences(
   """Returns what `function` gives for each sequence, float32 [n, *shape], in their order.
 
   Args:
-    function: of a batch on the mesh, rows sharded, to an array [B, *shape]; returns at once, as jitted ones do.
-    batch_tokens: a device's tokens at a time, padding included.
-    description: of the progress bar, which counts in `unit`s; '' for none.
-    advance: told how many more are done, where a caller shows its own.
+    function: a batch on the mesh, rows sharded → [B, *shape]; returns at once, as jitted functions do.
+    batch_tokens: tokens of a device at a time, padding included.
+    description: of the progress bar, which counts `unit`s; '': no bar.
+    advance: called with the number of sequences that were done since, for a caller's own bar.
 
   Raises:
-    Preempted: SIGTERM came; nothing of it is kept.
+    Preempted: SIGTERM came; nothing is kept.
   """
   lengths = sequences.lengths()
   results = np.empty((len(lengths), *shape), np.float32)
-  under_way: collections.deque = collections.deque()
+  running: collections.deque = collections.deque()
 
   def fetch() -> None:
-    places, result = under_way.popleft()
+    places, result = running.popleft()
     results[places] = np.asarray(result)[: len(places)]
     shown.advance(len(places))
     advance(len(places))
@@ -69,20 +69,20 @@ def map_sequences(
   with progress.bar(description, len(results), unit) if description else progress.silent() as shown:
     for places, width, size in plan(lengths, sequences.limit, batch_tokens, mesh.size):
       batch = _fill(sequences.batch(places, width), size)
-      under_way.append((places, function(put_batch(batch, mesh))))
-      if len(under_way) > _AHEAD:
+      running.append((places, function(put_batch(batch, mesh))))
+      if len(running) > _AHEAD:
         fetch()
-      preemption.check(f"{description or 'what was computed'} will begin again, from the last whole part")
-    while under_way:
+      preemption.check(f"{description or 'this part'} begins again with its last unfinished shard")
+    while running:
       fetch()
   return results
 
 
 def plan(lengths: np.ndarray, limit: int, batch_tokens: int, devices: int) -> Iterator[tuple[np.ndarray, int, int]]:
-  """Yields (places, width, size), longest first, so that what does not fit fails at once; `size` rows with filling.
+  """Yields (places, width, size) of batches, longest first, so that what does not fit fails at once.
 
-  A width has one full size; a batch that its width does not fill takes the longest of the next one. So the last batch
-  alone is not full: it is filled to a power of two, and a lone query doesn't pay for a batch.
+  Each width has one `size`: rows with filling. A batch that its width does not fill takes the longest sequences of the
+  next width, so only the last batch is not full. That one is filled to a power of two, so a single query is cheap.
   """
   widths = np.minimum(-(-lengths // _BUCKET) * _BUCKET, limit)
   order, start = np.argsort(-widths, kind="stable"), 0
@@ -95,7 +95,7 @@ def plan(lengths: np.ndarray, limit: int, batch_tokens: int, devices: int) -> It
 
 
 def _fill(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-  """Fills arrays to `size` rows with copies of their first row, whose results nobody reads."""
+  """Fills arrays to `size` rows with copies of their first row; their results are dropped."""
   return {
     name: np.concatenate([value, np.repeat(value[:1], size - len(value), 0)]) if len(value) < size else value
     for name, value in batch.items()

@@ -13,7 +13,7 @@ from dptdr_jax.core.errors import InputError
 
 AXES = ("data", "fsdp")
 
-# The parts of a training batch that speak of all of it: every process has them in full.
+# The arrays of a training batch that describe its pairs: every process has them in full.
 WHOLE = ("targets", "blocked", "repeated")
 
 
@@ -35,8 +35,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | 
       f"a mesh of data={data} × fsdp={fsdp} does not fit {len(devices)} devices",
       fix="Let data be -1 and fsdp a divisor of the number of devices",
     )
-  # Auto: the compiler places the collectives. Not jax.make_mesh, which on a TPU slice lays the devices along the wires:
-  # then rows of several processes would alternate, where a batch has them in the order of the processes.
+  # Auto: the compiler places the collectives. Not jax.make_mesh: on a TPU slice it orders the devices by their wiring,
+  # so that rows of several processes would alternate, while a batch has them in the order of the processes.
   return Mesh(by_process(devices).reshape(rows, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -48,7 +48,7 @@ def by_process(devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of a batch divided over all devices, whatever the axis."""
+  """Rows of a batch divided over all devices of both axes."""
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
@@ -60,8 +60,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def place(tree: Any, shardings: Any) -> Any:
   """A tree on a mesh, leaf by leaf as `shardings` say (a tree like it, or one for all).
 
-  Every process has the same values and gives its own devices their parts; a part that lies on its device already is
-  not copied.
+  Every process has the same values and gives its own devices their parts; a part that is already there is not copied.
   """
   if jax.process_count() == 1:
     return jax.device_put(tree, shardings)
@@ -88,7 +87,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, whole: Sequence[str] 
     batch: of every array but those in `whole`, this process's rows, in the order of the processes; with one process
       that is all rows.
     mesh: from `make_mesh`.
-    whole: names of the small arrays that every process gives in full and every device holds in full: they speak of
+    whole: names of the small arrays that every process gives in full and every device holds in full: they describe
       all pairs of the global batch.
 
   Returns:

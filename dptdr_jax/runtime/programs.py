@@ -1,7 +1,6 @@
-"""What a program does, counted: matrix operations in what was traced, collectives and memory traffic in what the
-compiler made of it.
+"""What a program costs: matrix operations of the traced function, collectives and memory traffic of the compiled one.
 
-The compiler's own totals count the body of a loop once. Here every body counts as often as it runs.
+The compiler's own totals count the body of a loop once. Here a body counts as often as it runs.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def operations(traced: Any) -> int:
   Args:
     traced: what `jax.jit(f).trace(…)` returns, or a (closed) jaxpr.
 
-  Loops count with their trips, branches by the dearest. A `shard_map` is counted for all of the devices it is over.
+  Loops count with their trips, branches by the most expensive one, a `shard_map` for all of its devices.
   """
   jaxpr = traced.jaxpr if hasattr(traced, "jaxpr") else traced
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -57,7 +56,7 @@ def operations(traced: Any) -> int:
 
 
 def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
-  """The jaxprs among an equation's parameters; a custom rule's own backward pass is not part of the call."""
+  """The jaxprs among an equation's parameters, without the backward passes of custom rules, which are not called."""
   for name, value in params.items():
     if name.startswith(("jvp", "fwd", "bwd")):
       continue
@@ -71,10 +70,10 @@ class Collective:
   """One collective instruction.
 
   Attributes:
-    kind: as XLA names it, 'all-gather' for one.
-    size: bytes of its result on one device.
-    times: how often it runs in one execution of the program.
-    where: the traced operation that it came from.
+    kind: as XLA names it, 'all-gather' for op.
+    size: bytes of its result on op device.
+    times: how often it runs in op execution of the program.
+    where: the traced operation that it comes from.
   """
 
   kind: str
@@ -109,52 +108,52 @@ class Program:
       if header := _COMPUTATION.match(line):
         current = self._computations.setdefault(header[2], {})
         self._entry = header[2] if header[1] else self._entry
-      elif current is not None and " = " in line and (made := _instruction(line)) is not None:
-        current[made.name] = made
+      elif current is not None and " = " in line and (op := _instruction(line)) is not None:
+        current[op.name] = op
 
   @functools.cached_property
   def times(self) -> dict[str, int]:
     """How often each computation runs that is not inside of another instruction: the entry and loops' bodies."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
-      found[name] = found.get(name, 0) + times
-      for made in self._computations[name].values():
-        if made.code == "while":
-          visit(_called(made, "body"), times * self._trips(made))
-        elif made.code == "call":
-          visit(_called(made, "to_apply"), times)
-        elif made.code == "conditional":
-          for branch in re.findall(r"%([\w.\-]+)", made.rest.partition("branch_computations={")[2].partition("}")[0]):
+      counts[name] = counts.get(name, 0) + times
+      for op in self._computations[name].values():
+        if op.code == "while":
+          visit(_called(op, "body"), times * self._trips(op))
+        elif op.code == "call":
+          visit(_called(op, "to_apply"), times)
+        elif op.code == "conditional":
+          for branch in re.findall(r"%([\w.\-]+)", op.rest.partition("branch_computations={")[2].partition("}")[0]):
             visit(branch, times)
 
     visit(self._entry, 1)
-    return found
+    return counts
 
   def collectives(self) -> list[Collective]:
     """Every collective, in the order of the text."""
-    found: dict[tuple[str, str], Collective] = {}
+    known: dict[tuple[str, str], Collective] = {}
     for name, times in self.times.items():
-      for made in self._within(name):
+      for op in self._within(name):
         # Asynchronous ones appear as a start and a done; a start's result repeats its operand.
-        kind = made.code.removesuffix("-start")
+        kind = op.code.removesuffix("-start")
         if kind not in _COLLECTIVES:
           continue
-        shapes = [_bytes(part[0]) for part in _ARRAY.finditer(made.result)]
-        size = max(shapes) if made.code.endswith("-start") else sum(shapes)
-        where = re.search(r'op_name="([^"]*)"', made.rest)
-        channel = re.search(r"channel_id=(\d+)", made.rest)
+        shapes = [_bytes(part[0]) for part in _ARRAY.finditer(op.result)]
+        size = max(shapes) if op.code.endswith("-start") else sum(shapes)
+        where = re.search(r'op_name="([^"]*)"', op.rest)
+        channel = re.search(r"channel_id=(\d+)", op.rest)
         # One that is spread over the fusions beside it appears in each of them, under one channel.
-        key = kind, channel[1] if channel else made.name
-        found.setdefault(key, Collective(kind, size, times, where[1] if where else ""))
-    return list(found.values())
+        key = kind, channel[1] if channel else op.name
+        known.setdefault(key, Collective(kind, size, times, where[1] if where else ""))
+    return list(known.values())
 
   def _within(self, name: str) -> Iterator[_Instruction]:
     """A computation's instructions, and those of the fusions and asynchronous calls in it."""
-    for made in self._computations[name].values():
-      yield made
-      if "calls=" in made.rest:
-        yield from self._within(_called(made, "calls"))
+    for op in self._computations[name].values():
+      yield op
+      if "calls=" in op.rest:
+        yield from self._within(_called(op, "calls"))
 
   def traffic(self) -> int:
     """Bytes that pass between main memory and the chip in one execution: what instructions read and write.
@@ -166,26 +165,26 @@ class Program:
 
   def _moved(self, name: str) -> Iterator[int]:
     instructions = self._computations[name]
-    for made in instructions.values():
-      if made.code in _FREE:
+    for op in instructions.values():
+      if op.code in _FREE:
         continue
-      operands = [instructions[operand] for operand in made.operands if operand in instructions]
-      if made.code == "fusion":
-        yield from self._fusion(_called(made, "calls"), operands, made)
-      elif made.code in ("dynamic-slice", "gather"):
-        yield 2 * made.size
-      elif made.code == "dynamic-update-slice":
+      operands = [instructions[operand] for operand in op.operands if operand in instructions]
+      if op.code == "fusion":
+        yield from self._fusion(_called(op, "calls"), operands, op)
+      elif op.code in ("dynamic-slice", "gather"):
+        yield 2 * op.size
+      elif op.code == "dynamic-update-slice":
         yield 2 * operands[1].size
       else:
-        yield made.size + sum(operand.size for operand in operands)
+        yield op.size + sum(operand.size for operand in operands)
 
-  def _fusion(self, name: str, operands: list[_Instruction], made: _Instruction) -> Iterator[int]:
+  def _fusion(self, name: str, operands: list[_Instruction], op: _Instruction) -> Iterator[int]:
     inside = self._computations[name]
     parameters = {}
     for inner in inside.values():
       if inner.code == "parameter":
         parameters[inner.name] = int(inner.rest.partition(")")[0] or 0)
-    written = made.size
+    written = op.size
     for parameter, number in parameters.items():
       if number >= len(operands):
         continue
@@ -204,11 +203,11 @@ class Program:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
       return int(known[1])
     condition = self._computations[_called(loop, "condition")]
-    root = next(made for made in condition.values() if made.root)
+    root = next(op for op in condition.values() if op.root)
     numbers = [condition[name] for name in root.operands if condition.get(name, root).code == "constant"]
     if root.code == "fusion" and not numbers:
-      numbers = [made for made in self._computations[_called(root, "calls")].values() if made.code == "constant"]
-    values = [int(made.rest.partition(")")[0]) for made in numbers if made.rest.partition(")")[0].isdigit()]
+      numbers = [op for op in self._computations[_called(root, "calls")].values() if op.code == "constant"]
+    values = [int(op.rest.partition(")")[0]) for op in numbers if op.rest.partition(")")[0].isdigit()]
     if len(values) != 1:
       raise ValueError(f"the trip count of {loop.name} cannot be read: {root.code} of {root.operands}")
     return values[0]
@@ -245,11 +244,11 @@ def _shape_end(text: str) -> int:
   return len(text)
 
 
-def _called(made: _Instruction, role: str) -> str:
-  found = re.search(rf"\b{role}=%?([\w.\-]+)", made.rest)
-  if found is None:
-    raise ValueError(f"{made.name} ({made.code}) names no {role}")
-  return found[1]
+def _called(op: _Instruction, role: str) -> str:
+  match = re.search(rf"\b{role}=%?([\w.\-]+)", op.rest)
+  if match is None:
+    raise ValueError(f"{op.name} ({op.code}) names no {role}")
+  return match[1]
 
 
 def _bytes(shape: str, main_memory: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""How the parameters of a backbone lie on the mesh: one table of rules over their names."""
+"""How the parameters of a backbone are sharded over the mesh: one table of rules over their names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dptdr_jax.core.errors import InputError
 
-# What the last dimensions of a parameter are shared out over; those before (the stacked layers) and all of a parameter
-# with no axes stay whole. Tables by their width, not by their rows: a vocabulary divides by nothing.
+# The axes that the last dimensions of a parameter are split over. Dimensions before them (the stacked layers) and
+# parameters without axes stay whole. Tables are split by width: the rows of a vocabulary rarely divide.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"/(word|position|token_type|relative_positions)$", (None, "fsdp")),  # [rows, H]
   (r"/kernel$", ("fsdp", None)),  # [in, out]
@@ -20,10 +20,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def by_rules(tree: Any, mesh: Mesh, rules: tuple[tuple[str, tuple[str | None, ...]], ...] = RULES) -> Any:
-  """Shardings of a backbone or of a state that trains one, a tree like it: each leaf by the one rule that its name
-  matches, scalars whole.
+  """Shardings of a backbone, or of a state that trains one: each leaf by the one rule that its name matches, scalars
+  whole.
 
-  The optimiser's moments carry their parameters' names, so the same rules hold for them.
+  The optimiser's moments have their parameters' names, so the same rules apply to them.
 
   Args:
     tree: of arrays or of jax.ShapeDtypeStruct.
@@ -59,7 +59,7 @@ def by_rules(tree: Any, mesh: Mesh, rules: tuple[tuple[str, tuple[str | None, ..
 
 
 def of_state(state: Any, mesh: Mesh) -> Any:
-  """Shardings of a TrainState: by the rules where all weights are trained; prompts are small and whole everywhere."""
+  """Shardings of a TrainState: by the rules if all weights are trained; prompts are small and whole everywhere."""
   if "backbone" in state.trainable:
     return by_rules(state, mesh)
   return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), state)

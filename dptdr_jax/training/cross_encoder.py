@@ -1,32 +1,33 @@
-"""One step of a cross-encoder's training, jitted over a mesh: binary cross-entropy of pairs, in micro-batches.
+"""One step of cross-encoder training, jitted over a mesh: binary cross-entropy of pairs, in micro-batches.
 
-Both classes weigh the same, whatever their numbers: with n negatives a positive the base rate of the training pairs is
-1 / (n + 1), and unweighted a probability of .1 would mean another thing for every n (for n = 9 just the base rate). So
-each class gets half of the weight. The sigmoid of the logit is then the probability of relevance at even odds, that is
-p / (1 − p) is how much likelier the pair is among positives than among negatives, and RocketQA's thresholds .1 and .9
-(arXiv 2010.08191) stand for 9 to 1 against and for, with any n.
+Both classes have half of the weight each, whatever their numbers. With n negatives per positive the base rate is
+1 / (n + 1), so an unweighted probability of .1 would mean something else for every n (for n = 9 just the base rate).
+Weighted so, the sigmoid of the logit is the probability of relevance at even prior odds: p / (1 − p) is the likelihood
+ratio of positive to negative, and RocketQA's thresholds .1 and .9 (arXiv 2010.08191) mean 9 to 1 for any n.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.cross import cross_logits, init_cross
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
-from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_data, share_inner, split
+from dptdr_jax.runtime.mesh import batch_sharding, replicated
+from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_data, sum_chunks
 from dptdr_jax.training.optimizer import Optimizer
-from dptdr_jax.training.seeded import SeededStep
-from dptdr_jax.training.state import TrainState, apply_gradient
+from dptdr_jax.training.seeded import SeededStep, make_step, row_keys
+from dptdr_jax.training.state import TrainState
 
-_READ = ("tokens", "lengths", "segments", "relevant")  # of a batch, by pair
+_READ = ("tokens", "lengths", "segments", "relevant")  # the arrays of a batch that a pair's loss depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class CrossModel:
 
   Attributes:
     encoder: the backbone's shape.
-    prompt: a deep or shallow prompt of the cross-encoder's own.
+    prompt: the cross-encoder's own deep or shallow prompt.
     head: see `models.cross`.
     compute_dtype, dropout: see `models.represent.represent`.
   """
@@ -61,8 +62,7 @@ class CrossModel:
     keys: jax.Array | None = None,
     batch_key: jax.Array | None = None,
   ) -> jax.Array:
-    """Pairs [B, T] of lengths [B] and segments [B, T] → logits [B] float32; with keys [B] and a batch_key dropout is
-    on."""
+    """Pairs [B, T], lengths [B], segments [B, T] → logits [B] float32; with keys [B] and batch_key dropout is on."""
     return cross_logits(
       self.encoder, self.prompt, backbone, trainable, tokens, lengths, segments,
       keys=keys, batch_key=batch_key, dropout=self.dropout, compute_dtype=self.compute_dtype,
@@ -70,47 +70,41 @@ class CrossModel:
 
 
 def make_cross_step(
-  model: CrossModel, optimizer: Optimizer, *, seed: int, chunk: int, mesh: Mesh, frozen: Any | None = None
-) -> SeededStep:
+  model: CrossModel, optimizer: Optimizer, *, seed: int, chunk: int, mesh: Mesh,
+  shardings: tuple[Any, Any] | None = None,
+) -> SeededStep:  # fmt: skip
   """Builds the jitted step: (state, backbone_params, batch) → (state, metrics).
 
-  The state is donated, the backbone never; `frozen` are its shardings, leaf by leaf (None: whole on every device). The
-  batch, rows sharded: tokens [M, T] int32, lengths [M], segments [M, T] int8 (see `models.cross.cross_logits`),
-  relevant [M] bool, real [M] bool (False: fills the devices up, counts for nothing). `chunk` pairs a device are encoded
-  at a time, 0 is all of them; the gradient is the same.
+  The state is donated, the backbone never. The batch, rows sharded: tokens [M, T] int32, lengths [M], segments [M, T]
+  int8 (see `models.cross.cross_logits`), relevant [M] bool, real [M] bool (False: fills up the devices, counts for
+  nothing).
 
-  Metrics are float32 scalars: loss, accuracy (share of pairs on the right side of .5, both classes weighing the same,
-  so that chance is .5), gradient_norm (before clipping), learning_rate. Where the loss or the norm is not finite the
-  state comes back as it was.
+  Metrics are float32 scalars: loss, accuracy (share of pairs on the right side of .5, half of it from each class, so
+  chance is .5), gradient_norm (before clipping), learning_rate. If the loss or the norm is not finite the state is
+  returned unchanged.
+
+  Args:
+    chunk: pairs per device that are encoded at a time; 0: all. The gradient is the same.
+    shardings: of state and backbone, leaf by leaf; None: whole on every device.
 
   Raises (when it first sees a shape):
     InputError: a chunk that does not divide its share of the batch.
   """
 
-  def step(seed: jax.Array, state: TrainState, backbone: Any, batch: dict[str, jax.Array]):
-    loss, accuracy, gradient = loss_and_gradient(model, seed, chunk, mesh, state, backbone, batch)
-    state, applied = apply_gradient(state, optimizer, loss, gradient)
-    return state, applied | {"accuracy": accuracy}
-
-  whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-  batch = dict.fromkeys((*_READ, "real"), rows)
-  shardings = (whole, whole, whole if frozen is None else frozen, batch)
-  return SeededStep(jax.jit(step, in_shardings=shardings, out_shardings=whole, donate_argnums=1), seed)
+  of_state, of_backbone = shardings or (replicated(mesh), replicated(mesh))
+  batch = dict.fromkeys((*_READ, "real"), batch_sharding(mesh))
+  run = functools.partial(loss_and_gradient, model, chunk=chunk, mesh=mesh)
+  return make_step(run, optimizer, seed=seed, mesh=mesh, state=of_state, inputs=(of_backbone, batch))
 
 
 def loss_and_gradient(
-  model: CrossModel,
-  seed: int | jax.Array,
-  chunk: int,
-  mesh: Mesh,
-  state: TrainState,
-  backbone: Any,
-  batch: dict[str, jax.Array],
-) -> tuple[jax.Array, jax.Array, Any]:
+  model: CrossModel, state: TrainState, backbone: Any, batch: dict[str, jax.Array], *, seed: int | jax.Array,
+  chunk: int, mesh: Mesh,
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:  # fmt: skip
   """The loss of a batch, its accuracy, and the gradient with respect to `state.trainable` (a tree like it).
 
-  A device cuts its own rows into chunks and adds up its own gradient; one sum over the devices is all that moves. Every
-  random mask is keyed by the pair's row in the global batch.
+  A device cuts its own rows into chunks and sums its own gradient; only one sum crosses devices. Every random mask is
+  keyed by the pair's row in the global batch.
   """
   count = batch["tokens"].shape[0]
   row_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
@@ -119,23 +113,23 @@ def loss_and_gradient(
   chunks = chunk_count(count, mesh.size, chunk, "pair")
 
   def weighed(trainable, frozen, part):
-    (backbone, row_key, batch_key), part = frozen, share_inner(part)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, part["rows"])
+    backbone, row_key, batch_key = frozen
     arguments = (part[name] for name in ("tokens", "lengths", "segments"))
+    keys = row_keys(row_key, part["rows"])
     logits = model.logits(trainable, backbone, *arguments, keys=keys, batch_key=batch_key)
     return weighted_loss(logits, part["relevant"], part["weights"])
 
   def on_device(trainable, frozen, inputs):
-    def add(total, part):
+    def of_chunk(part):
       (loss, right), gradient = jax.value_and_grad(weighed, has_aux=True)(trainable, frozen, part)
-      return jax.tree.map(jnp.add, total, (loss, right, gradient)), None
+      return (loss, right, gradient), None
 
     zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-    total = jax.lax.scan(add, zero, split(inputs, chunks))[0]
-    return jax.lax.psum(total, "data")
+    return sum_chunks(of_chunk, zero, inputs, chunks, mesh)[0]
 
   run = on_data(on_device, mesh, (WHOLE, WHOLE, ROWS), WHOLE)
-  return run(state.trainable, (backbone, row_key, batch_key), inputs)
+  loss, accuracy, gradient = run(state.trainable, (backbone, row_key, batch_key), inputs)
+  return loss, {"accuracy": accuracy}, gradient
 
 
 def balanced(relevant: jax.Array, real: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Contrastive loss over the global batch, without axis names: shardings make the compiler insert the collectives."""
+"""Contrastive loss over the global batch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def contrastive_loss(
     queries: [B, H] vectors.
     passages: [M, H] vectors.
     targets: [B] int32, the row in `passages` of each query's positive.
-    blocked: [B, M] bool, the pairs that must not count as negatives: other known positives of the query, its own
-      positive where it stands again. Never true at a target.
-    repeated: [M] bool, passages that stood before in the batch: they count once, as the negatives of a query (its own
-      target is there all the same). None: none did.
-    temperature: what scores are divided by; 1 in the original.
-    both_directions: also each positive against the queries of the batch, blocked likewise; the mean of both.
+    blocked: [B, M] bool, pairs that are not negatives: other known positives of the query, and copies of its own
+      positive. Never true at a target.
+    repeated: [M] bool, passages that occurred before in the batch: as negatives they count once. As a target they stay.
+      None: there are none.
+    temperature: scores are divided by it; 1 in the original.
+    both_directions: also each positive against the queries of the batch, blocked likewise; the loss is the mean.
 
   Returns:
     The loss, a float32 scalar, and scalars: 'accuracy', the share of queries whose positive scores above every
@@ -43,7 +43,7 @@ def contrastive_loss(
   if both_directions:
     # Row i: the positive of query i against query j, which is column targets[i] of the same scores.
     backward = jnp.take(scores, targets, axis=1).T / temperature
-    # Not `ignored`: a positive that stood before in the batch has its negatives, the other queries, all the same.
+    # Not `ignored`: repeated positives still get the other queries as negatives.
     others_too = jnp.take(blocked, targets, axis=1).T
     loss = (loss + _cross_entropy(backward, jnp.arange(targets.shape[0]), others_too)) / 2
   positive = jnp.take_along_axis(scores, targets[:, None], axis=1)
@@ -56,6 +56,6 @@ def contrastive_loss(
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array, blocked: jax.Array) -> jax.Array:
   """Mean over rows of −log softmax at the target, over what is not blocked: logits, blocked [B, M], targets [B]."""
-  logits = jnp.where(blocked, jnp.finfo(logits.dtype).min, logits)  # not −inf: no row may breed a NaN
+  logits = jnp.where(blocked, jnp.finfo(logits.dtype).min, logits)  # −inf could give NaN
   chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
   return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)

@@ -11,8 +11,8 @@ import optax
 
 from dptdr_jax.core.errors import InputError
 
-# Weight decay, as for BERT: everything but biases and norms. A parameter that neither names is an error, so that a
-# renamed one cannot slip out of a rule in silence.
+# Weight decay, as for BERT: everything but biases and norms. A parameter that neither matches is an error, so a renamed
+# one cannot lose its rule unnoticed.
 DECAYED = r"(kernel|table|/(word|position|token_type)|relative_positions)$"
 UNDECAYED = r"(bias|scale)$"
 
@@ -29,9 +29,9 @@ def make_schedule(peak: float, steps: int, *, warmup: float = 0.1, decay: str = 
 
   Args:
     peak: the highest rate.
-    steps: how many steps the training has; the rate would reach 0 (unless constant) at the one after the last.
+    steps: of the training; the rate would reach 0 (unless constant) at the step after the last.
     warmup: steps of linear rise, as a number (≥ 1) or as a share of `steps` (< 1). The first step has peak / warm-up
-      steps rather than 0, so that it is not lost.
+      steps rather than 0, so that it is not wasted.
     decay: 'linear', 'cosine' or 'constant', from the end of the warm-up.
 
   Raises:
@@ -41,7 +41,7 @@ def make_schedule(peak: float, steps: int, *, warmup: float = 0.1, decay: str = 
     raise InputError("unknown decay of the learning rate", value=decay, fix="Use linear, cosine or constant")
   rise = round(warmup * steps) if warmup < 1 else round(warmup)
   if not 0 <= rise <= steps:
-    raise InputError(f"a warm-up of {rise} steps does not fit a training of {steps}", fix="Lower warmup")
+    raise InputError(f"a warm-up of {rise} steps does not fit a training of {steps}", fix="Set a lower warmup")
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     step = jnp.asarray(step, jnp.float32)
@@ -66,7 +66,7 @@ def make_optimizer(
   Args:
     schedule: from `make_schedule`.
     clip: largest norm of the whole gradient; 0 never clips.
-    weight_decay: times the learning rate, on what `DECAYED` names; 0, as in the paper, for prompts.
+    weight_decay: times the learning rate, on what `DECAYED` matches; the paper has 0 for prompts.
     b1, b2, eps: Adam's (Kingma and Ba, and the defaults of the original's trainer).
   """
   parts = [optax.clip_by_global_norm(clip)] if clip else []
@@ -80,17 +80,17 @@ def decay_mask(params: Any) -> Any:
   """True for the parameters that weight decay shrinks, in a tree like `params`.
 
   Raises:
-    InputError: nothing would decay, or a name that neither `DECAYED` nor `UNDECAYED` matches.
+    InputError: nothing would decay, or not exactly one of `DECAYED` and `UNDECAYED` matches a name.
   """
 
   def decays(path: tuple, _: Any) -> bool:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     decayed, kept = re.search(DECAYED, name), re.search(UNDECAYED, name)
     if bool(decayed) == bool(kept):
-      raise InputError("no rule says whether weight decay falls on a parameter", value=name)
+      raise InputError("no rule says whether weight decay applies to a parameter", value=name)
     return bool(decayed)
 
   mask = jax.tree_util.tree_map_with_path(decays, params)
   if not any(jax.tree.leaves(mask)):
-    raise InputError("weight decay would fall on no parameter", fix="Set weight_decay to 0")
+    raise InputError("weight decay applies to no parameter", fix="Set weight_decay to 0")
   return mask

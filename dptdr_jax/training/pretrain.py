@@ -1,19 +1,18 @@
-"""One step of retrieval-oriented pretraining, jitted over a mesh: contrast between spans and masked language modelling.
+"""One step of retrieval-oriented pretraining (RIP), jitted over a mesh: contrast between spans, and masked language
+modelling (MLM).
 
 Both losses come from one forward pass over the masked spans, as in coCondenser (Gao and Callan 2022). With the gradient
-cache the vectors are computed chunk by chunk first, for the contrast over the whole batch; the second pass, which has
-the gradient, is the one that meets the vocabulary, and every masked token of the global batch counts once.
+cache the MLM loss is computed in the second pass only; every masked token of the global batch counts once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.models import mlm
@@ -21,11 +20,13 @@ from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states, pool, represent
-from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_all, on_data, share_inner, split
+from dptdr_jax.runtime.mesh import batch_sharding, replicated
+from dptdr_jax.training.chunks import chunk_count, on_all
+from dptdr_jax.training.gradient_cache import GradientCache
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
-from dptdr_jax.training.seeded import SeededStep
-from dptdr_jax.training.state import TrainState, apply_gradient
+from dptdr_jax.training.seeded import SeededStep, make_step, row_keys
+from dptdr_jax.training.state import TrainState
 
 _NO_PROMPT = PromptSpec("none")
 
@@ -38,7 +39,7 @@ class PretrainModel:
     encoder: the backbone's shape.
     pooling, normalize, compute_dtype, attention, dropout, remat: see `models.represent.represent`.
     temperature: what scores of the contrast are divided by.
-    contrast_weight, mlm_weight: of the two losses; at a weight of 0 for the second there is no head and no masking.
+    contrast_weight, mlm_weight: of the two losses; mlm_weight 0: no MLM head and no masking.
   """
 
   encoder: EncoderConfig
@@ -62,21 +63,21 @@ class PretrainModel:
       mlm.check_family(self.encoder)
 
   def init_trainable(self, key: jax.Array, backbone: Any, head: Any | None) -> dict[str, Any]:
-    """What is trained, float32: {'backbone': …} and, where it is needed, {'mlm_head': …}, a fresh one for None."""
+    """What is trained, float32: {'backbone': …} and, with MLM, {'mlm_head': …} (a fresh one if `head` is None)."""
     as_float = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), {"backbone": backbone})
     if self.mlm_weight:
       as_float["mlm_head"] = mlm.init_head(key, self.encoder) if head is None else jax.tree.map(jnp.asarray, head)
     return as_float
 
   def vectors(self, trainable: dict[str, Any], key: jax.Array, spans: dict[str, jax.Array]) -> jax.Array:
-    """Vectors [n, H] of some spans (the batch's arrays and 'rows', their rows in the global batch)."""
+    """Vectors [n, H] of spans: the batch's arrays, and 'rows', their rows in the global batch."""
     return represent(
       self.encoder, _NO_PROMPT, trainable["backbone"], None, spans["tokens"], spans["lengths"],
       pooling=self.pooling, normalize=self.normalize, **self._options(key, spans),
     )  # fmt: skip
 
   def outputs(self, trainable: dict[str, Any], key: jax.Array, spans: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """'vectors' [n, H]; with masked language modelling also 'nll' and 'hits' [n], sums over a span's masked tokens."""
+    """'vectors' [n, H]; with MLM also 'nll' and 'hits' [n], sums over a span's masked tokens."""
     if not self.mlm_weight:
       return {"vectors": self.vectors(trainable, key, spans)}
     hidden = hidden_states(
@@ -91,10 +92,10 @@ class PretrainModel:
     return {"vectors": vectors, "nll": nll, "hits": hits}
 
   def _options(self, key: jax.Array, spans: dict[str, jax.Array]) -> dict[str, Any]:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, spans["rows"])
     return dict(
-      keys=keys, dropout=self.dropout, compute_dtype=self.compute_dtype, attention=self.attention, remat=self.remat
-    )
+      keys=row_keys(key, spans["rows"]), dropout=self.dropout, compute_dtype=self.compute_dtype,
+      attention=self.attention, remat=self.remat,
+    )  # fmt: skip
 
 
 def make_pretrain_step(
@@ -102,70 +103,58 @@ def make_pretrain_step(
 ) -> SeededStep:
   """Builds the jitted step: (state, batch) → (state, metrics); the state is donated.
 
-  The batch, as `data.spans.SpanBatches` makes it: tokens [S, T], lengths [S] and with masked language modelling
+  The batch is that of `data.spans.SpanBatches`: tokens [S, T], lengths [S] and, with masked language modelling,
   positions and labels [S, K], rows sharded; groups [S], replicated. Spans 2i and 2i + 1 are of one passage.
 
-  Metrics, float32 scalars: loss, contrastive_loss, accuracy, alignment, uniformity, mlm_loss and mlm_accuracy (with
-  masked language modelling), gradient_norm (before clipping), learning_rate, tokens (padding not counted). A step that
-  is not finite leaves the state as it was.
+  Metrics are float32 scalars: loss, contrastive_loss, accuracy, alignment, uniformity, mlm_loss and mlm_accuracy (with
+  masked language modelling), gradient_norm (before clipping), learning_rate, tokens (without padding). A step that is
+  not finite leaves the state unchanged.
 
   Args:
-    chunk: gradient cache, spans per device at once; 0: all.
+    chunk: spans per device at once (gradient cache); 0: all.
     shardings: of the state, leaf by leaf.
 
   Raises (when it first sees a shape):
     InputError: a chunk that does not divide its share of the batch.
   """
 
-  def step(seed: jax.Array, state: TrainState, batch: dict[str, jax.Array]):
+  def run(state: TrainState, batch: dict[str, jax.Array], seed: jax.Array):
     loss, metrics, gradient = loss_and_gradient(model, state, batch, seed=seed, chunk=chunk, mesh=mesh)
-    gradient = jax.lax.with_sharding_constraint(gradient, shardings.trainable)
-    state, applied = apply_gradient(state, optimizer, loss, gradient)
-    return state, applied | metrics
+    return loss, metrics, jax.lax.with_sharding_constraint(gradient, shardings.trainable)
 
-  whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   names = ("tokens", "lengths", *(("positions", "labels") if model.mlm_weight else ()))
-  jitted = jax.jit(
-    step,
-    in_shardings=(whole, shardings, {**dict.fromkeys(names, rows), "groups": whole}),
-    out_shardings=(shardings, whole),
-    donate_argnums=1,
-  )
-  return SeededStep(jitted, seed)
+  batch = {**dict.fromkeys(names, batch_sharding(mesh)), "groups": replicated(mesh)}
+  return make_step(run, optimizer, seed=seed, mesh=mesh, state=shardings, inputs=(batch,))
 
 
 def loss_and_gradient(
   model: PretrainModel, state: TrainState, batch: dict[str, jax.Array], *, seed: int | jax.Array, chunk: int, mesh: Mesh
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-  """The loss of a batch, metrics of it, and the gradient with respect to `state.trainable` (a tree like it)."""
+  """The loss of a batch, its metrics, and the gradient with respect to `state.trainable` (a tree like it)."""
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   spans = {name: value for name, value in batch.items() if name != "groups"}
   count = spans["tokens"].shape[0]
   spans["rows"] = jnp.arange(count)
   masked = jnp.maximum(jnp.sum(batch["labels"] >= 0), 1).astype(jnp.float32) if model.mlm_weight else None
+  cache = GradientCache(model.outputs, mesh, chunk_count(count, mesh.size, chunk, "span"), model.vectors)
 
   def contrast(vectors):
     function = jax.value_and_grad(lambda v, groups: span_contrast(v, groups, model.temperature), has_aux=True)
     return on_all(function, mesh, 2)(vectors, batch["groups"])
 
-  def cotangent(towards):
+  def cotangents(towards):
     parts = {"vectors": model.contrast_weight * towards}
     if model.mlm_weight:
       parts |= {"nll": jnp.full((count,), model.mlm_weight / masked), "hits": jnp.zeros((count,))}
     return parts
 
-  chunks = chunk_count(count, mesh.size, chunk, "span")
-  passes = _Passes(model, mesh, key, chunks)
-  if chunks == 1:
-    outputs, pullback = passes.direct(state.trainable, spans)
-    (value, metrics), towards = contrast(outputs["vectors"])
-    gradient = pullback(cotangent(towards))
-  elif model.contrast_weight:
-    (value, metrics), towards = contrast(passes.vectors(state.trainable, spans))
-    outputs, gradient = passes.again(state.trainable, spans, cotangent(towards))
-  else:  # nothing pulls on the vectors, so that one pass does
+  if model.contrast_weight or cache.chunks == 1:
+    vectors, pullback = cache.encode(state.trainable, key, spans)
+    (value, metrics), towards = contrast(vectors)
+    outputs, gradient = pullback(cotangents(towards))
+  else:  # the vectors have no gradient, so one pass is enough
     none = jnp.zeros((count, model.encoder.hidden_size))
-    outputs, gradient = passes.again(state.trainable, spans, cotangent(none))
+    outputs, gradient = cache.backward(state.trainable, key, spans, cotangents(none))
     (value, metrics), _ = contrast(outputs["vectors"])
   loss = model.contrast_weight * value
   metrics |= {"contrastive_loss": value, "tokens": jnp.sum(spans["lengths"]).astype(jnp.float32)}
@@ -176,47 +165,8 @@ def loss_and_gradient(
   return loss, metrics, gradient
 
 
-class _Passes:
-  """The passes of a step over its spans, devices along 'data' each over their own."""
-
-  def __init__(self, model: PretrainModel, mesh: Mesh, key: jax.Array, chunks: int):
-    self.model, self.mesh, self.key, self.chunks = model, mesh, key, chunks
-
-  def direct(self, trainable: Any, spans: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Outputs of all spans at once, and the function from their cotangents to the gradient."""
-    run = on_data(lambda t, key, s: self.model.outputs(t, key, share_inner(s)), self.mesh, (WHOLE, WHOLE, ROWS), ROWS)
-    outputs, pullback = jax.vjp(lambda trained: run(trained, self.key, spans), trainable)
-    return outputs, lambda cotangents: pullback(cotangents)[0]
-
-  def vectors(self, trainable: Any, spans: Any) -> jax.Array:
-    """Vectors [S, H], chunk by chunk, without a gradient."""
-
-    def forward(trained, key, spans):
-      found = jax.lax.map(lambda chunk: self.model.vectors(trained, key, share_inner(chunk)), split(spans, self.chunks))
-      return found.reshape(-1, found.shape[-1])
-
-    return on_data(forward, self.mesh, (WHOLE, WHOLE, ROWS), ROWS)(trainable, self.key, spans)
-
-  def again(self, trainable: Any, spans: Any, cotangents: Any) -> tuple[Any, Any]:
-    """Outputs and the gradient, chunk by chunk."""
-
-    def backward(trained, key, spans, cotangents):
-      def add(total, chunk_and_cotangents):
-        chunk, towards = jax.tree.map(share_inner, chunk_and_cotangents)
-        outputs, pullback = jax.vjp(lambda t: self.model.outputs(t, key, chunk), trained)
-        return jax.tree.map(jnp.add, total, pullback(towards)[0]), outputs
-
-      zero = jax.tree.map(jnp.zeros_like, trained)
-      total, outputs = jax.lax.scan(add, zero, split((spans, cotangents), self.chunks))
-      outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
-      return outputs, jax.lax.psum(total, "data")
-
-    run = on_data(backward, self.mesh, (WHOLE, WHOLE, ROWS, ROWS), (ROWS, WHOLE))
-    return run(trainable, self.key, spans, cotangents)
-
-
 def span_contrast(vectors: jax.Array, groups: jax.Array, temperature: float) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Each span against all others of the batch; its partner is right, other spans of the same text don't count.
+  """Each span against all others of the batch; its partner is the positive, other spans of the same text are ignored.
 
   Args:
     vectors: [S, H], partners in rows 2i and 2i + 1. groups: [S] int32, equal for spans of one text.

@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The state of a training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dptdr_jax.training.optimizer import Optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Steps done, the parameters that are trained, the optimiser's state of them.
+  """Steps done, trained parameters, and their optimiser state.
 
-  `trainable` is {'prompt': …} for one prompt on both sides, {'query': …, 'passage': …} for one each, {'backbone': …}
-  where all weights are tuned.
+  `trainable` is {'prompt': …} for one prompt on both sides, {'query': …, 'passage': …} for one each, or
+  {'backbone': …} if all weights are trained.
   """
 
   step: jax.Array
@@ -31,7 +31,7 @@ def apply_gradient(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """The state one step later, and scalars: loss, gradient_norm (before clipping), learning_rate.
 
-  Where the loss or the norm is not finite the state comes back as it was, its step too.
+  If the loss or the norm is not finite, the state is returned unchanged, its step too.
   """
   norm = optax.global_norm(gradient)
   updates, opt_state = optimizer.transform.update(gradient, state.opt_state, state.trainable)
@@ -43,5 +43,5 @@ def apply_gradient(
 
 
 def init_state(trainable: dict[str, Any], optimizer: Optimizer) -> TrainState:
-  """A state before the first step: float32 `trainable` as it is, zero moments."""
+  """The state before the first step: float32 `trainable`, zero moments."""
   return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.transform.init(trainable))

@@ -1,4 +1,4 @@
-"""What is read from a remote path is staged whole to a cache; what fails is tried again, for a while."""
+"""Remote paths are downloaded to a cache as a whole, uploads end with one mark, failures are retried for a while."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from dptdr_jax.core.errors import InputError, OutageError
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
   monkeypatch.setenv("DPTDR_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(remote.insist, "__kwdefaults__", remote.insist.__kwdefaults__ | {"pause": lambda seconds: None})
   return tmp_path / "cache"
 
 
 @pytest.fixture
 def memory():
   """The memory file system, empty before and after."""
-  found = fsspec.filesystem("memory")
-  found.store.clear()
-  yield found
-  found.store.clear()
+  file_system = fsspec.filesystem("memory")
+  file_system.store.clear()
+  yield file_system
+  file_system.store.clear()
 
 
 @pytest.mark.parametrize("path", ["gs://b/x", "s3://b", "memory://a/b", "file:///data/x", "simplecache::gs://b/x"])
@@ -34,12 +35,12 @@ def test_urls(path):
 
 
 @pytest.mark.parametrize("path", ["/data/x", "a/b", "package:name", "roberta-base", pathlib.Path("gs://b/x"), "c:/x"])
-def test_what_is_no_url(path):
+def test_local_paths_are_staged_as_they_are(path):
   assert not remote.is_remote(path)
   assert remote.staged(path) == pathlib.Path(path)
 
 
-def test_a_file_and_a_directory_are_staged_once_and_anew_when_they_change(memory, cache):
+def test_staged_paths_are_downloaded_once_and_again_when_they_change(memory):
   memory.pipe({"/run/vectors/a.npy": b"one", "/run/vectors/deep/b.npy": b"two"})
   first = remote.staged("memory://run/vectors")
   assert (first / "a.npy").read_bytes() == b"one" and (first / "deep/b.npy").read_bytes() == b"two"
@@ -49,18 +50,13 @@ def test_a_file_and_a_directory_are_staged_once_and_anew_when_they_change(memory
   memory.pipe("/run/vectors/a.npy", b"new")  # of the same size
   second = remote.staged("memory://run/vectors")
   assert (second / "a.npy").read_bytes() == b"new"
-  assert (first / "a.npy").read_bytes() == b"one"  # who reads it goes on reading it
-
-
-def test_where_a_staged_path_comes_from(memory):
-  memory.pipe("/run/vectors/deep/b.npy", b"two")
-  staged = remote.staged("memory://run/vectors")
-  assert remote.origin(staged / "deep/b.npy") == "memory://run/vectors/deep/b.npy"
-  assert remote.origin(staged / "../other") == "memory://run/other"
+  assert (first / "a.npy").read_bytes() == b"one"  # for those who still read it
+  assert remote.origin(second / "deep/b.npy") == "memory://run/vectors/deep/b.npy"
+  assert remote.origin(second / "../other") == "memory://run/other"
   assert remote.origin("/data/x") == "/data/x"
 
 
-def test_what_was_interrupted_is_absent(memory, cache, monkeypatch):
+def test_interrupted_download_leaves_nothing_and_a_cut_one_is_repeated(memory, cache, monkeypatch):
   memory.pipe({"/run/a": b"one", "/run/b": b"two"})
   get, calls = type(memory).get_file, []
 
@@ -69,27 +65,14 @@ def test_what_was_interrupted_is_absent(memory, cache, monkeypatch):
     if len(calls) == 2:
       raise KeyboardInterrupt
     get(self, path, local, **options)
+    if len(calls) == 3:
+      pathlib.Path(local).write_bytes(b"o")
 
   monkeypatch.setattr(type(memory), "get_file", fails)
   with pytest.raises(KeyboardInterrupt):
     remote.staged("memory://run")
   assert [path.suffix for path in (cache / "remote").iterdir()] == [".lock"]
-  assert (remote.staged("memory://run") / "b").read_bytes() == b"two"
-
-
-def test_a_cut_download_is_fetched_again(memory, monkeypatch):
-  memory.pipe("/run/a", b"whole")
-  get, calls = type(memory).get_file, []
-
-  def cuts(self, path, local, **options):
-    get(self, path, local, **options)
-    calls.append(path)
-    if len(calls) == 1:
-      pathlib.Path(local).write_bytes(b"who")
-
-  monkeypatch.setattr(type(memory), "get_file", cuts)
-  monkeypatch.setattr(remote.insist, "__kwdefaults__", remote.insist.__kwdefaults__ | {"pause": lambda seconds: None})
-  assert remote.staged("memory://run/a").read_bytes() == b"whole"
+  assert (remote.staged("memory://run") / "a").read_bytes() == b"one"
 
 
 def _stage(url: str) -> str:
@@ -103,38 +86,37 @@ def test_several_processes_at_once(tmp_path):
     assert pool.map(_stage, [f"file://{tmp_path}/there"] * 3) == ["x" * 1_000_000] * 3
 
 
-def test_what_cannot_work_says_so(memory):
-  with pytest.raises(InputError, match="memory://none: nothing is there"):
-    remote.staged("memory://none")
-  with pytest.raises(InputError, match=r"gs:// needs a package.*pip install 'dptdr_jax\[gcs\]'"):
-    remote.staged("gs://bucket/x")
-  with pytest.raises(InputError, match=r"s3:// needs a package.*pip install 'dptdr_jax\[s3\]'"):
-    remote.staged("s3://bucket/x")
-  with pytest.raises(InputError, match="no such kind of remote path"):
-    remote.staged("nonsense://bucket/x")
+@pytest.mark.parametrize(
+  ("url", "message"),
+  [
+    ("memory://none", "memory://none: nothing is there"),
+    ("gs://bucket/x", r"gs:// needs a package.*pip install 'dptdr_jax\[gcs\]'"),
+    ("s3://bucket/x", r"s3:// needs a package.*pip install 'dptdr_jax\[s3\]'"),
+    ("nonsense://bucket/x", "unknown kind of URL"),
+    ("memory://bad", r"memory://bad: an unsafe file name: 'bad/\.\./\.\./x'"),
+  ],
+)
+def test_urls_that_cannot_be_staged(memory, cache, url, message):
+  memory.pipe("/bad/../../x", b"x")  # object stores have such names
+  with pytest.raises(InputError, match=message):
+    remote.staged(url)
+  assert not cache.exists()
 
 
-def test_what_fails_is_tried_again_with_growing_pauses():
+def test_failures_are_retried_with_growing_pauses_until_patience_ends():
   answers, pauses = [OSError("reset"), TimeoutError(), OSError("reset"), "done"], []
 
-  def act():
-    answer = answers.pop(0)
+  def act(always=None):
+    answer = always or answers.pop(0)
     if isinstance(answer, Exception):
       raise answer
     return answer
 
   assert remote.insist(act, "copying", pause=pauses.append) == "done"
   assert pauses == [1, 2, 4]
-
-
-def test_it_is_given_up_after_a_bounded_time_or_at_once_where_nothing_will_change():
-  pauses = []
-
-  def act(error=OSError("unreachable")):  # noqa: B008
-    raise error
-
-  with pytest.raises(OutageError, match=r"copying failed \(unreachable\), tried again for 183 s. Mend it"):
-    remote.insist(act, "copying", fix="Mend it", patience_s=200, pause=pauses.append)
+  pauses.clear()
+  with pytest.raises(OutageError, match=r"copying failed \(unreachable\), retried for 183 s. Mend it"):
+    remote.insist(lambda: act(OSError("unreachable")), "copying", fix="Mend it", patience_s=200, pause=pauses.append)
   assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
   with pytest.raises(InputError, match=r"copying failed \(no such bucket\)"):
     remote.insist(lambda: act(FileNotFoundError("no such bucket")), "copying", pause=pytest.fail)
@@ -166,7 +148,7 @@ class NoCredentialsError(Exception):
     (TimeoutError(), OutageError),
   ],
 )
-def test_what_is_refused_is_an_error_of_input_and_what_is_away_an_outage(error, kind):
+def test_refused_requests_are_input_errors_and_unreachable_remotes_outages(error, kind):
   def act():
     raise error
 
@@ -175,81 +157,89 @@ def test_what_is_refused_is_an_error_of_input_and_what_is_away_an_outage(error, 
   assert raised.type is kind
 
 
-def test_sigterm_ends_the_patience(monkeypatch):
+def test_sigterm_ends_retries(monkeypatch):
   def act():
     raise OSError("unreachable")
 
-  def told(seconds):
+  def terminate(seconds):
     monkeypatch.setattr(preemption, "asked", lambda: True)
 
   with pytest.raises(preemption.Preempted, match=r"copying failed \(unreachable\)"):
-    remote.insist(act, "copying", pause=told)
+    remote.insist(act, "copying", pause=terminate)
   remote._wait(60)  # returns at once
 
 
-def test_writing_to_a_url_puts_the_mark_last(memory, tmp_path, monkeypatch):
-  put, order = type(memory).put_file, []
+def save(tree: dict[str, str], whole: bool = True) -> None:
+  with remote.written("memory://out/retriever", last="about.json", whole=whole) as local:
+    for name, text in tree.items():
+      (local / name).parent.mkdir(parents=True, exist_ok=True)
+      (local / name).write_text(text)
 
-  def noted(self, local, path, **options):
-    order.append(path)
-    put(self, local, path, **options)
 
-  monkeypatch.setattr(type(memory), "put_file", noted)
-  with remote.written("memory://out/retriever", last="about.json") as local:
-    (local / "deep").mkdir(parents=True)
-    for name in ("about.json", "deep/x", "z"):
-      (local / name).write_text(name)
-  assert order == ["/out/retriever/deep/x", "/out/retriever/z", "/out/retriever/about.json"]
+def there(memory) -> dict[str, str]:
+  paths = memory.find("/out/retriever")
+  return {path.removeprefix("/out/retriever/"): memory.cat_file(path).decode() for path in paths}
+
+
+def test_files_are_written_as_they_are(memory, tmp_path):
   with remote.written("memory://out/lines.jsonl") as local:
     local.write_text("line")
   assert memory.cat("/out/lines.jsonl") == b"line"
   with remote.written(tmp_path / "here") as local:
     assert local == tmp_path / "here"
+  save({"about.json": "{}", "pool/x": "x"}, whole=False)
+  assert there(memory) == {"about.json": "{}", "pool/x": "x"}
 
 
-OLD = {"about.json": "old", "weights": "old", "backbone/model": "old"}
+OLD = {"about.json": "old", "weights": "old", "backbone/model[1]": "old"}
 NEW = {"about.json": "new", "weights": "new", "words": "new"}
+OTHERS = {"README.md": "mine", "backbone/model1": "mine", "backbone/notes": "mine"}
 
 
-def export(content: dict[str, str]) -> None:
-  with remote.written("memory://out/retriever", last="about.json", whole=True) as local:
-    for name, text in content.items():
-      (local / name).parent.mkdir(parents=True, exist_ok=True)
-      (local / name).write_text(text)
-
-
-def test_written_over_and_killed_at_any_operation_an_export_is_the_old_one_the_new_one_or_none(memory, monkeypatch):
-  kind, done = type(memory), []
+def test_killed_save_is_the_old_the_new_or_none_and_keeps_files_of_others(memory, monkeypatch):
+  kind, left = type(memory), [100]
 
   def watch(name: str) -> None:
     function = getattr(kind, name)
 
     def watched(self, *arguments, **options):
-      if len(done) == limit:
+      left[0] -= 1
+      if left[0] < 0:
         raise KeyboardInterrupt
-      done.append(name)
       return function(self, *arguments, **options)
 
     monkeypatch.setattr(kind, name, watched)
 
-  def there() -> dict[str, str]:
-    return {path.removeprefix("/out/retriever/"): memory.cat(path).decode() for path in memory.find("/out/retriever")}
-
-  watch("put_file")
-  watch("rm")
-  limit, seen = 0, []
-  while True:
+  for name in ("put_file", "pipe_file", "rm_file"):
+    watch(name)
+  seen = []
+  for operations in range(6):  # the list, rm, three files, rm
     memory.store.clear()
-    memory.pipe({f"/out/retriever/{name}": text.encode() for name, text in OLD.items()})
-    done.clear()
-    try:
-      export(NEW)
-      break
-    except KeyboardInterrupt:
-      found = there()
-    seen.append(found.get("about.json"))
-    assert seen[-1] != "old" or found == OLD
-    assert seen[-1] != "new" or found.items() >= NEW.items()
-    limit += 1
-  assert there() == NEW
-  assert seen == ["old", None, None, None, "new"]  # rm, three files, rm
+    save(OLD)
+    for name, text in OTHERS.items():
+      memory.open(f"/out/retriever/{name}", "wb").write(text.encode())
+    left[0] = operations
+    with pytest.raises(KeyboardInterrupt):
+      save(NEW)
+    left[0] = 100
+    seen.append(there(memory).get("about.json"))
+    assert there(memory).items() >= ({"old": OLD, "new": NEW, None: {}}[seen[-1]] | OTHERS).items()
+    save(NEW)
+    assert {name: text for name, text in there(memory).items() if name != "dptdr.json"} == NEW | OTHERS
+  assert seen == ["old", "old", None, None, None, "new"]
+
+
+@pytest.mark.parametrize("tree", [{"thesis.tex": "x"}, {"about.json": "x", "dptdr.json": '{"kind": "other"}'}])
+def test_save_refuses_a_directory_of_others(memory, tree):
+  memory.pipe({f"/out/retriever/{name}": text.encode() for name, text in tree.items()})
+  with pytest.raises(InputError, match="memory://out/retriever: the directory holds something else"):
+    save(NEW)
+  assert there(memory) == tree
+
+
+def test_listed_names_that_lead_outside_are_refused(memory):
+  memory.pipe({"/out/retriever/dptdr.json": b'{"kind": "dptdr_jax directory", "files": ["../thesis.tex"]}'})
+  memory.pipe("/out/thesis.tex", b"mine")
+  with pytest.raises(InputError, match=r"memory://out/retriever/dptdr.json: an unsafe file name"):
+    save(NEW)
+  assert memory.cat("/out/thesis.tex") == b"mine"

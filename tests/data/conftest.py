@@ -1,20 +1,19 @@
 """Small files in the public formats, and two tokenizers."""
 
 import gzip
-import importlib
 import importlib.util
 import json
 import pathlib
-import sys
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from dptdr_jax.data.prepare import Corpus, Split, write_corpus, write_split
+from dptdr_jax.data.vocabulary import train_byte_level_bpe
 
 
 @pytest.fixture
 def write(tmp_path):
-  """write(name, lines or bytes) → path below tmp_path; a name that ends in .gz is packed."""
+  """write(name, lines or bytes) → path below tmp_path; gzipped if the name ends in .gz."""
 
   def run(name: str, content) -> pathlib.Path:
     path = tmp_path / name
@@ -47,10 +46,20 @@ def beir(write, tmp_path):
 
 
 @pytest.fixture
-def config(monkeypatch):
-  """configs/beir.py."""
-  monkeypatch.setattr(sys, "path", [str(pathlib.Path(__file__).parents[2]), *sys.path])  # the configs import each other
-  return importlib.import_module("configs.beir").get_config()
+def prepare_all(tmp_path):
+  """prepare_all(format) → (Corpus, {name: Split}) below tmp_path/p."""
+
+  def run(data):
+    names = {name: tmp_path / "p" / name for name in ("corpus", *data.splits())}
+    for path in names.values():
+      path.mkdir(parents=True, exist_ok=True)
+    write_corpus(data, names["corpus"])
+    corpus = Corpus(names.pop("corpus"))
+    for name, path in names.items():
+      write_split(data, name, corpus, path)
+    return corpus, {name: Split(path, name) for name, path in names.items()}
+
+  return run
 
 
 @pytest.fixture(scope="session")
@@ -62,20 +71,7 @@ def minilm() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def roberta(tmp_path_factory) -> pathlib.Path:
-  """A directory with a byte-level BPE of 400 ids that has RoBERTa's special tokens and post-processor."""
-  tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=400,
-    special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  tokenizer.train_from_iterator(["the cat sat on the mat and the dog on the log"] * 20, trainer)
-  tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-  tokenizer.enable_truncation(16)
-  tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=16)
+  """A directory with a byte-level BPE of 400 ids at most that has RoBERTa's special tokens and post-processor."""
   directory = tmp_path_factory.mktemp("roberta")
-  tokenizer.save(str(directory / "tokenizer.json"))
+  train_byte_level_bpe(iter(["the cat sat on the mat and the dog on the log"] * 20), 400, directory)
   return directory

@@ -1,4 +1,4 @@
-"""Batches as a function of the step, whatever the workers and hosts."""
+"""Batches as a function of the step, the same for any number of workers and hosts."""
 
 import threading
 
@@ -75,7 +75,7 @@ def test_every_epoch_has_every_query_once_and_batches_straddle(make):
   assert rows[1].epochs.tolist() == [0, 0, 0, 1]
 
 
-def test_a_batch_is_a_function_of_seed_stage_and_step(make):
+def test_batch_is_a_function_of_seed_stage_and_step(make):
   _same(make()[11], make()[11])
   first = make().rows(0)
   assert any((make(seed=seed).rows(0).queries != first.queries).any() for seed in (6, 7))
@@ -86,7 +86,7 @@ def test_a_batch_is_a_function_of_seed_stage_and_step(make):
 
 
 @pytest.mark.parametrize(("workers", "ahead"), [(1, 1), (3, 8)])
-def test_loader_gives_the_same_whatever_its_workers(make, workers, ahead):
+def test_loader_gives_the_same_with_any_workers(make, workers, ahead):
   loaded = list(make().load(5, 25, workers=workers, ahead=ahead))
   assert len(loaded) == 20
   for step, batch in enumerate(loaded, start=5):
@@ -143,13 +143,13 @@ def test_blocked_never_holds_the_target_and_counts_every_passage_once(make):
       assert not set(flat[open_columns]) & (set(POSITIVES[query]) - {rows.passages[row, 0]})
 
 
-def test_what_cannot_be_batched(make):
+def test_no_training_query_is_an_error(make):
   with pytest.raises(InputError, match="no training query left"):
     make(query_rows=np.empty(0, np.int64))
 
 
 @pytest.mark.parametrize(("num_hosts", "devices"), [(3, 3), (3, 9), (1, 8), (2, 16)])
-def test_what_devices_cannot_share_evenly_is_filled_up(make, num_hosts, devices):
+def test_rows_that_devices_cannot_share_evenly_are_filled_up(make, num_hosts, devices):
   whole, slices = make()[1], [make(host=host, num_hosts=num_hosts, devices=devices)[1] for host in range(num_hosts)]
   for name in ("query_tokens", "query_lengths", "passage_tokens", "passage_lengths"):
     assert len({part[name].shape for part in slices}) == 1

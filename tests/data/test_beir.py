@@ -1,43 +1,41 @@
-"""BEIR folders: what is read, and what each kind of damage is called."""
+"""BEIR folders: what is read, and the error for each kind of damage."""
 
 import codecs
 import json
+import re
 
 import pytest
 
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.formats.beir import Beir
 from dptdr_jax.data.records import Judgement, Passage, Query
-from dptdr_jax.data.sources import Source
-from dptdr_jax.data.sources.beir import Beir
-from dptdr_jax.stages.prepare import open_source
 
 
 def test_reads_passages_queries_and_judgements(beir):
-  source = Beir(beir)
-  assert isinstance(source, Source)
-  assert source.splits() == ("train", "dev")
-  passages = list(source.passages())
+  data = Beir(beir)
+  assert data.splits() == ("train", "dev")
+  passages = list(data.passages())
   assert len(passages) == 6 and passages[1] == Passage("d1", "Title 1", "text number 1 about things")
-  assert list(source.queries("train")) == [Query("q0", "question 0?"), Query("q2", "question 2?")]
-  assert list(source.queries("dev")) == [Query("q1", "question 1?", ("one", "eins"))]
-  assert list(source.judgements("train"))[1] == Judgement("q0", "d2", 2)
-  assert list(source.negatives("train")) == []
-  assert [path.name for path in source.files()] == ["corpus.jsonl"]
-  assert [path.name for path in source.files("dev")] == ["queries.jsonl", "dev.tsv"]
+  assert list(data.queries("train")) == [Query("q0", "question 0?"), Query("q2", "question 2?")]
+  assert list(data.queries("dev")) == [Query("q1", "question 1?", ("one", "eins"))]
+  assert list(data.judgements("train"))[1] == Judgement("q0", "d2", 2)
+  assert list(data.negatives("train")) == []
+  assert [path.name for path in data.files()] == ["corpus.jsonl"]
+  assert [path.name for path in data.files("dev")] == ["queries.jsonl", "dev.tsv"]
 
 
 def test_gzip_and_missing_header_and_numeric_ids(write, tmp_path):
   write("b/corpus.jsonl.gz", [{"_id": 7, "text": "seven"}, "", {"_id": "8", "title": None, "text": "eight"}])
   write("b/queries.jsonl.gz", [{"_id": "q", "text": "which?"}])
   write("b/qrels/test.tsv.gz", ["q\t7\t1"])
-  source = Beir(tmp_path / "b")
-  assert list(source.passages()) == [Passage("7", "", "seven"), Passage("8", "", "eight")]
-  assert source.splits() == ("test",)
-  assert list(source.judgements("test")) == [Judgement("q", "7", 1)]
-  assert source.locate("passages", 1)[1] == 3
+  data = Beir(tmp_path / "b")
+  assert list(data.passages()) == [Passage("7", "", "seven"), Passage("8", "", "eight")]
+  assert data.splits() == ("test",)
+  assert list(data.judgements("test")) == [Judgement("q", "7", 1)]
+  assert data.locate("passages", 1)[1] == 3
 
 
-def test_what_becomes_of_a_passage_without_text(beir, write):
+def test_passage_without_text_is_an_error_or_its_title_or_kept(beir, write):
   titled, bare = {"_id": "d0", "title": "Only a title", "text": ""}, {"_id": "d1", "title": None, "text": " "}
   write("beir/corpus.jsonl", [titled])
   assert list(Beir(beir).passages()) == [Passage("d0", "", "Only a title")]
@@ -53,23 +51,17 @@ def test_what_becomes_of_a_passage_without_text(beir, write):
   assert list(Beir(beir, empty_text="keep").passages()) == kept
   write("beir/corpus.jsonl", [titled | {"text": None}])
   assert list(Beir(beir).passages()) == [Passage("d0", "", "Only a title")]
-  with pytest.raises(InputError, match="unknown data.empty_text: 'drop'. Use error, title, keep"):
-    Beir(beir, empty_text="drop")
 
 
-def test_the_config_says_what_becomes_of_it(beir, write, config):
-  write("beir/corpus.jsonl", [{"_id": "d0", "text": ""}])
-  config.data.dir = str(beir)
-  with pytest.raises(InputError, match="empty text and no title"):
-    list(open_source(config).passages())
-  config.data.empty_text = "keep"
-  assert list(open_source(config).passages()) == [Passage("d0", "", "")]
-
-
-def test_a_split_is_a_tsv_file(beir, write):
+def test_splits_are_tsv_files_with_a_name_of_their_own(beir, write):
   for name in ("train.tsv~", "dev.tsv.bak", "test.tsvx", "notes.txt"):
     write(f"beir/qrels/{name}", ["q0\td1\t1"])
   assert Beir(beir).splits() == ("train", "dev")
+  for name, split in ((".tsv", ""), ("...tsv.gz", ".."), ("a\\b.tsv", "a\\b")):
+    path = write(f"beir/qrels/{name}", ["q0\td1\t1"])
+    with pytest.raises(InputError, match=rf"qrels: a split cannot have this name: {re.escape(repr(split))}"):
+      Beir(beir).splits()
+    path.unlink()
 
 
 GOOD = json.dumps({"_id": "a", "text": "x"})
@@ -80,6 +72,8 @@ GOOD = json.dumps({"_id": "a", "text": "x"})
   [
     ('{"_id": "d", "text": "cut', "broken JSON"),
     ('["d", "text"]', "a line must be a JSON object"),
+    (f'{{"_id": {"9" * 5000}}}', "broken JSON .Exceeds the limit"),
+    ("[" * 100_000, "broken JSON .maximum recursion"),
     ('{"text": "no id"}', "no _id"),
     ('{"_id": "", "text": "t"}', "empty _id"),
     ('{"_id": "a b", "text": "t"}', "_id has white space"),
@@ -90,7 +84,7 @@ GOOD = json.dumps({"_id": "a", "text": "x"})
     ('{"_id": "d", "text": "half \\ud800"}', "half a surrogate pair"),
   ],
 )
-def test_damaged_corpus_line(beir, write, line, what):
+def test_damaged_corpus_line_is_named(beir, write, line, what):
   write("beir/corpus.jsonl", [GOOD, line])
   with pytest.raises(InputError, match=rf"corpus\.jsonl:2: .*{what}") as error:
     list(Beir(beir).passages())
@@ -103,11 +97,15 @@ def test_bytes_that_are_not_utf8(beir, write):
     list(Beir(beir).passages())
 
 
-def test_a_byte_order_mark_is_no_text(beir, write):
-  plain = list(Beir(beir).passages()), list(Beir(beir).judgements("train"))
-  for name in ("corpus.jsonl", "qrels/train.tsv"):
+def test_byte_order_mark_is_skipped(beir, write):
+  def read():
+    data = Beir(beir)
+    return list(data.passages()), list(data.queries("train")), list(data.judgements("train"))
+
+  plain = read()
+  for name in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv"):
     write(f"beir/{name}", codecs.BOM_UTF8 + (beir / name).read_bytes())
-  assert (list(Beir(beir).passages()), list(Beir(beir).judgements("train"))) == plain
+  assert read() == plain
 
 
 def test_truncated_gzip(beir, write):
@@ -120,9 +118,13 @@ def test_truncated_gzip(beir, write):
 
 @pytest.mark.parametrize(
   ("line", "what"),
-  [("q0\td1", "3 columns expected, 2 found"), ("q0\td1\tgood", "a grade must be a whole number")],
+  [
+    ("q0\td1", "3 columns expected, 2 found"),
+    ("q0\td1\tgood", "a grade must be a whole number"),
+    ("q0\td1\t3000000000", "a grade must have 32 bits"),
+  ],
 )
-def test_damaged_qrels_line(beir, write, line, what):
+def test_damaged_qrels_line_is_named(beir, write, line, what):
   write("beir/qrels/train.tsv", ["query-id\tcorpus-id\tscore", "q0\td1\t1", line])
   with pytest.raises(InputError, match=rf"train\.tsv:3: {what}"):
     list(Beir(beir).judgements("train"))

@@ -10,9 +10,10 @@ import pytest
 
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data import builders, downloads
+from dptdr_jax.data import downloads
 from dptdr_jax.data.downloads import Download, fetch, fetch_dataset
-from dptdr_jax.stages.prepare import open_source
+from dptdr_jax.data.formats.msmarco import MsMarco
+from dptdr_jax.data.records import Judgement
 
 
 @pytest.fixture
@@ -50,10 +51,10 @@ def test_fetches_once_and_checks(served, tmp_path):
   assert fetch("qrels.train.tsv", tmp_path / "d") == found
 
 
-def test_sigterm_ends_a_download(served, tmp_path, monkeypatch):
+def test_sigterm_stops_a_download(served, tmp_path, monkeypatch):
   served("qrels.train.tsv", b"1\t0\t2\t1\n")
   monkeypatch.setattr(preemption, "asked", lambda: True)
-  with pytest.raises(preemption.Preempted, match="will be fetched again"):
+  with pytest.raises(preemption.Preempted, match="will be downloaded again"):
     fetch("qrels.train.tsv", tmp_path / "d")
   assert not list((tmp_path / "d").iterdir())
 
@@ -61,25 +62,20 @@ def test_sigterm_ends_a_download(served, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("changes", "message"), [({"size": 5}, "5 bytes expected, 7 found"), ({"md5": "0" * 32}, "MD5 0{32} expected")]
 )
-def test_a_wrong_file_is_not_kept(served, tmp_path, changes, message):
+def test_wrong_file_is_not_kept(served, tmp_path, changes, message):
   served("qrels.train.tsv", b"1\t0\t2\t1", **changes)
   with pytest.raises(InputError, match=rf"qrels\.train\.tsv: {message}"):
     fetch("qrels.train.tsv", tmp_path / "d")
   assert not list((tmp_path / "d").iterdir())
-  (tmp_path / "manual").mkdir()
-  (tmp_path / "manual" / "qrels.train.tsv").write_bytes(b"1\t0\t2\t1")
-  with pytest.raises(InputError, match=rf"manual/qrels\.train\.tsv: {message}"):
-    fetch("qrels.train.tsv", tmp_path / "d", tmp_path / "manual")
 
 
-def test_a_closed_network_says_what_to_put_where(served, tmp_path):
+def test_failed_download_names_the_file_to_provide(served, tmp_path):
   served("nq-test.qa.csv", b"x").unlink()
-  with pytest.raises(InputError, match="the download failed.*get nq-test.qa.csv elsewhere and put it into .*/manual"):
-    fetch("nq-test.qa.csv", tmp_path / "d", tmp_path / "manual")
+  with pytest.raises(InputError, match="the download failed.*Without a network, put nq-test.qa.csv into .*/d"):
+    fetch("nq-test.qa.csv", tmp_path / "d")
 
 
-def test_datasets_are_unpacked_and_builders_read_them(served, tmp_path, monkeypatch):
-  (tmp_path / "manual").mkdir()
+def test_datasets_are_unpacked_and_fetched_once(served, tmp_path, monkeypatch):
   members = {
     "collection.tsv": b"0\tzero\n1\tone\n",
     "queries.train.tsv": b"5\tq\n",
@@ -88,58 +84,27 @@ def test_datasets_are_unpacked_and_builders_read_them(served, tmp_path, monkeypa
     "../escape.tsv": b"never written",
   }
   served("collectionandqueries.tar.gz", _archive(members))
-  qrels = served("qrels.train.tsv", b"5\t0\t1\t1\n")
-  qrels.rename(tmp_path / "manual" / "qrels.train.tsv")
-  monkeypatch.setitem(downloads.DATASETS, "msmarco", ("collectionandqueries.tar.gz", "qrels.train.tsv"))
-  options = {"data_dir": str(tmp_path / "tfds"), "manual_dir": tmp_path / "manual"}
-  builder = builders.MsMarcoText("train", **options)
-  builder.download_and_prepare(download_dir=str(tmp_path / "d"))
-  assert builder.as_data_source("queries")[0]["passage_ids"] == [b"1"]
-  assert not list(tmp_path.rglob("escape.tsv"))
-  for path in (tmp_path / "served").iterdir():  # what was fetched is enough from now on
-    path.unlink()
-  assert sorted(path.name for path in fetch_dataset("msmarco", tmp_path / "d" / "msmarco").glob("*.tsv")) == sorted(
-    [*list(members)[:4], "qrels.train.tsv"]
-  )
-
-
-def test_unpacked_members_in_the_manual_directory_will_do(tmp_path):
-  (tmp_path / "manual").mkdir()
-  (tmp_path / "manual" / "para.title.txt").write_text("0\tZero\n")
-  found = fetch_dataset("msmarco-titles", tmp_path / "d", tmp_path / "manual")
-  assert (found / "para.title.txt").read_text() == "0\tZero\n"
-
-
-def test_a_manual_directory_that_is_the_target_by_another_name_keeps_its_files(served, tmp_path, monkeypatch):
-  monkeypatch.setitem(downloads.DATASETS, "msmarco", ("marco.tar.gz", "qrels.train.tsv"))
-  served("qrels.train.tsv", b"1\t0\t2\t1\n")
   (tmp_path / "d").mkdir()
-  (tmp_path / "other").symlink_to(tmp_path / "d")
-  contents = {"para.title.txt": b"0\tZero\n", "qrels.train.tsv": b"1\t0\t2\t1\n"}
-  for name, content in contents.items():
-    (tmp_path / "d" / name).write_bytes(content)
-  for directory, manual in (("d", "other"), ("other", "d"), ("d", "d")):
-    found = fetch_dataset("msmarco", tmp_path / directory, tmp_path / manual)
-    assert {path.name: path.read_bytes() for path in found.iterdir()} == contents
+  (tmp_path / "d/qrels.train.tsv").write_bytes(b"5\t0\t1\t1\n")  # put there by hand
+  monkeypatch.setitem(downloads.DATASETS, "msmarco", ("collectionandqueries.tar.gz", "qrels.train.tsv"))
+  assert list(MsMarco(fetch_dataset("msmarco", tmp_path / "d")).judgements("train")) == [Judgement("5", "1", 1)]
+  assert not list(tmp_path.rglob("escape.tsv"))
+  (tmp_path / "served/collectionandqueries.tar.gz").unlink()  # it is not needed again
+  names = sorted(path.name for path in fetch_dataset("msmarco", tmp_path / "d").glob("*.tsv"))
+  assert names == sorted([*list(members)[:4], "qrels.train.tsv"])
 
 
-def test_a_broken_archive_is_told_of_and_stays(served, tmp_path):
+def test_broken_archive_is_named(served, tmp_path):
   whole = _archive({"para.title.txt": b"".join(b"%d\tTitle %d\n" % (row, row * 7919) for row in range(500))})
   served("marco.tar.gz", whole[:-1000], md5=None, size=None)
-  with pytest.raises(InputError, match=r"d/marco\.tar\.gz: a broken archive .*Remove it, and it is fetched again"):
+  with pytest.raises(InputError, match=r"d/marco\.tar\.gz: a broken archive .*Remove it to download it again"):
     fetch_dataset("msmarco-titles", tmp_path / "d")
-  (tmp_path / "manual").mkdir()
-  for broken in (whole[:-1000], b"<html>not found</html>"):  # a user's own file stays
-    (tmp_path / "manual" / "marco.tar.gz").write_bytes(broken)
-    with pytest.raises(InputError, match=r"manual/marco\.tar\.gz: "):
-      fetch_dataset("msmarco-titles", tmp_path / "d", tmp_path / "manual")
-    assert (tmp_path / "manual" / "marco.tar.gz").is_file()
   served("marco.tar.gz", whole, md5=None, size=None)
   (tmp_path / "d" / "marco.tar.gz").unlink()
   assert (fetch_dataset("msmarco-titles", tmp_path / "d") / "para.title.txt").read_text().startswith("0\tTitle 0\n")
 
 
-class _BreaksOff(http.server.BaseHTTPRequestHandler):
+class _Interrupted(http.server.BaseHTTPRequestHandler):
   def do_GET(self):
     self.send_response(200)
     self.send_header("Content-Length", "1000")
@@ -150,34 +115,19 @@ class _BreaksOff(http.server.BaseHTTPRequestHandler):
     pass
 
 
-def test_a_download_that_breaks_off_is_not_kept(served, tmp_path):
-  with http.server.HTTPServer(("127.0.0.1", 0), _BreaksOff) as server:
+def test_interrupted_download_is_not_kept(served, tmp_path):
+  with http.server.HTTPServer(("127.0.0.1", 0), _Interrupted) as server:
     served("marco.tar.gz", b"", url=f"http://127.0.0.1:{server.server_port}/marco.tar.gz", md5=None, size=None)
     threading.Thread(target=server.handle_request, daemon=True).start()
-    with pytest.raises(InputError, match=r"broke off after 300 of 1000 bytes: 'http://.*marco\.tar\.gz'"):
+    with pytest.raises(InputError, match=r"ended after 300 of 1000 bytes: 'http://.*marco\.tar\.gz'"):
       fetch("marco.tar.gz", tmp_path / "d")
   assert not list((tmp_path / "d").iterdir())
 
 
-@pytest.mark.parametrize("source", ["beir", "original", "docstrings"])
-def test_there_are_downloads_of_official_files_only(config, tmp_path, source):
-  config.data.update({"source": source, "dir": str(tmp_path), "download": True})
-  with pytest.raises(InputError, match=f"data.download has no files of this source: '{source}'"):
-    open_source(config)
-
-
-def test_an_archive_without_a_wanted_member(served, tmp_path):
+def test_archive_without_its_member_is_named(served, tmp_path):
   served("marco.tar.gz", _archive({"marco/para.txt": b"x"}))
   with pytest.raises(InputError, match=r"marco\.tar\.gz: para\.title\.txt is not in the archive"):
     fetch_dataset("msmarco-titles", tmp_path / "d")
-
-
-def test_natural_questions_builder(served, tmp_path, monkeypatch):
-  served("nq-test.qa.csv", b"who?\t['me', 'you']\n")
-  monkeypatch.setitem(downloads.DATASETS, "nq", ("nq-test.qa.csv",))
-  builder = builders.NaturalQuestionsText("test", data_dir=str(tmp_path / "tfds"))
-  builder.download_and_prepare(download_dir=str(tmp_path / "d"))
-  assert builder.as_data_source("queries")[0]["answers"] == [b"me", b"you"]
 
 
 def test_every_dataset_is_in_the_table():

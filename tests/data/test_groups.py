@@ -62,7 +62,7 @@ class Twice:
 
 
 @pytest.mark.parametrize("strategy", ["window", "random", "top"])
-def test_what_the_data_name_twice_counts_once(strategy):
+def test_repeated_negative_counts_once(strategy):
   groups = _groups(Twice(), 4, sampling=Sampling(strategy, last=3))
   assert sorted(groups.group(1, 0)[1:].tolist()) == [5, 6, 7]
 
@@ -77,12 +77,12 @@ def test_few_negatives_are_all_kept_and_filled_at_random():
   np.testing.assert_array_equal(groups.group(1, 4), drawn[4])
 
 
-def test_without_negatives_random_or_none():
+def test_without_negatives_random_passages_or_none():
   assert _groups(None, 1).group(1, 0).tolist() == [20]
   assert len(set(_groups(None, 8).group(0, 0).tolist())) == 8
 
 
-def test_a_tiny_corpus_repeats_rows_but_never_a_positive():
+def test_tiny_corpus_repeats_rows_but_never_a_positive():
   group = _groups(None, 6, positives={0: [0, 1]}, num_passages=4).group(0, 0)
   assert group[0] in (0, 1) and set(group[1:].tolist()) == {2, 3}
   with pytest.raises(InputError, match="every passage of the corpus is a positive"):
@@ -104,18 +104,17 @@ def _draws(epochs, group_size, **sampling):
 
 def test_top_and_random_keep_to_their_range():
   assert _draws(3, 4, strategy="top").tolist() == [[100, 101, 102]] * 3  # 10 is a positive of query 0
-  assert _draws(2, 3, strategy="top", first=2, last=5).tolist() == [[102, 103]] * 2
-  drawn = _draws(300, 3, strategy="random", first=1, last=5)  # of 101, 102, 103, 20
+  drawn = _draws(300, 3, strategy="random", last=4)  # of 100, 101, 102, 103
   assert all(len(set(group)) == 2 for group in drawn.tolist())
   counts = {row: int((drawn == row).sum()) for row in np.unique(drawn)}
-  assert set(counts) == {101, 102, 103, 20} and all(110 < count < 190 for count in counts.values())
-  window = _draws(2, 3, strategy="window", first=1, last=5)
-  assert sorted(window.ravel().tolist()) == [20, 101, 102, 103]
+  assert set(counts) == {100, 101, 102, 103} and all(110 < count < 190 for count in counts.values())
+  window = _draws(2, 3, strategy="window", last=4)
+  assert sorted(window.ravel().tolist()) == [100, 101, 102, 103]
 
 
-def test_a_range_with_too_few_is_filled():
-  drawn = _draws(20, 5, strategy="random", first=6)
-  assert all({105, 106} <= set(group) and len(set(group)) == 4 for group in drawn.tolist())
+def test_range_with_too_few_is_filled_at_random():
+  drawn = _draws(20, 5, strategy="random", last=2)
+  assert all({100, 101} <= set(group) and len(set(group)) == 4 for group in drawn.tolist())
   assert len({tuple(sorted(group)) for group in drawn.tolist()}) > 15
 
 
@@ -136,7 +135,7 @@ def test_simans_draws_by_the_formula():
   assert 106 not in drawn
 
 
-def test_simans_takes_what_has_no_score_only_when_it_must():
+def test_simans_draws_candidates_without_a_score_last():
   rows = {100, 101, 102, 103, 20, 104, 105}
   assert all(set(group[:7]) == rows and group[7] == 106 for group in _draws(5, 9, strategy="simans").tolist())
   unknown = _groups(Scored(), 2, sampling=Sampling("simans", a=50.0))  # query 1: no score of a positive
@@ -147,12 +146,12 @@ def test_simans_takes_what_has_no_score_only_when_it_must():
 
 def test_simans_without_scores_is_random_in_the_same_range(caplog):
   caplog.set_level("INFO", "dptdr_jax")
-  groups, random = (_groups(Pool(), 3, sampling=Sampling(name, first=1, last=5)) for name in ("simans", "random"))
+  groups, random = (_groups(Pool(), 3, sampling=Sampling(name, last=5)) for name in ("simans", "random"))
   assert [groups.group(0, epoch).tolist() for epoch in range(9)] == [
     random.group(0, epoch).tolist() for epoch in range(9)
   ]
   assert [record.getMessage() for record in caplog.records] == [
-    "train1: these negatives have no scores that SimANS could draw by, and are drawn at random"
+    "train1: these negatives have no scores, which SimANS needs; they are drawn at random"
   ]
 
 
@@ -176,9 +175,8 @@ def test_every_strategy_is_a_function_of_its_key(strategy):
 def test_bad_sampling_is_named():
   with pytest.raises(InputError, match="unknown sampling of negatives: 'hard'. Use window, random, top, simans"):
     Sampling("hard")
-  for options in ({"first": -1}, {"first": 3, "last": 3}):
-    with pytest.raises(InputError, match="0 ≤ first < last"):
-      Sampling(**options)
+  with pytest.raises(InputError, match="from the first 1 or more of the list: 0"):
+    Sampling(last=0)
   for options in ({"a": -1.0}, {"b": np.nan}):
     with pytest.raises(InputError, match="finite a ≥ 0"):
       Sampling("simans", **options)

@@ -29,6 +29,11 @@ def test_rows_and_ids_both_ways(tmp_path, monkeypatch):
     table[1000]
 
 
+def test_ids_that_differ_by_a_trailing_nul_are_two(tmp_path):
+  table = _write(["p3", "p3\0"], tmp_path / "ids")
+  assert table.ids([0, 1]) == ["p3", "p3\0"] and table.rows(["p3\0", "p3", "p3\0\0"]).tolist() == [1, 0, -1]
+
+
 def test_duplicate_names_its_second_row(tmp_path):
   with pytest.raises(DuplicateId) as error:
     _write(["a", "b", "c", "b", "a"], tmp_path / "ids")
@@ -38,8 +43,8 @@ def test_duplicate_names_its_second_row(tmp_path):
 def test_two_ids_of_one_hash_are_told_apart(tmp_path, monkeypatch):
   real = ids_module._hash
 
-  def weak(flat, offsets, seed):
-    return real(flat, offsets, seed) % np.uint64(50 if seed == 0 else 2**63)
+  def weak(ids, seed):
+    return real(ids, seed) % np.uint64(50 if seed == 0 else 2**63)
 
   monkeypatch.setattr(ids_module, "_hash", weak)
   values = [f"id{row}" for row in range(60)]  # more ids than hashes: the first seed must fail
@@ -50,7 +55,7 @@ def test_two_ids_of_one_hash_are_told_apart(tmp_path, monkeypatch):
 
 def test_an_unknown_id_that_shares_a_hash_is_unknown(tmp_path, monkeypatch):
   table = _write(["aa", "bbb"], tmp_path / "ids")
-  monkeypatch.setattr(ids_module, "_hash", lambda flat, offsets, seed: np.repeat(table._hashes[:1], len(offsets) - 1))
+  monkeypatch.setattr(ids_module, "_hash", lambda ids, seed: np.repeat(table._hashes[:1], len(ids)))
   first = table[int(table._sorted_rows[0])]
   row = int(table._sorted_rows[0])
   np.testing.assert_array_equal(table.rows([first, "x" * len(first), "longer than any"]), [row, -1, -1])

@@ -1,14 +1,14 @@
-"""DPR's Natural Questions files in their official shapes."""
+"""DPR's Natural Questions files."""
 
 import json
 
 import pytest
 
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.formats import lines
+from dptdr_jax.data.formats.lines import read_json_array
+from dptdr_jax.data.formats.nq import NaturalQuestions
 from dptdr_jax.data.records import Judgement, Negatives, Passage, Query
-from dptdr_jax.data.sources import lines
-from dptdr_jax.data.sources.lines import read_json_array
-from dptdr_jax.data.sources.nq import NaturalQuestions
 
 
 def _entry(question, positives, hard=(), key="passage_id", answers=("an answer",)):
@@ -33,33 +33,33 @@ def directory(write, tmp_path):
 
 
 def test_reads_the_official_files(directory):
-  source = NaturalQuestions(directory)
-  assert source.splits() == ("train", "dev", "test")
-  passages = list(source.passages())
+  data = NaturalQuestions(directory)
+  assert data.splits() == ("train", "dev", "test")
+  passages = list(data.passages())
   assert passages[0] == Passage("1", "Aaron", 'Aaron Aaron ( ; "Ahärôn") is a prophet, or "priest".')
   assert len(passages) == 6
-  assert list(source.queries("train")) == [
+  assert list(data.queries("train")) == [
     Query("nq-train-0", "who is aaron", ("an answer",)),
     Query("nq-train-2", "x", ("an answer",)),
   ]
-  assert source.skipped["train"] == 1
-  assert list(source.judgements("train")) == [
+  assert data.skipped["train"] == 1
+  assert list(data.judgements("train")) == [
     Judgement("nq-train-0", "1", 1),
     Judgement("nq-train-0", "2", 1),
     Judgement("nq-train-2", "6", 1),
   ]
-  assert list(source.negatives("train")) == [Negatives("nq-train-0", ("3", "4"))]
-  assert list(source.negatives("dev")) == [Negatives("nq-dev-0", ("1",))]
-  assert [path.name for path in source.files("dev")] == ["biencoder-nq-dev.json.gz"]
+  assert list(data.negatives("train")) == [Negatives("nq-train-0", ("3", "4"))]
+  assert list(data.negatives("dev")) == [Negatives("nq-dev-0", ("1",))]
+  assert [path.name for path in data.files("dev")] == ["biencoder-nq-dev.json.gz"]
 
 
-def test_test_questions_have_answers_alone(directory):
-  source = NaturalQuestions(directory)
-  assert list(source.queries("test")) == [
+def test_questions_with_answers_have_no_judgements(directory):
+  data = NaturalQuestions(directory)
+  assert list(data.queries("test")) == [
     Query("nq-test-0", "who got it first", ("Wilhelm Conrad Röntgen",)),
     Query("nq-test-1", "two?", ("a b", "c")),
   ]
-  assert list(source.judgements("test")) == [] and list(source.negatives("test")) == []
+  assert list(data.judgements("test")) == [] and list(data.negatives("test")) == []
 
 
 @pytest.mark.parametrize("answers", ["__import__('os').getcwd()", "['open'", "'one'", "[1, 2]"])
@@ -78,7 +78,7 @@ def test_answers_are_parsed_and_never_run(directory, write, answers):
     ('2\ttext\t"Heroes\n3\ttext\tT', "a quote that is not closed"),  # would be one field up to the file's end
   ],
 )
-def test_damaged_passages(directory, write, line, what):
+def test_damaged_passage_is_named(directory, write, line, what):
   write("n/psgs_w100.tsv.gz", ["id\ttext\ttitle", line])
   with pytest.raises(InputError, match=rf"psgs_w100\.tsv\.gz:2: {what}"):
     list(NaturalQuestions(directory).passages())
@@ -90,7 +90,7 @@ def test_header_is_required(directory, write):
     list(NaturalQuestions(directory).passages())
 
 
-def test_context_without_an_id(directory, write):
+def test_context_without_id_is_an_error(directory, write):
   entry = _entry("who", ["1"])
   del entry["positive_ctxs"][0]["passage_id"]
   write("n/biencoder-nq-train.json", f"[\n{json.dumps(_entry('fine', ['1']))},\n{json.dumps(entry)}]".encode())
@@ -98,7 +98,7 @@ def test_context_without_an_id(directory, write):
     list(NaturalQuestions(directory).judgements("train"))
 
 
-def test_no_files(tmp_path):
+def test_missing_files_are_named(tmp_path):
   with pytest.raises(InputError, match="neither biencoder-nq-SPLIT.json nor"):
     NaturalQuestions(tmp_path).splits()
 
@@ -126,12 +126,12 @@ def test_json_array_streams_in_any_block_size(write, monkeypatch, size):
     ('[{"a": 1}', 1, "one of ',]' expected"),
   ],
 )
-def test_broken_json_array(write, text, line, what):
+def test_broken_json_array_names_its_line(write, text, line, what):
   path = write("a.json", text.encode())
   with pytest.raises(InputError, match=rf"a\.json:{line}: broken JSON .*{what}"):
     list(read_json_array(path))
 
 
-def test_json_array_that_is_not_utf8(write):
+def test_json_array_that_is_not_utf8_names_its_line(write):
   with pytest.raises(InputError, match=r"a\.json:3: not UTF-8"):
     list(read_json_array(write("a.json", b'[{"a": 1},\n\n{"b": "caf\xe9"}]')))

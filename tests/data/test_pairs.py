@@ -1,4 +1,4 @@
-"""Two texts in one sequence: as the tokenizers' own pairs, cut at the passage, batches as a function of the step."""
+"""Two texts in one sequence: equal to the tokenizers library's pairs; batches as a function of the step."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ from support import tiny
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.groups import TrainGroups
-from dptdr_jax.data.pairs import PairBatches, PairFormat, Pairs, TokenLists
+from dptdr_jax.data.pairs import PairBatches, PairFormat, Pairs
+from dptdr_jax.data.ragged import Ragged
 from dptdr_jax.data.store import write_token_store
 from dptdr_jax.data.tokenizer import Tokenizer
 
@@ -31,13 +32,13 @@ def stores(tokenizer, tmp_path_factory):
 
 
 def lists(tokenizer):
-  return TokenLists(tokenizer.encode(QUERIES)), TokenLists(tokenizer.encode(PASSAGES))
+  return Ragged.of(tokenizer.encode(QUERIES)), Ragged.of(tokenizer.encode(PASSAGES))
 
 
-@pytest.mark.parametrize("source", ["stores", "lists"])
-def test_pairs_are_the_tokenizers_own(tokenizer, stores, source):
+@pytest.mark.parametrize("kind", ["stores", "lists"])
+def test_pairs_are_the_tokenizers_own(tokenizer, stores, kind):
   """The oracle is the tokenizers library, cut to the passage ('only_second')."""
-  queries, passages = stores if source == "stores" else lists(tokenizer)
+  queries, passages = stores if kind == "stores" else lists(tokenizer)
   form = PairFormat.of(tokenizer, query_length=14, pair_length=20)  # every query fits, not every passage
   rows = np.random.default_rng(0).integers(0, (6, 20), (30, 2))
   pairs = Pairs(queries, passages, rows[:, 0], rows[:, 1], form)
@@ -55,7 +56,7 @@ def test_pairs_are_the_tokenizers_own(tokenizer, stores, source):
     assert (tokens[length:] == tokenizer.pad_id).all() and not segments[length:].any()
 
 
-def test_a_query_has_its_own_limit_whatever_the_passage(tokenizer):
+def test_query_has_its_own_limit_whatever_the_passage(tokenizer):
   queries, passages = lists(tokenizer)
   form = PairFormat.of(tokenizer, query_length=6, pair_length=12)
   assert form.query_room == 4
@@ -100,12 +101,12 @@ def test_slices_of_all_hosts_are_the_batch(tokenizer, stores):
     np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), value)
 
 
-def test_what_cannot_be_paired(tokenizer, stores):
-  with pytest.raises(InputError, match="no room beside queries of 32"):
+def test_impossible_pairs_are_refused(tokenizer, stores):
+  with pytest.raises(InputError, match="no room for a passage beside queries of 32"):
     PairFormat.of(tokenizer, 32, 32)
   with pytest.raises(InputError, match="cut to 60 tokens"):
     Pairs(*stores, np.zeros(1, int), np.zeros(1, int), PairFormat.of(tokenizer, 32, 99))
-  with pytest.raises(InputError, match="a negative beside every positive"):
+  with pytest.raises(InputError, match="a negative for every positive"):
     make(tokenizer, stores, group_size=1)
   bare = Tokenizer(tokenizer.directory)
   bare.backend.post_processor = None

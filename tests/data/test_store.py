@@ -1,10 +1,9 @@
-"""The token store against Hugging Face tokenizers, and what a killed writer leaves."""
+"""The token store against Hugging Face tokenizers, and resuming after a kill."""
 
 import os
 
 import numpy as np
 import pytest
-import tokenizers
 import transformers
 
 from dptdr_jax.core import files
@@ -25,7 +24,7 @@ def _write(tokenizer, path, texts=TEXTS, **options):
 def test_batches_equal_transformers(minilm, tmp_path):
   theirs = transformers.AutoTokenizer.from_pretrained(str(minilm))
   store = _write(Tokenizer(minilm), tmp_path / "s")
-  assert len(store) == 100 and store._tokens.dtype == np.uint16
+  assert len(store) == 100 and store.flat.dtype == np.uint16
   rows = np.array([99, 0, 17, 17, 42])
   tokens, lengths = store.batch(rows, 64, bucket=16)
   assert tokens.dtype == lengths.dtype == np.int32
@@ -48,7 +47,7 @@ def test_byte_level_bpe_and_wide_ids(roberta, tmp_path):
   assert (tokens[0, lengths[0] :] == 1).all()
   tokenizer.vocab_size = 70_000
   wide = _write(tokenizer, tmp_path / "w", max_tokens=512)
-  assert wide._tokens.dtype == np.uint32
+  assert wide.flat.dtype == np.uint32
   np.testing.assert_array_equal(wide[29], store[29])
 
 
@@ -70,9 +69,9 @@ def test_rows_and_limits_are_checked(minilm, tmp_path):
   store = _write(Tokenizer(minilm), tmp_path / "s", max_tokens=10)
   assert store.lengths.max() == 10
   for rows in ([-1], [100]):
-    with pytest.raises(IndexError, match="out of 0…99"):
+    with pytest.raises(IndexError, match="of 100"):
       store.batch(np.array(rows), 12)
-  with pytest.raises(InputError, match="rows were cut to 10 tokens, 11 are asked for"):
+  with pytest.raises(InputError, match="texts were cut to 10 tokens, 11 are needed"):
     store.batch(np.array([0]), 13)
   with pytest.raises(InputError, match="leave no room"):
     store.batch(np.array([0]), 2)
@@ -82,86 +81,77 @@ class Killed(BaseException):
   pass
 
 
-def test_a_killed_writer_goes_on(minilm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [False, True])
+def test_killed_writer_resumes(minilm, tmp_path, monkeypatch, words):
   monkeypatch.setattr(store_module, "_BATCH", 8)
-  monkeypatch.setattr(store_module, "_SHARD", 16)
-  whole = _write(Tokenizer(minilm), tmp_path / "whole")
-  calls, starts = [], []
-
-  class Dying:
-    """The tokenizer's backend until it has encoded 6 batches."""
-
-    def __init__(self, backend):
-      self.backend = backend
-
-    def enable_truncation(self, **options):
-      self.backend.enable_truncation(**options)
-
-    def encode_batch_fast(self, batch, **options):
-      calls.append(len(batch))
-      if len(calls) == 6:
-        raise Killed
-      return self.backend.encode_batch_fast(batch, **options)
-
-  class Module:
-    Tokenizer = type("T", (), {"from_str": lambda text: Dying(tokenizers.Tokenizer.from_str(text))})
+  monkeypatch.setattr(store_module, "_NOTED", 16)
+  tokenizer, starts = Tokenizer(minilm), []
 
   def texts(start):
     starts.append(start)
-    return iter(TEXTS[start:])
+    for row in range(start, 100):
+      if len(starts) == 1 and row == 45:
+        raise Killed
+      yield TEXTS[row]
 
-  with monkeypatch.context() as patch:
-    patch.setattr(store_module, "tokenizers", Module)
-    with pytest.raises(Killed):
-      write_token_store(texts, 100, Tokenizer(minilm), tmp_path / "s", max_tokens=64)
-  assert not (tmp_path / "s").exists()
-  with open(tmp_path / "s.growing" / "tokens.bin", "ab") as stream:  # half a batch that no note counts
+  with pytest.raises(Killed):
+    write_token_store(texts, 100, tokenizer, tmp_path / "s", max_tokens=64, words=words)
+  with pytest.raises(InputError, match=r"store\.json: no such file"):
+    TokenStore(tmp_path / "s")
+  with open(tmp_path / "s" / "tokens.bin", "ab") as stream:  # half a batch that progress.json does not count
     stream.write(b"rubbish")
-  store = write_token_store(texts, 100, Tokenizer(minilm), tmp_path / "s", max_tokens=64)
+  store = write_token_store(texts, 100, tokenizer, tmp_path / "s", max_tokens=64, words=words)
   assert starts == [0, 32]
-  assert sorted(os.listdir(tmp_path / "s")) == ["offsets.npy", "store.json", "tokens.bin"]
-  assert not (tmp_path / "s.growing").exists()
-  np.testing.assert_array_equal(store._tokens, whole._tokens)
-  np.testing.assert_array_equal(store._offsets, whole._offsets)
+  whole = _write(tokenizer, tmp_path / "whole", words=words)
+  names = ["offsets.npy", "store.json", "tokens.bin", *(["words.bin"] if words else [])]
+  assert sorted(os.listdir(store.path)) == names
+  assert [(store.path / name).read_bytes() for name in names] == [(whole.path / name).read_bytes() for name in names]
 
 
-def test_killed_between_the_last_write_and_the_rename(minilm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["offsets.npy", "store.json"])
+def test_killed_before_the_last_files_resumes_without_tokenising(minilm, tmp_path, monkeypatch, name):
   rename = files.rename
 
-  def refuse(source, target):
-    if source.suffix == ".growing":
+  def refuse(temporary, target):
+    if target.name == name:
       raise Killed
-    rename(source, target)
+    rename(temporary, target)
 
-  monkeypatch.setattr(files, "rename", refuse)
-  with pytest.raises(Killed):
-    _write(Tokenizer(minilm), tmp_path / "s")
-  monkeypatch.setattr(files, "rename", rename)
-  assert not (tmp_path / "s").exists()
+  with monkeypatch.context() as patch:
+    patch.setattr(files, "rename", refuse)
+    with pytest.raises(Killed):
+      _write(Tokenizer(minilm), tmp_path / "s")
+  store = write_token_store(lambda start: iter(TEXTS[start:]), 100, Tokenizer(minilm), tmp_path / "s", max_tokens=64)
+  np.testing.assert_array_equal(store[29], Tokenizer(minilm).encode([TEXTS[29]])[0])
+  assert sorted(os.listdir(tmp_path / "s")) == ["offsets.npy", "store.json", "tokens.bin"]
+
+
+@pytest.mark.parametrize("state", ["{", "[]", '{"rows": "x"}', '{"rows": 90, "tokens_bytes": 9000}'])
+def test_unreadable_progress_begins_anew(minilm, tmp_path, state):
+  (tmp_path / "s").mkdir()
+  (tmp_path / "s" / "tokens.bin").write_bytes(b"rubbish")
+  (tmp_path / "s" / "progress.json").write_text(state)
   store = _write(Tokenizer(minilm), tmp_path / "s")
   np.testing.assert_array_equal(store[29], Tokenizer(minilm).encode([TEXTS[29]])[0])
 
 
-def test_written_once_and_anew_when_something_changed(minilm, roberta, tmp_path):
+def test_finished_store_is_opened_and_too_few_texts_are_an_error(minilm, tmp_path):
   def never(start):
     raise AssertionError("read again")
 
-  _write(Tokenizer(minilm), tmp_path / "s", key="a")
-  same = write_token_store(never, 100, Tokenizer(minilm), tmp_path / "s", max_tokens=64, key="a")
-  assert same.key == "a"
-  with pytest.raises(AssertionError, match="read again"):
-    write_token_store(never, 100, Tokenizer(minilm), tmp_path / "s", max_tokens=64, key="b")
-  assert TokenStore(tmp_path / "s").key == "a"  # the old one stays until the new one is whole
-  assert _write(Tokenizer(roberta), tmp_path / "s", key="a").tokenizer_hash == Tokenizer(roberta).hash
-  with pytest.raises(InputError, match="100 texts came where 101 were expected"):
+  _write(Tokenizer(minilm), tmp_path / "s")
+  assert len(write_token_store(never, 100, Tokenizer(minilm), tmp_path / "s", max_tokens=64)) == 100
+  with pytest.raises(InputError, match="101 texts expected, 100 read"):
     write_token_store(lambda start: iter(TEXTS[start:]), 101, Tokenizer(minilm), tmp_path / "t", max_tokens=64)
 
 
-def test_a_truncated_file_is_named(minilm, tmp_path):
-  _write(Tokenizer(minilm), tmp_path / "s")
-  path = tmp_path / "s" / "tokens.bin"
-  path.write_bytes(path.read_bytes()[:-2])
-  with pytest.raises(InputError, match=r"tokens\.bin: \d+ tokens expected"):
+@pytest.mark.parametrize("name", ["tokens.bin", "words.bin", "offsets.npy", "store.json"])
+@pytest.mark.parametrize("damage", ["lost", "cut", "garbage"])
+def test_damaged_file_is_named(minilm, tmp_path, name, damage):
+  path = _write(Tokenizer(minilm), tmp_path / "s", words=True).path / name
+  content = path.read_bytes()
+  path.unlink() if damage == "lost" else path.write_bytes(content[:-2] if damage == "cut" else b"[]\n")
+  with pytest.raises(InputError, match=name.replace(".", r"\.")):
     TokenStore(tmp_path / "s")
 
 

@@ -28,7 +28,7 @@ def test_passage_and_query_text():
   assert query_text(Query("q", "what?"), "query: {text}") == "query: what?"
 
 
-def test_texts_as_users_give_them():
+def test_passages_and_queries_in_every_form():
   form = (": ", "{title}{separator}{text}")
   given = ["text", ("Title", "text"), ["Title", "text"], (None, "text"), Passage("7", "Title", "text")]
   given += [{"text": "text"}, {"_id": "7", "title": "Title", "text": "text"}, {"title": None, "text": "text"}]
@@ -40,29 +40,36 @@ def test_texts_as_users_give_them():
 
 
 @pytest.mark.parametrize("alone", ["merge", b"merge", ("Title", "text"), Passage("7", "", "t"), {"text": "t"}, None, 7])
-def test_one_passage_is_no_list_of_passages(alone):
-  with pytest.raises(InputError, match="one passage where a list is wanted"):
+def test_one_passage_instead_of_a_list_is_refused(alone):
+  with pytest.raises(InputError, match="a list of passages is expected, not one"):
     passage_texts(alone, " ", "{text}")
 
 
 @pytest.mark.parametrize(
   "wrong", [None, math.nan, 7, b"t", ("t",), ("i", "T", "t"), ("T", None), (math.nan, "t"), {"title": "T"}, {"t"}]
 )
-def test_what_is_no_passage_is_named(wrong):
+def test_item_that_is_not_a_passage_is_named(wrong):
   shown = "" if wrong is None else f": {re.escape(repr(wrong))}"
   with pytest.raises(InputError, match=rf"passage 1 \({type(wrong).__name__}\) has no text, .*{shown}"):
     passage_texts(["fine", wrong], " ", "{text}")
 
 
-def test_what_is_no_query_is_named():
+def test_item_that_is_not_a_query_is_named():
   for alone in ("merge", {"q0": "merge"}, None):
-    with pytest.raises(InputError, match="one query where a list is wanted"):
+    with pytest.raises(InputError, match="a list of queries is expected, not one"):
       query_texts(alone, "{text}")
   for wrong in (math.nan, 7, ("T", "t"), Query("q", "t"), {"text": "t"}):
-    with pytest.raises(InputError, match=rf"query 1 \({type(wrong).__name__}\) is no text: {re.escape(repr(wrong))}"):
+    with pytest.raises(
+      InputError, match=rf"query 1 \({type(wrong).__name__}\) is not a text: {re.escape(repr(wrong))}"
+    ):
       query_texts(["fine", wrong], "{text}")
-  with pytest.raises(InputError, match=r"query 0 \(NoneType\) is no text"):
+  with pytest.raises(InputError, match=r"query 0 \(NoneType\) is not a text"):
     query_texts([None], "{text}")
+  for text, what in ((" ", "empty"), ("half \ud800", "half a surrogate pair")):
+    with pytest.raises(InputError, match=f"query 0 .*{what}"):
+      query_texts([text], "{text}")
+    with pytest.raises(InputError, match=f"passage 1 .*{what}"):
+      passage_texts(["fine", {"text": text}], " ", "{text}")
 
 
 @pytest.mark.parametrize(
@@ -75,10 +82,11 @@ def test_what_is_no_query_is_named():
     ("{text}", "{title}"),
     ("{text!x}", "{text}"),
     ("{text:d}", "{text}"),
+    ("{text:>999999999}", "{text}"),
     ("{text}", "{title[0]}{text}"),
   ],
 )
-def test_templates_that_cannot_work(query, passage):
+def test_bad_template_is_refused(query, passage):
   check_templates("query: {text} {{literal}}", "{title}{separator}{text}")
   with pytest.raises(InputError, match="template"):
     check_templates(query, passage)
@@ -120,7 +128,7 @@ def test_vocabulary_files_alone_will_do(minilm, tmp_path):
   assert (made.prefix, made.suffix, made.pad_id) == ((101,), (102,), 0)
 
 
-def test_complaints(minilm, roberta, tmp_path):
+def test_bad_tokenizer_is_named(minilm, roberta, tmp_path):
   with pytest.raises(InputError, match="no tokenizer here"):
     Tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text('{"version": "1.0",\n oops}')

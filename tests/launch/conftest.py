@@ -11,8 +11,8 @@ def fakes(tmp_path):
 
 @pytest.fixture(autouse=True)
 def interruptible():
-  """Scripts react to SIGINT and SIGHUP also where pytest was started in the background, or by nohup: there these are
-  ignored, and by children, too."""
+  """Restores SIGINT and SIGHUP, which pytest ignores if it was started in the background or by nohup, and so would its
+  children."""
   before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
   yield
   for number, handler in before.items():

@@ -1,4 +1,4 @@
-"""launch/local_cluster.sh with processes that do as they are told; real ones: tests/faults/test_two_processes.py."""
+"""launch/local_cluster.sh with scripted processes; real ones: tests/faults/test_two_processes.py."""
 
 import signal
 
@@ -9,7 +9,7 @@ def arguments(tmp_path, *, processes=2):
   return "local_cluster.sh", str(processes), "--", "--config=c.py", f"--workdir={tmp_path}/work"
 
 
-def test_processes_find_each_other_and_have_logs(fakes, tmp_path):
+def test_processes_get_one_coordinator_and_logs(fakes, tmp_path):
   fakes.python(["echo $XLA_FLAGS; exit 0"], ["exit 0"])
   status, printed = fakes.run("local_cluster.sh", "2", "3", "--", "--config=c.py", f"--workdir={tmp_path}/work")
   assert status == 0, printed
@@ -23,15 +23,15 @@ def test_processes_find_each_other_and_have_logs(fakes, tmp_path):
   assert "--xla_force_host_platform_device_count=3" in printed
 
 
-def test_one_process_meets_nobody(fakes, tmp_path):
+def test_one_process_gets_no_coordinator(fakes, tmp_path):
   fakes.python(["exit 0"])
   assert fakes.run(*arguments(tmp_path, processes=1))[0] == 0
   assert "--coordinator" not in fakes.jobs()[0]
 
 
 @pytest.mark.parametrize("death", ["kill -KILL $$", "exit 1", "exit 75"])
-def test_one_dies_and_all_start_again(fakes, tmp_path, death):
-  fakes.python(["deaf", "exit 0"], [death, "exit 0"])  # deaf: as one that hangs where it waits for the dead one
+def test_death_of_one_restarts_all(fakes, tmp_path, death):
+  fakes.python(["deaf", "exit 0"], [death, "exit 0"])  # deaf: it hangs, waiting for the dead one
   status, printed = fakes.run(*arguments(tmp_path), GRACE="1")
   assert status == 0, printed
   assert len(fakes.jobs()) == 4
@@ -39,17 +39,15 @@ def test_one_dies_and_all_start_again(fakes, tmp_path, death):
   assert len(set(ports[:2])) == len(set(ports[2:])) == 1
 
 
-def test_an_error_of_input_in_any_is_final(fakes, tmp_path):
-  fakes.python(
-    ["trap '' TERM; sleep 0.5; exit 2"], ["exit 134"]
-  )  # one that notices first that the other is about to leave
+def test_input_error_in_any_process_is_final(fakes, tmp_path):
+  fakes.python(["trap '' TERM; sleep 0.5; exit 2"], ["exit 134"])  # the second one notices that the first is leaving
   status, printed = fakes.run(*arguments(tmp_path))
   assert status == 2, printed
   assert len(fakes.jobs()) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_all_stop(fakes, tmp_path, number):
+def test_signal_stops_all(fakes, tmp_path, number):
   fakes.python(["hang"], ["deaf"])
   status, printed = fakes.stop(fakes.start(*arguments(tmp_path), GRACE="1"), number, processes=2)
   assert status == 75, printed

@@ -1,5 +1,5 @@
-"""launch/gpus.sh, slurm.sh and tpu_pod.sh against fake executables: what they call, what a crash, an error of input, a
-preemption and a signal lead to."""
+"""launch/gpus.sh, slurm.sh and tpu_pod.sh with fake executables: their calls, and what crashes, input errors,
+preemptions and signals lead to."""
 
 import signal
 import time
@@ -33,13 +33,13 @@ ORDER = {"TYPE": "v5litepod-16", "VERSION": "v2-alpha-tpuv5-lite", "SPOT": "1"}
 PREEMPT = "echo PREEMPTED >$fakes/vm; echo SUSPENDED >$fakes/queue; kill -KILL $$"
 
 
-def test_gpus_runs_with_restarts(fakes):
+def test_gpus_restarts(fakes):
   fakes.python(["exit 1", "exit 0"])
   assert fakes.run("gpus.sh", *JOB)[0] == 0
   assert fakes.jobs() == ["python -m dptdr_jax.main " + " ".join(JOB)] * 2
 
 
-def test_gpus_without_a_gpu_is_an_error(fakes):
+def test_gpus_without_a_gpu_is_an_input_error(fakes):
   fakes.python(["exit 0"])
   fakes.tell("gpus", "1")
   status, printed = fakes.run("gpus.sh", *JOB)
@@ -56,7 +56,7 @@ def slurm(fakes):
   return lambda: fakes.start("slurm.sh", *JOB, **place)
 
 
-def test_slurm_starts_again_in_the_allocation(fakes, slurm):
+def test_slurm_restarts_in_the_allocation(fakes, slurm):
   fakes.python(["exit 134", "exit 0"])
   status, printed = fakes.end(slurm())
   assert status == 0, printed
@@ -64,13 +64,13 @@ def test_slurm_starts_again_in_the_allocation(fakes, slurm):
   assert not fakes.calls("scontrol")
 
 
-def test_slurm_an_error_of_input_is_final(fakes, slurm):
+def test_slurm_input_error_is_final(fakes, slurm):
   fakes.python(["exit 2"])
   assert fakes.end(slurm())[0] == 2
   assert len(fakes.jobs()) == 1 and not fakes.calls("scontrol")
 
 
-def test_slurm_before_the_time_limit_all_save_and_the_job_requeues(fakes, slurm):
+def test_slurm_time_limit_saves_and_requeues(fakes, slurm):
   fakes.python(["hang"])
   status, printed = fakes.stop(slurm(), signal.SIGUSR1)
   assert status == 75, printed
@@ -78,7 +78,7 @@ def test_slurm_before_the_time_limit_all_save_and_the_job_requeues(fakes, slurm)
   assert fakes.calls("scontrol") == ["scontrol requeue 7"]
 
 
-def test_slurm_cancelled_it_stays_away(fakes, slurm):
+def test_slurm_cancelled_job_is_not_requeued(fakes, slurm):
   fakes.python(["hang"])
   assert fakes.stop(slurm())[0] == 75
   assert len(fakes.jobs()) == 1 and not fakes.calls("scontrol")
@@ -99,7 +99,7 @@ def tpu(fakes):
   return make
 
 
-def test_tpu_copies_installs_runs_and_starts_again(fakes, tpu):
+def test_tpu_copies_installs_runs_and_restarts(fakes, tpu):
   tpu("exit 1", "exit 0")
   status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU, SETUP="touch mounted")
   assert status == 0, printed
@@ -110,13 +110,13 @@ def test_tpu_copies_installs_runs_and_starts_again(fakes, tpu):
   assert len(fakes.calls("gcloud", "tpu-vm scp")) == 2 and not fakes.calls("gcloud", "create")
 
 
-def test_tpu_an_error_of_input_is_final(fakes, tpu):
+def test_tpu_input_error_is_final(fakes, tpu):
   tpu("exit 2")
   assert fakes.run("tpu_pod.sh", *JOB, **TPU)[0] == 2
   assert len(fakes.jobs()) == 1
 
 
-def test_tpu_is_set_up_before_the_installation_with_the_python_that_is_named(fakes, tpu):
+def test_tpu_setup_comes_before_the_installation_with_the_named_python(fakes, tpu):
   tpu("exit 0")
   fakes.tool("my python", "[ -e ../mounted ]")
   named = {"PYTHON": str(fakes.bin / "my python"), "SETUP": "touch mounted; cd /  # and more"}
@@ -126,7 +126,7 @@ def test_tpu_is_set_up_before_the_installation_with_the_python_that_is_named(fak
 
 
 @pytest.mark.parametrize("fails", ["version", "pip"])
-def test_tpu_an_installation_that_fails_is_final(fakes, tpu, fails):
+def test_tpu_failed_installation_is_final(fakes, tpu, fails):
   tpu("exit 0")
   if fails == "pip":
     fakes.tool("python", "exit 1", fakes.directory / "home/dptdr_jax/.venv/bin/python")
@@ -137,7 +137,7 @@ def test_tpu_an_installation_that_fails_is_final(fakes, tpu, fails):
   assert ("older than Python 3.11" in printed) == (fails == "version")
 
 
-def test_tpu_that_goes_away_during_the_installation_or_a_failed_setup_is_tried_again(fakes, tpu):
+def test_tpu_lost_while_installing_or_failed_setup_is_tried_again(fakes, tpu):
   tpu()
   dies = '[ -e "$fakes/died" ] || { touch "$fakes/died"; kill -KILL $$; }\n'
   fakes.tool("python", dies, fakes.directory / "home/dptdr_jax/.venv/bin/python")
@@ -146,7 +146,7 @@ def test_tpu_that_goes_away_during_the_installation_or_a_failed_setup_is_tried_a
   assert len(fakes.calls("gcloud", "tpu-vm scp")) == 3 and len(fakes.jobs()) == 1
 
 
-def test_tpu_gets_a_config_from_elsewhere(fakes, tpu, tmp_path):
+def test_tpu_gets_a_copy_of_a_config_outside_the_repository(fakes, tpu, tmp_path):
   tpu("exit 0", "exit 0")
   (tmp_path / "my own.py").write_text("def get_config(size): ...")
   assert fakes.run("tpu_pod.sh", f"--config={tmp_path}/my own.py:large", *JOB[1:], **TPU)[0] == 0
@@ -156,13 +156,13 @@ def test_tpu_gets_a_config_from_elsewhere(fakes, tpu, tmp_path):
   assert "--config=/mounted/there.py" in fakes.jobs()[1]
 
 
-def test_tpu_is_not_ordered_for_a_config_that_is_not_there(fakes, tpu):
+def test_tpu_is_not_ordered_for_a_missing_config(fakes, tpu):
   tpu("exit 0")
   status, printed = fakes.run("tpu_pod.sh", "--config=configs/bier.py", *JOB[1:], **TPU, **ORDER)
   assert status == 2 and "error: no such file: configs/bier.py" in printed and not fakes.calls("gcloud")
 
 
-def test_tpu_taken_away_is_ordered_anew(fakes, tpu):
+def test_tpu_preempted_is_ordered_again(fakes, tpu):
   tpu(PREEMPT, "exit 0")
   (fakes.directory / "vm").unlink()
   status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU, **ORDER)
@@ -172,7 +172,7 @@ def test_tpu_taken_away_is_ordered_anew(fakes, tpu):
   assert len(fakes.calls("gcloud", "delete pod --force")) == 1
 
 
-def test_tpu_that_is_not_there_and_not_to_be_ordered_is_an_error(fakes, tpu):
+def test_tpu_that_is_missing_without_an_order_is_an_input_error(fakes, tpu):
   tpu("exit 0")
   fakes.tell("vm", "STOPPED")
   status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU)
@@ -188,7 +188,7 @@ def test_tpu_ctrl_c_stops_the_workers(fakes, tpu):
   assert "while it is there it is paid for" in printed
 
 
-def test_tpu_asks_the_plan_first(fakes, tpu):
+def test_tpu_is_not_ordered_if_the_plan_does_not_fit(fakes, tpu):
   tpu("exit 0")
   fakes.python([])
   fakes.tell("plan", "1")

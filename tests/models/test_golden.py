@@ -1,4 +1,4 @@
-"""Checkpoints of the original implementation give the original's vectors, scores, loss and gradients."""
+"""Checkpoints of the original implementation give its vectors, scores, loss and gradients."""
 
 import pathlib
 import shutil
@@ -47,8 +47,8 @@ def _check(directory):
   (value, (queries, passages)), gradients = gradient([model[3] for model in models])
   np.testing.assert_allclose(queries, golden["query_reps"], rtol=0, atol=2e-5)
   np.testing.assert_allclose(passages, golden["passage_reps"], rtol=0, atol=2e-5)
-  # In float64, and with what the original's own float32 rounds off: scores reach 50, where its step is 4e-6, and the
-  # vectors' last digits alone, 1e-6 of each of them, make 2e-5 on some machine or other.
+  # Scores reach 50. The reference was computed in float32, whose spacing there is 4e-6, and errors of 1e-6 in the
+  # vectors add up to 2e-5 on some machines. So compute in float64 and allow both.
   exact = np.float64(queries) @ np.float64(passages).T
   np.testing.assert_allclose(exact, golden["scores"], rtol=2e-7, atol=2e-5)
   np.testing.assert_allclose(value, golden["loss"], rtol=0, atol=2e-5)
@@ -66,19 +66,19 @@ def _assert_near(mine, reference):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_original_checkpoint_agrees(name):
+def test_checkpoint_of_the_original_agrees(name):
   _check(GOLDEN / name)
 
 
 @pytest.mark.parametrize("name", [name for name in FOLDERS if list((GOLDEN / name).rglob("*.bin"))])
-def test_original_bin_agrees(name, tmp_path):
+def test_bin_checkpoint_of_the_original_agrees(name, tmp_path):
   copy = tmp_path / name
   shutil.copytree(GOLDEN / name, copy, ignore=shutil.ignore_patterns("*.safetensors", "*.npz"))
   _check(copy)
 
 
 @pytest.mark.parametrize("name", ["roberta_prefix", "deberta_prefix", "bert_prompt"])
-def test_hidden_states_of_the_tokens_agree(name):
+def test_hidden_states_agree(name):
   golden = np.load(GOLDEN / name / "golden.npz")
   config, spec, params, prompt, _ = _load(GOLDEN / name)
   mask = golden["passage_mask"].astype(bool)
@@ -88,7 +88,7 @@ def test_hidden_states_of_the_tokens_agree(name):
   np.testing.assert_allclose(hidden[mask], golden["passage_hidden"][mask], rtol=0, atol=2e-5)
 
 
-def test_a_prompt_survives_its_file():
+def test_flatten_and_unflatten_are_inverse():
   _, _, _, prompt, _ = _load(GOLDEN / "roberta_prompt_lstm")
   flat = prompts.flatten(prompt)
   assert "lstm/backward_1/hidden_kernel" in flat

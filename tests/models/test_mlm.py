@@ -1,4 +1,4 @@
-"""The language-model head against transformers: scores, loss, and files that go there and back."""
+"""The language-model head against transformers: scores, loss, export and import."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ FAMILIES = {
 
 @pytest.fixture(params=FAMILIES)
 def theirs(request):
-  """A random model of transformers' with a head, all of its weights away from where they start."""
+  """A random transformers model with a head; every weight differs from its initial value."""
   config, kind = FAMILIES[request.param]
   torch.manual_seed(0)
   model = kind(config).eval()
@@ -56,7 +56,7 @@ def inputs(pad_id):
   return tokens.astype(np.int32), lengths.astype(np.int32)
 
 
-def test_scores_and_loss_are_transformers(theirs):
+def test_scores_and_loss_agree_with_transformers(theirs):
   config, tensors = config_of(theirs), tensors_of(theirs)
   params = convert.from_huggingface(tensors, config)
   head = mlm.head_from_huggingface(tensors, config)
@@ -73,9 +73,8 @@ def test_scores_and_loss_are_transformers(theirs):
   visible = np.arange(12) < lengths[:, None]
   np.testing.assert_allclose(np.asarray(found)[visible], wanted.logits.numpy()[visible], atol=2e-5)
 
-  positions = np.array(
-    [[1, 2, 9], [2, 1, 0], [1, 2, 0], [1, 2, 0]], np.int32
-  )  # order does not matter, fillings neither
+  # The order of positions must not matter, nor what the padding points at.
+  positions = np.array([[1, 2, 9], [2, 1, 0], [1, 2, 0], [1, 2, 0]], np.int32)
   chosen = np.take_along_axis(labels, positions, 1)
   chosen = np.where(chosen < 0, -1, chosen).astype(np.int32)
   loss, hits = mlm.masked_loss(head, params["embeddings"]["word"], hidden, positions, chosen, config)
@@ -84,7 +83,7 @@ def test_scores_and_loss_are_transformers(theirs):
   assert hits.sum() == (best == labels).sum()
 
 
-def test_export_loads_in_transformers_with_nothing_missing_or_left(theirs, tmp_path):
+def test_transformers_loads_the_export_without_missing_or_unexpected_tensors(theirs, tmp_path):
   config, tensors = config_of(theirs), tensors_of(theirs)
   params, head = convert.from_huggingface(tensors, config), mlm.head_from_huggingface(tensors, config)
   made = mlm.add_head(convert.to_huggingface(params, config), head, config)
@@ -100,7 +99,7 @@ def test_export_loads_in_transformers_with_nothing_missing_or_left(theirs, tmp_p
   jax.tree.map(np.testing.assert_array_equal, mlm.head_from_huggingface(back, config), head)
 
 
-def test_a_checkpoint_without_a_head_has_none_and_a_broken_one_is_an_error(theirs):
+def test_checkpoint_without_head_gives_none_and_broken_head_is_refused(theirs):
   config, tensors = config_of(theirs), tensors_of(theirs)
   bare = {name: tensor for name, tensor in tensors.items() if not name.startswith(("cls.", "lm_head."))}
   assert mlm.head_from_huggingface(bare, config) is None
@@ -109,13 +108,13 @@ def test_a_checkpoint_without_a_head_has_none_and_a_broken_one_is_an_error(their
   without = {name: tensor for name, tensor in tensors.items() if name != f"{stem}.{dense}.bias"}
   with pytest.raises(InputError, match=rf"{stem}.{dense}.bias is missing"):
     mlm.head_from_huggingface(without, config)
-  with pytest.raises(InputError, match="no language-model head has"):
+  with pytest.raises(InputError, match="unknown tensors"):
     mlm.head_from_huggingface(tensors | {f"{stem}.other.weight": np.zeros(3)}, config)
   with pytest.raises(InputError, match="not tied"):
     mlm.head_from_huggingface(tensors | {f"{stem}.decoder.weight": np.zeros((50, 16), np.float32)}, config)
 
 
-def test_old_names_of_norms_are_known():
+def test_old_norm_names_are_read():
   config, kind = FAMILIES["bert"]
   tensors = tensors_of(kind(config))
   stem = "cls.predictions.transform.LayerNorm."
@@ -126,7 +125,7 @@ def test_old_names_of_norms_are_known():
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_a_fresh_head_has_the_shapes_of_a_checkpoints(theirs):
+def test_fresh_head_has_the_shapes_of_a_checkpoint(theirs):
   config = config_of(theirs)
   fresh, read = mlm.init_head(jax.random.key(0), config), mlm.head_from_huggingface(tensors_of(theirs), config)
   assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, read)
@@ -134,7 +133,7 @@ def test_a_fresh_head_has_the_shapes_of_a_checkpoints(theirs):
     mlm.init_head(jax.random.key(0), dataclasses.replace(config, family="deberta"))
 
 
-def test_computing_again_changes_no_gradient():
+def test_remat_does_not_change_gradients():
   config = EncoderConfig.from_dict(FAMILIES["bert"][0].to_dict())
   params = convert.init_params(jax.random.key(0), dataclasses.replace(config, initializer_range=0.2))
   tokens, lengths = inputs(0)

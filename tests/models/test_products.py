@@ -1,4 +1,4 @@
-"""Products in the compute dtype: which operands meet, in both directions."""
+"""Matrix products: the dtypes of operands and results in the forward and backward pass."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def loss(left, right):
   return jnp.sum(jnp.sin(product("id,jd->ij", left, right)))
 
 
-def test_in_float32_it_is_einsum_both_ways():
+def test_float32_product_and_gradient_equal_einsum():
   plain = jax.grad(lambda left, right: jnp.sum(jnp.sin(jnp.einsum("id,jd->ij", left, right))), (0, 1))
   for mine, theirs in zip(jax.grad(loss, (0, 1))(*operands("float32")), plain(*operands("float32")), strict=True):
     np.testing.assert_array_equal(mine, theirs)
 
 
-def test_in_bfloat16_no_product_of_two_dtypes_and_sums_in_float32():
+def test_bfloat16_products_have_bfloat16_operands_and_float32_sums():
   given = operands("bfloat16")
   assert product("id,jd->ij", *given).dtype == jnp.float32
   traced = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*given)
@@ -37,7 +37,7 @@ def test_in_bfloat16_no_product_of_two_dtypes_and_sums_in_float32():
 
 
 def equations(jaxpr):
-  """All products of a traced function, those within other primitives too."""
+  """All products of a traced function, with those in nested jaxprs."""
   for one in jaxpr.eqns:
     if one.primitive.name == "dot_general":
       yield one
@@ -45,7 +45,7 @@ def equations(jaxpr):
       yield from equations(inner)
 
 
-def test_dropout_in_bfloat16_keeps_the_mean():
+def test_bfloat16_dropout_keeps_the_mean():
   x = jax.random.uniform(jax.random.key(1), (1, 400_000), minval=1.0, maxval=2.0).astype(jnp.bfloat16)
   out = dropout.dropout(x, jnp.array([[3, 5]], jnp.uint32), 0.1).astype(jnp.float32)
   kept = out > 0

@@ -1,4 +1,4 @@
-"""A vector depends on text, prompt and key: not on padding, batch or order, nor on how attention is computed."""
+"""A vector depends on text, prompt and key, not on padding, batch, order or the attention method."""
 
 import dataclasses
 import types
@@ -31,7 +31,7 @@ def _vectors(model, pooling="first", normalize=False, **options):
   [("gpu", "9.0", "concat"), ("gpu", "10.0", "concat"), ("gpu", "7.5", "split"), ("gpu", "gfx90a", "split"),
    ("tpu", None, "split")],
 )  # fmt: skip
-def test_the_fused_kernel_is_taken_where_it_runs(monkeypatch, backend, capability, method):
+def test_auto_attention_uses_the_fused_kernel_if_the_device_has_it(monkeypatch, backend, capability, method):
   device = types.SimpleNamespace() if capability is None else types.SimpleNamespace(compute_capability=capability)
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
@@ -42,7 +42,7 @@ def test_the_fused_kernel_is_taken_where_it_runs(monkeypatch, backend, capabilit
 @pytest.mark.parametrize(
   ("pooling", "keys"), [("mean", None), ("first", KEYS)], ids=["plain mean", "first under dropout"]
 )
-def test_padding_order_and_batch_change_nothing(model, pooling, keys):
+def test_padding_order_and_batch_do_not_change_vectors(model, pooling, keys):
   options = {"pooling": pooling, "normalize": True}
   whole = _vectors(model, keys=keys, **options)
   np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-5)
@@ -63,7 +63,7 @@ def test_padding_order_and_batch_change_nothing(model, pooling, keys):
 
 
 @pytest.mark.parametrize("keys", [None, KEYS], ids=["plain", "dropout"])
-def test_last_layer_for_one_row_is_the_full_layers_row(model, keys):
+def test_last_layer_for_one_row_equals_that_row_of_the_full_layer(model, keys):
   hidden = np.asarray(HIDDEN(*model.arguments(), keys=keys))
   np.testing.assert_allclose(_vectors(model, keys=keys), hidden[:, 0], rtol=0, atol=3e-6)  # values reach 3
   visible = np.arange(9) < model.lengths[:, None]
@@ -72,7 +72,7 @@ def test_last_layer_for_one_row_is_the_full_layers_row(model, keys):
 
 
 @pytest.mark.parametrize("model", ["bert", "deberta"], indirect=True)
-def test_split_is_concat(model):
+def test_split_and_concat_attention_agree(model):
   if model.config.family == "deberta":
     with pytest.raises(InputError, match="relative biases"):
       _vectors(model, attention="concat")
@@ -100,7 +100,7 @@ def test_split_is_concat(model):
 
 
 @pytest.mark.parametrize("model", ["deberta", "shallow"], indirect=True)
-def test_gradients_through_own_rules_are_the_slopes(model):
+def test_gradients_through_custom_rules_match_finite_differences(model):
   def value(prompt):
     out = represent(*model.arguments()[:3], prompt, *model.arguments()[4:], pooling="mean", normalize=False, keys=KEYS)
     return jnp.sum(out * jnp.sin(jnp.arange(32.0)))
@@ -114,41 +114,26 @@ def test_gradients_through_own_rules_are_the_slopes(model):
 
 
 @pytest.mark.parametrize("model", ["roberta", "deberta"], indirect=True)
-def test_all_weights_have_gradients(model):
+def test_every_weight_has_a_gradient(model):
   def value(params):
     out = represent(*model.arguments()[:2], params, *model.arguments()[3:], pooling="mean", normalize=True, keys=KEYS)
     return jnp.sum(out * jnp.sin(jnp.arange(32.0)))
 
   gradients = prompts.flatten(jax.jit(jax.grad(value))(model.params))
-  # A key's bias adds the same to all scores of a row among tokens: without a prompt its gradient would be 0.
+  # A key's bias adds the same number to all token scores of a row, so without a prompt its gradient would be 0.
   silent = [name for name, gradient in gradients.items() if not np.abs(gradient).max() > 0]
   assert silent == []
 
 
-@pytest.mark.parametrize("model", ["bert"], indirect=True)
-def test_prompt_dropout_for_the_batch_needs_and_follows_its_key(model):
-  spec = dataclasses.replace(model.spec, dropout_per="batch", dropout=0.5)
-  model = dataclasses.replace(model, spec=spec)
-  with pytest.raises(InputError, match="batch_key"):
-    _vectors(model, keys=KEYS)
-  rates = Dropout(0.0, 0.0)
-  one, again, other = (_vectors(model, keys=KEYS, batch_key=jax.random.key(k), dropout=rates) for k in (1, 1, 2))
-  np.testing.assert_array_equal(one, again)
-  assert np.abs(one - other).max() > 1e-3
-  alone = dataclasses.replace(model, tokens=model.tokens[2:3], lengths=model.lengths[2:3])
-  single = _vectors(alone, keys=KEYS[2:3], batch_key=jax.random.key(1), dropout=rates)
-  np.testing.assert_allclose(single[0], one[2], rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("model", ["roberta", "deberta"], indirect=True)
-def test_low_precision_stays_near(model):
+def test_bfloat16_vectors_are_close_to_float32(model):
   exact = _vectors(model, normalize=True)
   low = _vectors(model, normalize=True, compute_dtype=jnp.bfloat16, attention="split")
   assert low.dtype == np.float32
   assert (np.sum(exact * low, axis=1) > 0.995).all()
 
 
-def test_masks_have_the_rate_and_are_independent():
+def test_dropout_masks_have_the_rate_and_are_independent():
   noise = dropout.Noise.from_keys(jax.random.split(jax.random.key(0), 64), Dropout(0.1, 0.1))
   ones = jnp.ones((64, 32, 64))
   masks = [
@@ -166,8 +151,7 @@ def test_masks_have_the_rate_and_are_independent():
 
 
 @pytest.mark.parametrize("model", ["bert", "deberta", "shallow"], indirect=True)
-def test_words_as_a_start(model):
-  """A deep prompt from words starts at the backbone's own keys of them, a shallow one at their embeddings."""
+def test_init_words_uses_the_backbones_keys_or_embeddings_of_the_words(model):
   ids = np.array([5, 9, 11, 30, 8])
   spec = dataclasses.replace(model.spec, init="words")
   prompt = prompts.init_prompt(jax.random.key(0), spec, model.config, model.params, ids)
@@ -177,7 +161,7 @@ def test_words_as_a_start(model):
     np.testing.assert_array_equal(table, np.asarray(model.params["embeddings"]["word"])[ids])
   else:
     keys, _ = prompts.expand_prompt(spec, prompt, model.config)
-    row = np.asarray(model.params["embeddings"]["word"])[ids]  # layer 0's keys by hand
+    row = np.asarray(model.params["embeddings"]["word"])[ids]  # keys of layer 0, computed by hand
     if model.config.has_positions:
       row = row + np.asarray(model.params["embeddings"]["position"])[model.config.first_position + np.arange(5)]
     if model.config.type_vocab_size:
@@ -191,7 +175,7 @@ def test_words_as_a_start(model):
 
 
 @pytest.mark.parametrize("spec", [PromptSpec("deep", 3, "mlp", 7), PromptSpec("shallow", 3, "lstm", 6)])
-def test_fresh_projections_fit_and_work(spec):
+def test_fresh_projections_have_zero_biases_and_give_finite_vectors(spec):
   config = EncoderConfig("bert", 20, 16, 1, 2, 16, 16)
   prompt = prompts.init_prompt(jax.random.key(0), spec, config)
   assert float(jnp.abs(prompt["hidden"]["bias"]).max()) == 0

@@ -1,4 +1,4 @@
-"""Several processes have one process's loss and gradient, dropout on."""
+"""Several processes compute the loss and gradient of one process, dropout on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import quick
 TESTS = pathlib.Path(__file__).parents[1]
 
 
-def made_by(processes: int, devices: int, out: pathlib.Path, steps: tuple[str, ...]) -> dict[str, dict]:
+def gradients_of(processes: int, devices: int, out: pathlib.Path, steps: tuple[str, ...]) -> dict[str, dict]:
   """What support.gradients writes, by step."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
@@ -39,15 +39,15 @@ def made_by(processes: int, devices: int, out: pathlib.Path, steps: tuple[str, .
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-  return made_by(1, 1, tmp_path_factory.mktemp("gradients") / "alone", ("train", "pretrain"))
+  return gradients_of(1, 1, tmp_path_factory.mktemp("gradients") / "alone", ("train", "pretrain"))
 
 
 # Pretraining of four is compared by loss and norm in test_processes.
 @pytest.mark.parametrize(("processes", "steps"), [(2, ("train", "pretrain")), (4, ("train",))])
-def test_several_processes_of_two_devices_have_the_gradient_of_one(processes, steps, alone, tmp_path):
-  found = made_by(processes, 2, tmp_path / "found", steps)
+def test_several_processes_of_two_devices_compute_the_gradient_of_one(processes, steps, alone, tmp_path):
+  several = gradients_of(processes, 2, tmp_path / "several", steps)
   for step in steps:
     wanted = alone[step]
-    assert found[step]["loss"] == pytest.approx(wanted["loss"], rel=1e-6), step
-    off = np.linalg.norm(found[step]["gradient"] - wanted["gradient"]) / np.linalg.norm(wanted["gradient"])
+    assert several[step]["loss"] == pytest.approx(wanted["loss"], rel=1e-6), step
+    off = np.linalg.norm(several[step]["gradient"] - wanted["gradient"]) / np.linalg.norm(wanted["gradient"])
     assert off < 1e-6, step

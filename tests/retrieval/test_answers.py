@@ -1,5 +1,7 @@
 """DPR's answer match, case by case."""
 
+from __future__ import annotations
+
 import unicodedata
 
 import numpy as np
@@ -9,7 +11,7 @@ from dptdr_jax.retrieval.answers import contains_answer, match_run, tokens
 from dptdr_jax.retrieval.runs import Run
 
 
-def test_tokens_are_dprs():
+def test_tokens_are_those_of_dpr():
   assert tokens("U.S. won 1,200 medals—in ’08!") == ["u", ".", "s", ".", "won", "1", ",", "200", "medals", "—", "in",
                                                      "’", "08", "!"]  # fmt: skip
   assert tokens(" \t\n\u200b\u00a0") == []
@@ -48,7 +50,7 @@ def test_contains_answer(text, answers, expected):
 
 
 def by_definition(text: str, answers: list[str]) -> bool:
-  """DPR's own words: an answer's token list stands somewhere in the text's."""
+  """DPR's definition: an answer's list of tokens is a part of the text's."""
   words = tokens(text)
   return any(
     words[i : i + len(answer)] == answer
@@ -57,7 +59,7 @@ def by_definition(text: str, answers: list[str]) -> bool:
   )  # fmt: skip
 
 
-def test_joined_search_is_the_token_by_token_one():
+def test_match_is_that_of_the_definition():
   generator = np.random.default_rng(5)
   alphabet = ["a", "A", "b", "ab", ",", " ", "é", "e\u0301", "1", "\0", "\u0301"]
   for _ in range(2000):
@@ -66,14 +68,11 @@ def test_joined_search_is_the_token_by_token_one():
     assert contains_answer(text, [answer]) == by_definition(text, [answer]), (text, answer)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_match_run(workers):
+def test_match_run_marks_passages_with_an_answer():
   texts = ["Paris is in France", "Rome", "the city of paris", "nothing"]
   run = Run(np.array([[3, 0, 2], [1, -1, -1], [-1, -1, -1]], np.int32), np.zeros((3, 3), np.float32))
   run = Run(np.tile(run.rows, (50, 1)), np.tile(run.scores, (50, 1)))
-  hits = match_run(
-    run, [["Paris"], ["Rom"], ["x"]] * 50, lambda rows: [texts[row] for row in rows], depth=2, workers=workers
-  )
+  hits = match_run(run, [["Paris"], ["Rom"], ["x"]] * 50, lambda rows: [texts[row] for row in rows], depth=2)
   assert hits.shape == (150, 2)
   assert hits[:3].tolist() == [[False, True], [False, False], [False, False]]
   assert np.array_equal(hits, np.tile(hits[:3], (50, 1)))

@@ -1,4 +1,8 @@
-"""Candidate pools against a pool made by hand with dictionaries."""
+"""Candidate pools against a pool that a slow loop makes."""
+
+from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
@@ -8,52 +12,44 @@ from dptdr_jax.retrieval import candidates
 from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
-from dptdr_jax.retrieval.runs import Run
+from dptdr_jax.retrieval.runs import Run, write_run
 
-NOBODY = np.zeros(0, np.int64)
+NONE = np.zeros(0, np.int64)
 
 
 def random_run(seed: int, queries: int, passages: int, depth: int) -> Run:
   generator = np.random.default_rng(seed)
   rows = np.stack([generator.permutation(passages)[:depth] for _ in range(queries)])
   rows[generator.random(rows.shape) < 0.2] = -1
-  rows[0] = -1  # a query that nobody answers
+  rows[0] = -1  # a query that no source answers
   return Run.ranked(rows, generator.normal(size=rows.shape))
 
 
 def no_positives(queries: int) -> Qrels:
-  return Qrels.from_triples(NOBODY, NOBODY, NOBODY, queries)
+  return Qrels.from_triples(NONE, NONE, NONE, queries)
 
 
 def by_hand(sources, positives, query):
-  """[(row, sources that give it, {source: (rank, score)})] in the pool's order, and the positives' best scores."""
+  """[(row, sources that contribute it, {source: (rank, score)})] in the pool's order; the positives' best scores."""
   relevant = {int(row) for row, grade in zip(*positives.of(query), strict=True) if grade > 0}
   known, given, best = {}, {}, {}
   for number, source in enumerate(sources.values()):
-    left = source.quota or source.depth
     for rank, row in enumerate(source.run.rows[query, : source.depth].tolist()):
       score = source.run.scores[query, rank]
       if row >= 0 and row in relevant:
         best[number] = max(best.get(number, -np.inf), score)
       elif row >= 0:
         known.setdefault(row, {})[number] = (rank, score)
-        if rank >= source.first and left:
-          left -= 1
+        if rank >= source.first:
           given.setdefault(row, {})[number] = rank - source.first
   order = sorted(given, key=lambda row: min((place, number) for number, place in given[row].items()))
   return [(row, set(given[row]), known[row]) for row in order], best
 
 
 @pytest.mark.parametrize(
-  ("width", "options"),
-  [
-    (None, [{}, {}, {}]),
-    (5, [{}, {}, {}]),
-    (None, [{"first": 2, "quota": 3}, {"quota": 1}, {"first": 4}]),
-    (6, [{"depth": 12, "first": 3}, {"depth": 1}, {"depth": 30, "quota": 4}]),
-  ],
+  "options", [[{}, {}, {}], [{"first": 2}, {}, {"first": 4}], [{"depth": 12, "first": 3}, {"depth": 1}, {"depth": 30}]]
 )
-def test_pool_is_the_one_made_by_hand(tmp_path, monkeypatch, width, options):
+def test_pool_is_that_of_a_slow_loop(tmp_path, monkeypatch, options):
   monkeypatch.setattr(candidates, "BLOCK_ENTRIES", 170)  # a few queries a block
   queries, depth = 20, 8
   sources = {
@@ -62,13 +58,12 @@ def test_pool_is_the_one_made_by_hand(tmp_path, monkeypatch, width, options):
   }
   pairs = np.argwhere(np.random.default_rng(9).random((queries, 30)) < 0.15)
   positives = Qrels.from_triples(*pairs.T, np.arange(len(pairs)) % 3, queries)
-  pool = pool_from_runs(tmp_path / "pool", sources, positives, width=width)
+  pool = pool_from_runs(tmp_path / "pool", sources, positives)
   assert pool.names == ("bm25", "dense", "other")
-  assert pool.rows.shape == (queries, width or sum(source.most for source in sources.values()))
-  assert isinstance(pool.rows.base, np.memmap)
+  assert pool.rows.shape == (queries, sum(source.depth - source.first for source in sources.values()))
+  assert isinstance(pool.rows.base, np.memmap) and not pool.reasons.any()
   for query in range(queries):
     expected, best = by_hand(sources, positives, query)
-    expected = expected[: pool.rows.shape[1]]
     assert pool.candidates(query).tolist() == [row for row, _, _ in expected]
     assert (pool.rows[query, len(expected) :] == -1).all() and (pool.sources[query, len(expected) :] == 0).all()
     np.testing.assert_array_equal(
@@ -87,21 +82,20 @@ def test_pool_is_the_one_made_by_hand(tmp_path, monkeypatch, width, options):
   assert pool.manifest["unanswered"]["bm25"] >= 1
 
 
-def test_counts_tell_what_happened(tmp_path):
+def test_manifest_counts_candidates_and_removed_positives(tmp_path):
   rows = np.array([[0, 1, 2], [3, -1, -1]], np.int32)
   scores = np.array([[3, 2, 1], [1, -np.inf, -np.inf]], np.float32)
   dense = Run(np.roll(rows, 1, 1)[:, [1, 0, 2]], scores)
-  sources = {"bm25": Source(Run(rows, scores), 2), "dense": Source(dense, 2, quota=1)}
+  sources = {"bm25": Source(Run(rows, scores), 2), "dense": Source(dense, 2, first=1)}
   positives = Qrels.from_triples(np.array([0, 1]), np.array([2, 3]), np.array([1, 1]), 2)
   manifest = pool_from_runs(tmp_path / "p", sources, positives).manifest
-  # bm25: 0, 1 | 3    dense: 0, 2 | 3; the positives 2 and 3 go
-  assert manifest["counts"] == {"candidates": 2, "positives removed": 3, "queries without a candidate": 1}
-  assert manifest["combinations"] == {"bm25": 1, "bm25 + dense": 1}
+  # bm25 has 0, 1 | 3, dense 0, 2 | 3 and its first rank is skipped; the positives 2 and 3 are left out
+  assert manifest["counts"] == {"candidates": 2, "positives removed": 2, "queries without a candidate": 1}
+  assert manifest["combinations"] == {"bm25": 2} and (manifest["denoising"], manifest["kept"]) == ([], 2)
   assert manifest["unanswered"] == {"bm25": 0, "dense": 0}
-  assert manifest["options"]["dense"] == {"depth": 2, "first": 0, "quota": 1}
 
 
-def test_queries_that_a_source_lacks_stay_in(tmp_path):
+def test_query_that_a_source_lacks_stays_in_the_pool(tmp_path):
   full = Run(np.array([[4, 5], [6, 7]], np.int32), np.array([[2, 1], [2, 1]], np.float32))
   sources = {"file": Source(Run.empty(2, 0), 9), "bm25": Source(full, 2)}
   pool = pool_from_runs(tmp_path / "p", sources, no_positives(2))
@@ -109,11 +103,9 @@ def test_queries_that_a_source_lacks_stay_in(tmp_path):
   assert pool.manifest["unanswered"] == {"file": 2, "bm25": 0}
 
 
-def test_runs_and_positive_scores_may_come_from_elsewhere(tmp_path):
+def test_runs_on_disk_and_given_positive_scores(tmp_path):
   run = random_run(3, 9, 30, 12)
-  for name in ("rows", "scores"):
-    np.save(tmp_path / f"{name}.npy", getattr(run, name))
-  mapped = Run(*(np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("rows", "scores")))
+  mapped = write_run(tmp_path / "run", 9, 12, lambda part: Run(run.rows[list(part)], run.scores[list(part)]), size=4)
   known = np.arange(9, dtype=np.float32)
   known[2:4] = np.nan, -np.inf
   pool = pool_from_runs(tmp_path / "p", {"a": Source(mapped, 8, positive_scores=known)}, no_positives(9))
@@ -123,11 +115,12 @@ def test_runs_and_positive_scores_may_come_from_elsewhere(tmp_path):
   assert np.isnan(again.positive_scores).all()
 
 
-def test_reasons_take_candidates_out():
+def test_reasons_remove_candidates():
   rows = np.array([[5, 6, 7, 8, -1]], np.int32)
   reasons = np.array([[0, Reason.SAME_TEXT, Reason.PSEUDO_POSITIVE, 0, 0]], np.uint8)
   scores = np.array([[9, 8, 7, 6, -np.inf]], np.float32)[..., None]
-  pool = Pool(rows, (rows >= 0).astype(np.uint16), scores, np.zeros((1, 5, 1), np.int16), ("a",), reasons=reasons)
+  unknown = np.full((1, 1), np.nan, np.float32)
+  pool = Pool(rows, (rows >= 0).astype(np.uint16), scores, np.zeros((1, 5, 1), np.int16), reasons, unknown, ("a",))
   assert pool.candidates(0).tolist() == [5, 8] and pool.pseudo_positives(0).tolist() == [7]
   assert pool.candidate_scores(0, "a")[0].tolist() == [9, 6] and np.isnan(pool.candidate_scores(0, "a")[1])
   assert pool.kept(slice(0, 1)).tolist() == [[True, False, False, True, False]]
@@ -135,31 +128,47 @@ def test_reasons_take_candidates_out():
     pool.candidate_scores(0, "b")
 
 
-def test_the_largest_row_keeps_its_place(tmp_path):
+def test_largest_row_is_not_taken_for_a_fill(tmp_path):
   run = Run(np.array([[2**31 - 1, 0]], np.int32), np.array([[2, 1]], np.float32))
   pool = pool_from_runs(tmp_path / "p", {"a": Source(run, 2)}, no_positives(1))
   assert pool.candidates(0).tolist() == [2**31 - 1, 0]
 
 
-def test_bad_arguments_and_damage_are_named(tmp_path):
+def test_bad_arguments_are_named(tmp_path):
   source = Source(random_run(0, 4, 10, 5), 5)
-  positives = no_positives(4)
   with pytest.raises(InputError, match="1 to 16 sources: 17"):
-    pool_from_runs(tmp_path / "p", {str(i): source for i in range(17)}, positives)
-  with pytest.raises(InputError, match=r"first < depth ≤ 32767: \(0, 40000\)"):
-    Source(source.run, 40_000)
-  with pytest.raises(InputError, match=r"first < depth ≤ 32767: \(5, 5\)"):
-    Source(source.run, 5, first=5)
-  with pytest.raises(InputError, match="quota is at least 1: 0"):
-    Source(source.run, 5, quota=0)
+    pool_from_runs(tmp_path / "p", {str(i): source for i in range(17)}, no_positives(4))
+  for depth, first in ((40_000, 0), (5, 5)):
+    with pytest.raises(InputError, match=rf"first < depth ≤ 32767: \({first}, {depth}\)"):
+      Source(source.run, depth, first=first)
   with pytest.raises(ValueError, match="positive scores"):
     Source(source.run, 5, positive_scores=np.zeros(3))
   with pytest.raises(ValueError, match="runs of"):
-    pool_from_runs(tmp_path / "p", {"a": Source(random_run(0, 3, 10, 5), 5)}, positives)
-  pool_from_runs(tmp_path / "p", {"a": source}, positives)
-  path = tmp_path / "p" / "scores.npy"
-  path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(InputError, match="not whole"):
-    Pool.open(tmp_path / "p")
+    pool_from_runs(tmp_path / "p", {"a": Source(random_run(0, 3, 10, 5), 5)}, no_positives(4))
+
+
+@pytest.mark.parametrize("name", ["rows", "sources", "scores", "ranks", "reasons", "positive_scores"])
+def test_damage_names_the_file(tmp_path, name):
+  pool_from_runs(tmp_path, {"a": Source(random_run(0, 4, 10, 5), 5)}, no_positives(4))
+  path = tmp_path / f"{name}.npy"
+  whole = path.read_bytes()
+  for damaged in (whole[:-1], whole[:30], b"", whole.replace(b"(4", b"(3"), whole.replace(b"'<", b"'>"), None):
+    if damaged != whole:  # the order of bytes is not said of a byte
+      path.unlink() if damaged is None else path.write_bytes(damaged)
+      with pytest.raises(InputError) as error:
+        Pool.open(tmp_path)
+      assert error.value.path == path
+
+
+def test_damaged_manifest_is_named(tmp_path):
+  pool_from_runs(tmp_path, {"a": Source(random_run(0, 4, 10, 5), 5)}, no_positives(4))
+  path = tmp_path / "manifest.json"
+  whole = json.loads(path.read_text())
+  for damaged in ([], whole | {"format": 1}, whole | {"sources": "a"}, whole | {"width": -1}, whole | {"queries": "4"}):
+    path.write_text(json.dumps(damaged))
+    with pytest.raises(InputError) as error:
+      Pool.open(tmp_path)
+    assert error.value.path == path
+  path.unlink()
   with pytest.raises(InputError, match="no such file"):
-    Pool.open(tmp_path / "none")
+    Pool.open(tmp_path)

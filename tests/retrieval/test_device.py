@@ -1,5 +1,7 @@
 """Search on eight simulated devices and on one, against FAISS and numpy."""
 
+from __future__ import annotations
+
 import re
 import threading
 
@@ -15,7 +17,7 @@ from dptdr_jax.retrieval import device
 from dptdr_jax.retrieval.device import search_block, search_devices, search_share
 from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
 from dptdr_jax.retrieval.runs import Run
-from dptdr_jax.retrieval.search import merge, search_exact
+from dptdr_jax.retrieval.search import search_exact
 
 COUNT, WIDTH, QUERIES = 5003, 64, 37  # a prime: eight devices never share it evenly
 SMALLEST = 2 * 128 * WIDTH * 4  # bytes a device: two blocks of the fewest rows
@@ -61,12 +63,13 @@ def same_but_for_ties(got: Run, scores: np.ndarray, rows: np.ndarray) -> None:
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("device_bytes", [1 << 29, SMALLEST])
-def test_real_numbers_are_ranked_as_faiss_flat_does(tmp_path, devices, device_bytes):
+def test_real_numbers_are_ranked_as_by_faiss_flat(tmp_path, monkeypatch, devices, device_bytes):
+  monkeypatch.setattr(device, "_DEVICE_BYTES", device_bytes)
   passages, queries = gaussian((COUNT, WIDTH), 0), gaussian((QUERIES, WIDTH), 1)
   index = faiss.IndexFlatIP(WIDTH)
   index.add(passages)
   for source in (passages, embeddings(tmp_path / "e", passages)):
-    got = search_devices(queries, source, 50, mesh=mesh_of(devices), device_bytes=device_bytes)
+    got = search_devices(queries, source, 50, mesh=mesh_of(devices))
     assert (got.rows.dtype, got.scores.dtype) == (np.int32, np.float32)
     same_but_for_ties(got, *index.search(queries, 50))
 
@@ -74,12 +77,11 @@ def test_real_numbers_are_ranked_as_faiss_flat_does(tmp_path, devices, device_by
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("k", [1, 90])
-def test_ties_stand_by_row_across_tiles_devices_and_blocks(devices, dtype, k):
+def test_ties_are_ordered_by_row_across_tiles_devices_and_blocks(monkeypatch, devices, dtype, k):
+  monkeypatch.setattr(device, "_DEVICE_BYTES", 2 * 384 * 8 * 4)
   passages, queries = integers((COUNT, 8), 0), integers((QUERIES, 8), 1)
   queries[0] = 0  # ties with everything, and its products are 0 and −0
-  got = search_devices(
-    queries, passages, k, mesh=mesh_of(devices), dtype=dtype, device_bytes=2 * 384 * 8 * 4, tile_rows=128, query_rows=16
-  )
+  got = search_devices(queries, passages, k, mesh=mesh_of(devices), dtype=dtype, tile_rows=128, query_rows=16)
   same(got, search_exact(queries, passages, k))
 
 
@@ -90,7 +92,7 @@ def test_minus_zero_ties_with_zero():
 
 
 @pytest.mark.parametrize(("count", "k"), [(5, 9), (300, 300), (300, 1000), (1, 1), (0, 3)])
-def test_a_depth_beyond_the_corpus_is_filled(count, k):
+def test_depth_beyond_the_corpus_is_filled(count, k):
   passages, queries = integers((count, WIDTH), 0), integers((3, WIDTH), 1)
   for dtype, rescore in (("float32", 0), ("bfloat16", 2)):
     got = search_devices(queries, passages, k, mesh=mesh_of(8), dtype=dtype, rescore=rescore)
@@ -133,16 +135,6 @@ def test_rescored_bfloat16_is_the_exact_search(tmp_path, monkeypatch, stored):
   same(search_devices(queries, source, 20, rescore=2, **search), got)
 
 
-def test_ranges_of_the_corpus_merge_to_the_whole():
-  passages, queries = gaussian((COUNT, WIDTH), 0), gaussian((QUERIES, WIDTH), 1)
-  whole, best = search_exact(queries, passages, 30), Run.empty(QUERIES, 30)
-  for rows in (range(0, 1111), range(1111, 1121), range(1121, COUNT)):
-    found = search_devices(queries, passages, 30, mesh=mesh_of(8), rows=rows)
-    assert set(np.unique(found.rows)) <= {-1, *rows}
-    merge(best, found, 0)
-  same_but_for_ties(best, whole.scores, whole.rows)
-
-
 def watched(monkeypatch, before):
   """Calls `before(block)` ahead of every step; returns the list of the blocks' first rows."""
   firsts = []
@@ -157,6 +149,8 @@ def watched(monkeypatch, before):
 
 
 def test_one_compilation_and_two_blocks_on_the_devices(monkeypatch):
+  monkeypatch.setattr(device, "_DEVICE_BYTES", SMALLEST)
+
   def check(block):
     assert block.addressable_shards[0].data.nbytes <= SMALLEST // 2
     assert sum(other.shape == block.shape for other in jax.live_arrays()) <= 2
@@ -164,15 +158,16 @@ def test_one_compilation_and_two_blocks_on_the_devices(monkeypatch):
   firsts = watched(monkeypatch, check)
   passages, queries = gaussian((COUNT, WIDTH), 0), gaussian((QUERIES, WIDTH), 1)
   compiled = search_block._cache_size()
-  search = dict(device_bytes=SMALLEST, query_rows=16)
-  search_devices(queries, passages, 13, mesh=mesh_of(8), **search)
+  search = dict(mesh=mesh_of(8), query_rows=16)
+  search_devices(queries, passages, 13, **search)
   assert firsts == np.repeat(range(0, COUNT, 8 * 128), 3).tolist()  # a block stays for all batches of queries
   assert search_block._cache_size() == compiled + 1
-  search_devices(queries[:20], passages[:3000], 13, mesh=mesh_of(8), **search)  # other queries, another corpus
+  search_devices(queries[:20], passages[:3000], 13, **search)  # other queries, another corpus
   assert search_block._cache_size() == compiled + 1
 
 
-def test_the_next_block_is_read_while_one_is_searched(monkeypatch):
+def test_next_block_is_read_while_one_is_searched(monkeypatch):
+  monkeypatch.setattr(device, "_DEVICE_BYTES", SMALLEST)
   begun = threading.Semaphore(0)
   place = device.Plan.place
 
@@ -188,7 +183,7 @@ def test_the_next_block_is_read_while_one_is_searched(monkeypatch):
     assert all(begun.acquire(timeout=20) for _ in range(next(taken)))
 
   firsts = watched(monkeypatch, check)
-  search_devices(gaussian((3, WIDTH), 1), gaussian((COUNT, WIDTH), 0), 5, mesh=mesh_of(8), device_bytes=SMALLEST)
+  search_devices(gaussian((3, WIDTH), 1), gaussian((COUNT, WIDTH), 0), 5, mesh=mesh_of(8))
   assert len(firsts) == blocks
 
 
@@ -200,22 +195,22 @@ def test_only_candidates_travel_between_devices(dtype, tile):
     jax.ShapeDtypeStruct((queries, WIDTH), dtype), jax.ShapeDtypeStruct((8 * share, WIDTH), dtype), 0, 4000,
   )  # fmt: skip
   text = search_block.lower(*arguments, mesh=mesh, tile=tile, group=1).compile().as_text()
-  found = re.findall(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
-  assert {kind for _, kind in found} == {"all-to-all"}
+  moves = re.findall(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+  assert {kind for _, kind in moves} == {"all-to-all"}
   sizes = [
-    np.prod([int(n) for n in shape.split(",")]) for result, _ in found for shape in re.findall(r"\[([\d,]+)\]", result)
+    np.prod([int(n) for n in shape.split(",")]) for result, _ in moves for shape in re.findall(r"\[([\d,]+)\]", result)
   ]
   assert sum(sizes) == 2 * queries * k  # scores and rows
-  assert " sort(" not in text  # top_k kept its form, also where the share is one tile
+  assert " sort(" not in text  # top_k is not turned into a sort, also where the share is one tile
 
 
-def test_what_cannot_be_searched_is_named():
+def test_bad_arguments_are_named():
   passages, queries, mesh = gaussian((300, WIDTH), 0), gaussian((3, WIDTH), 1), mesh_of(1)
   with pytest.raises(InputError, match="passages have width 64"):
     search_devices(queries[:, :60], passages, 3, mesh=mesh)
   with pytest.raises(InputError, match="float32 or bfloat16: 'float16'"):
     search_devices(queries, passages, 3, mesh=mesh, dtype="float16")
-  for wrong in (dict(k=0), dict(k=3, rescore=-1), dict(k=3, rows=range(0, 301)), dict(k=3, rows=range(0, 300, 2))):
+  for wrong in (dict(k=0), dict(k=3, rescore=-1)):
     with pytest.raises(ValueError, match="cannot be searched"):
       search_devices(queries, passages, mesh=mesh, **wrong)
   passages[7, 7] = np.nan
@@ -223,7 +218,7 @@ def test_what_cannot_be_searched_is_named():
     search_devices(queries, passages, 3, mesh=mesh)
 
 
-def test_a_reader_that_fails_ends_the_search(monkeypatch):
+def test_failed_read_ends_the_search(monkeypatch):
   def pieces(passages, rows):
     raise OSError("disk gone")
 

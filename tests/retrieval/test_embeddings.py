@@ -1,16 +1,17 @@
-"""Embeddings on disk: whole or absent, resumable, checked when opened."""
+"""Embeddings on disk: resumed, checked when opened, and never written into somebody else's directory."""
+
+from __future__ import annotations
 
 import json
-import pathlib
-import pickle
 
 import numpy as np
 import pytest
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
+from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter, write_vectors
 
 SOURCE = {"retriever": "abc", "lengths": [32, 128]}
+IDS = [f"id {i} é" for i in range(23)]
 
 
 @pytest.fixture
@@ -26,67 +27,81 @@ def write(path, vectors, **options) -> Embeddings:
   some = writer(path, **options)
   for shard in some.missing():
     some.write(shard, vectors[some.rows(shard)])
-  return some.finish([f"id {i} é" for i in range(len(vectors))])
+  return some.finish(IDS)
 
 
-def test_round_trip(tmp_path, vectors):
-  got = write(tmp_path / "e", vectors)
+def made(path, vectors, ids=IDS, **options) -> Embeddings:
+  options = {"width": 6, "source": SOURCE, "shard_rows": 10, **options}
+  return write_vectors(path, ids=ids, make=lambda rows: vectors[rows.start : rows.stop], **options)
+
+
+def test_both_writers_write_what_the_reader_reads(tmp_path, vectors):
+  write(tmp_path / "loop", vectors), made(tmp_path / "made", vectors)
+  names = {"manifest.json", "ids.npy", *(f"vectors-0000{i}.npy" for i in range(3))}
+  for directory in tmp_path.iterdir():
+    assert {path.name for path in directory.iterdir()} == names
+    assert all(path.read_bytes() == (tmp_path / "loop" / path.name).read_bytes() for path in directory.iterdir())
+  got = Embeddings(tmp_path / "made")
   assert (len(got), got.width, got.dtype, got.source) == (23, 6, "float32", SOURCE)
-  assert got.ids()[7] == "id 7 é"
+  assert got.ids() == IDS
   blocks = list(got.blocks(4))
   assert [first for first, _ in blocks] == [0, 4, 8, 10, 14, 18, 20]
   assert np.array_equal(np.concatenate([block for _, block in blocks]), vectors)
-  rows = np.array([22, 0, 9, 10, 0])
-  assert np.array_equal(got.take(rows), vectors[rows])
+  assert np.array_equal(got.take(np.array([22, 0, 9, 10, 0])), vectors[[22, 0, 9, 10, 0]])
   with pytest.raises(ValueError, match="rows go from -1"):
     got.take(np.array([-1]))
 
 
 def test_float16_is_read_as_float32(tmp_path, vectors):
-  got = write(tmp_path / "e", vectors, dtype="float16")
+  got = made(tmp_path / "e", vectors, dtype="float16")
   (_, block), *_ = got.blocks(100)
-  assert block.dtype == np.float32
+  assert block.dtype == got.take(np.array([3])).dtype == np.float32
   np.testing.assert_allclose(block, vectors[:10], rtol=1e-3)
-  assert got.manifest["dtype"] == "float16"
   with pytest.raises(InputError, match="float32 or float16"):
     writer(tmp_path / "e", dtype="float64")
 
 
-def test_an_interrupted_writer_goes_on_with_the_missing_shards(tmp_path, vectors):
-  first = writer(tmp_path / "e")
-  first.write(1, vectors[10:20])
-  with pytest.raises(InputError, match="no finished embeddings"):
+def test_no_texts_have_no_vectors(tmp_path, vectors):
+  got = made(tmp_path / "e", vectors, ids=[])
+  assert got.ids() == [] and got.take(np.array([], int)).shape == (0, 6) and not list(got.blocks(4))
+
+
+def test_interrupted_writer_goes_on_with_missing_shards(tmp_path, vectors):
+  writer(tmp_path / "e").write(1, vectors[10:20])
+  with pytest.raises(InputError, match="nothing finished is here"):
     Embeddings(tmp_path / "e")
   again = writer(tmp_path / "e")
   assert again.missing() == [0, 2]
-  with pytest.raises(ValueError, match="missing shards"):
-    again.finish(["x"] * 23)
+  with pytest.raises(ValueError, match=r"shards \[0, 2\] are missing"):
+    again.finish(IDS)
   assert np.array_equal(write(tmp_path / "e", vectors).take(np.arange(23)), vectors)
-  assert writer(tmp_path / "e").missing() == []  # a finished one stays
-  assert len(writer(tmp_path / "e").finish(["x"] * 23)) == 23
-
-
-def test_other_arguments_begin_anew(tmp_path, vectors):
-  write(tmp_path / "e", vectors)
+  assert writer(tmp_path / "e").missing() == []
   assert writer(tmp_path / "e", source={"retriever": "other"}).missing() == [0, 1, 2]
-  assert not (tmp_path / "e" / "manifest.json").exists()
+
+
+def test_directory_of_others_is_refused_and_untouched(tmp_path):
+  for name, text in (("thesis.tex", "mine"), ("manifest.json", '{"kind": "bm25"}')):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / name).write_text(text)
+    with pytest.raises(InputError, match="holds something else"):
+      writer(tmp_path / name)
+    assert [(path.name, path.read_text()) for path in (tmp_path / name).iterdir()] == [(name, text)]
 
 
 @pytest.mark.parametrize(("bad", "dtype"), [(np.nan, "float32"), (np.inf, "float16"), (1e5, "float16")])
-def test_vectors_that_cannot_be_held_are_named(tmp_path, vectors, bad, dtype):
+def test_vector_that_dtype_cannot_hold_is_named(tmp_path, vectors, bad, dtype):
   vectors[13, 2] = bad
   some = writer(tmp_path / "e", dtype=dtype)
   with pytest.raises(InputError, match="passage row 13"):
     some.write(1, vectors[10:20])
   assert some.missing() == [0, 1, 2]
-  with pytest.raises(ValueError, match="shape"):
-    some.write(0, vectors[:9])
+  with pytest.raises(InputError, match="passage row 13"):
+    made(tmp_path / "m", vectors, dtype=dtype)
 
 
-def test_a_full_disk_loses_nothing(tmp_path, vectors, monkeypatch):
+def test_full_disk_loses_nothing(tmp_path, vectors, monkeypatch):
   some = writer(tmp_path / "e")
   some.write(0, vectors[:10])
-  before = (tmp_path / "e" / "vectors-00000.npy").read_bytes()
 
   def full(stream, array):
     stream.write(b"half of it")
@@ -96,45 +111,31 @@ def test_a_full_disk_loses_nothing(tmp_path, vectors, monkeypatch):
     patched.setattr(np, "save", full)
     with pytest.raises(InputError, match="vectors-00001.npy: no space left on the disk"):
       some.write(1, vectors[10:20])
-  assert some.missing() == [1, 2]
-  assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["begun.json", "vectors-00000.npy"]
-  assert (tmp_path / "e" / "vectors-00000.npy").read_bytes() == before
+  assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["plan.json", "vectors-00000.npy"]
   assert np.array_equal(write(tmp_path / "e", vectors).take(np.arange(23)), vectors)
 
 
-def shrink(path: pathlib.Path) -> None:
-  path.write_bytes(path.read_bytes()[:-8])
+def test_damage_names_the_file(tmp_path, vectors):
+  got = made(tmp_path / "e", vectors)
+  for name, open_ in (("vectors-00001.npy", lambda: Embeddings(tmp_path / "e")), ("ids.npy", got.ids)):
+    path = tmp_path / "e" / name
+    whole = path.read_bytes()
+    for damaged in (whole[:-8], whole[:20], b"", whole.replace(b"}", b"{", 1), None):
+      path.unlink() if damaged is None else path.write_bytes(damaged)
+      with pytest.raises(InputError) as error:
+        open_()
+      assert error.value.path == path
+    path.write_bytes(whole)
+  manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
+  for name, value in (("format", 99), ("kind", "index"), ("width", "6"), ("dtype", "int8"), ("count", 24)):
+    (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest | {name: value}))
+    with pytest.raises(InputError):
+      Embeddings(tmp_path / "e")
 
 
-def narrow(path: pathlib.Path) -> None:
-  np.save(path, np.zeros((10, 5), np.float32))
+def test_id_that_ends_in_nul_is_refused_before_encoding(tmp_path):
+  def never(rows):
+    raise AssertionError
 
-
-def retype(path: pathlib.Path) -> None:
-  np.save(path, np.zeros((10, 6), np.float64))
-
-
-def pickled(path: pathlib.Path) -> None:
-  path.write_bytes(pickle.dumps(np.zeros((10, 6), np.float32)))
-
-
-def empty(path: pathlib.Path) -> None:
-  path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [shrink, narrow, retype, pickled, empty, pathlib.Path.unlink])
-def test_damage_names_the_shard(tmp_path, vectors, damage):
-  write(tmp_path / "e", vectors)
-  damage(tmp_path / "e" / "vectors-00001.npy")
-  with pytest.raises(InputError, match=r"vectors-00001\.npy"):
-    Embeddings(tmp_path / "e")
-
-
-def test_ids_and_manifest_are_checked(tmp_path, vectors):
-  got = write(tmp_path / "e", vectors)
-  np.save(tmp_path / "e" / "ids.npy", np.array([b"one"]))
-  with pytest.raises(InputError, match="1 ids for 23 vectors"):
-    got.ids()
-  (tmp_path / "e" / "manifest.json").write_text(json.dumps({"format": 99}))
-  with pytest.raises(InputError, match="not embeddings of this version"):
-    Embeddings(tmp_path / "e")
+  with pytest.raises(InputError, match=r"ends in NUL and would be read without it: 'p3\\x00'. Rename it"):
+    write_vectors(tmp_path / "e", ids=["p3", "p3\0"], width=6, source={}, make=never)

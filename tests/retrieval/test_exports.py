@@ -1,4 +1,6 @@
-"""Training sets for other trainers: read back by our reader of the original's files, and as n-tuples line by line."""
+"""Training sets for other trainers: the original's JSONL and n-tuples, line by line."""
+
+from __future__ import annotations
 
 import json
 
@@ -6,8 +8,6 @@ import numpy as np
 import pytest
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data.prepare import prepare_source
-from dptdr_jax.data.sources.original_jsonl import OriginalJsonl
 from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retrieval.exports import Example, training_examples, write_ntuples, write_original
 
@@ -16,45 +16,27 @@ QUERIES = ["first?", "second?", "third?", "fourth?"]
 POSITIVES = [[2, 0], [4], [], [1]]
 
 
-def examples(most=None, queries=QUERIES):
+def examples(queries=QUERIES):
   rows = np.array([[3, 1, 4], [0, 2, -1], [0, 1, -1], [-1, -1, -1]], np.int32)
   reasons = np.zeros(rows.shape, np.uint8)
   reasons[0, 1] = Reason.SAME_TEXT
   pool = Pool(rows, (rows >= 0).astype(np.uint16), np.zeros((4, 3, 1), np.float32), np.zeros((4, 3, 1), np.int16),
-              ("a",), reasons=reasons)  # fmt: skip
+              reasons, np.zeros((4, 1), np.float32), ("a",))  # fmt: skip
   return training_examples(
-    pool, iter(queries), lambda query: np.array(POSITIVES[query]), lambda rows: (PASSAGES[row] for row in rows),
-    most=most,
-  )  # fmt: skip
+    pool, iter(queries), lambda query: np.array(POSITIVES[query]), lambda rows: (PASSAGES[row] for row in rows)
+  )
 
 
-def test_the_original_s_files_come_back_through_our_reader(tmp_path):
-  counts = write_original(tmp_path / "o" / "train.jsonl", examples())
+def test_lines_of_the_original_have_lists_of_strings(tmp_path):
+  """The original gives each passage to a tokenizer, and draws from the positives and the negatives of every line."""
+  counts = write_original(tmp_path / "train.jsonl", examples(), separator="</s>")
   assert counts == {"queries": 2, "without a positive": 1, "without a negative": 1}
-  data = prepare_source(OriginalJsonl(tmp_path / "o"), tmp_path / "prepared")
-  split = data.splits["train"]
-  passages = [(passage.title, passage.text) for passage in data.passages.read()]
-  assert [query.text for query in split.queries.read()] == ["first?", "second?"]
-  wanted = [("", " ".join(filter(None, passage))) for passage in PASSAGES]
-  for row, (positives, negatives) in enumerate([([2, 0], [3, 4]), ([4], [0, 2])]):
-    assert [passages[place] for place in split.positives(row)] == [wanted[place] for place in positives]
-    assert [passages[place] for place in split.negatives.rows(row)] == [wanted[place] for place in negatives]
-
-
-def test_the_original_s_files_are_what_its_own_reader_takes(tmp_path):
-  """It hands each passage to a tokenizer as it stands, and draws from the positives and the negatives of every line."""
-  write_original(tmp_path / "train.jsonl", examples(), separator="</s>")
   with open(tmp_path / "train.jsonl", encoding="utf-8") as stream:
     lines = [json.loads(line) for line in stream]
-  assert len(lines) == 2 and lines[0]["negatives"] == ["Größe</s>three 猫", "four"]
-  for line in lines:
-    assert list(line) == ["query", "positives", "negatives"] and isinstance(line["query"], str)
-    for passages in (line["positives"], line["negatives"]):
-      assert passages and all(isinstance(passage, str) for passage in passages)
-
-
-def test_no_more_negatives_than_asked_for():
-  assert [len(example.negatives) for example in examples(most=1)] == [1, 1, 1, 0]
+  assert lines == [
+    {"query": "first?", "positives": ['two "quoted"', "T</s>zero"], "negatives": ["Größe</s>three 猫", "four"]},
+    {"query": "second?", "positives": ["four"], "negatives": ["T</s>zero", 'two "quoted"']},
+  ]
 
 
 def test_queries_must_be_those_of_the_pool():
@@ -74,7 +56,7 @@ def test_ntuples_have_the_same_columns_everywhere(tmp_path):
     {"anchor": "first?", "positive": "T | zero", **negatives},
     {"anchor": "second?", "positive": "four", "negative_1": "T | zero", "negative_2": 'two "quoted"'},
   ]
-  with pytest.raises(InputError, match="so many negatives: 3"):
+  with pytest.raises(InputError, match="this many negatives: 3"):
     write_ntuples(tmp_path / "n.jsonl", examples(), 3)
 
 

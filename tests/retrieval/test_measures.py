@@ -1,10 +1,13 @@
-"""Measures against hand-made cases and ir-measures' own providers."""
+"""Measures against small cases and ir-measures' own providers."""
+
+from __future__ import annotations
 
 import math
 
 import ir_measures
 import numpy as np
 import pytest
+import scipy.stats
 from ir_measures import Qrel, ScoredDoc
 
 from dptdr_jax.core.errors import InputError
@@ -31,7 +34,7 @@ def test_three_queries_by_hand():
   assert got.means()["RR@10"] == pytest.approx(1 / 2)
 
 
-def test_a_query_without_a_result_counts_zero_and_an_unjudged_one_not_at_all():
+def test_query_without_a_result_counts_zero_and_unjudged_one_is_left_out():
   run = Run.ranked(np.array([[-1, -1], [1, 0], [0, 1]]), np.array([[0, 0], [2, 1], [2.0, 1]]))
   qrels = Qrels.from_triples(np.array([0, 2]), np.array([0, 0]), np.array([1, 1]), 3)
   got = evaluate(run, qrels, ["RR@10", "R@20", "nDCG@10"])
@@ -40,8 +43,8 @@ def test_a_query_without_a_result_counts_zero_and_an_unjudged_one_not_at_all():
   assert got.means() == {"RR@10": 0.5, "R@20": 0.5, "nDCG@10": 0.5}
 
 
-def test_ties_stand_as_the_run_has_them():
-  # By id as a string "10" stands before "9": trec_eval and msmarco_eval would each turn one of these around.
+def test_ties_are_ordered_as_in_the_run():
+  # As a string "10" comes before "9": trec_eval and msmarco_eval would each swap one of these.
   qrels = Qrels.from_triples(np.array([0, 1]), np.array([9, 10]), np.array([1, 1]), 2)
   run = Run(np.array([[9, 10], [9, 10]], np.int32), np.ones((2, 2), np.float32))
   got = evaluate(run, qrels, ["RR@10", "RR", "nDCG@10"])
@@ -50,19 +53,7 @@ def test_ties_stand_as_the_run_has_them():
   assert got.values["nDCG@10"].tolist() == pytest.approx([1, 1 / math.log2(3)])
 
 
-NAMES = [
-  "RR@10",
-  "RR",
-  "R@5",
-  "R@20",
-  "R@100",
-  "nDCG@10",
-  "AP",
-  "Success@5",
-  "RR(rel=2)@10",
-  "R(rel=2)@20",
-  "AP(rel=2)",
-]
+NAMES = ["RR@10", "RR", "R@5", "R@100", "nDCG@10", "AP", "Success@5", "RR(rel=2)@10", "R(rel=2)@20", "AP(rel=2)"]
 
 
 def test_agrees_with_ir_measures_on_graded_judgements():
@@ -90,16 +81,23 @@ def test_agrees_with_ir_measures_on_graded_judgements():
 
 
 @pytest.mark.parametrize("name", ["MRR at 10", "recall@10", "RR(rell=2)@10", "Success"])
-def test_a_name_that_is_no_measure_is_named(name):
+def test_unknown_measure_is_named(name):
   qrels = Qrels.from_triples(np.array([0]), np.array([0]), np.array([1]), 1)
   with pytest.raises(InputError, match="measure"):
     evaluate(Run.empty(1, 5), qrels, [name])
 
 
-def test_nothing_judged_is_an_error():
+def test_no_judged_query_is_an_error():
   nothing = np.zeros(0, np.int64)
   with pytest.raises(InputError, match="no judged query"):
     evaluate(Run.empty(2, 5), Qrels.from_triples(nothing, nothing, nothing, 2))
+
+
+def test_query_with_negative_grades_alone_counts_zero():
+  qrels = Qrels.from_triples(np.array([0, 1]), np.array([0, 1]), np.array([-2, 1]), 2)
+  run = Run(np.array([[0, 1], [0, 1]], np.int32), np.array([[2, 1], [2, 1]], np.float32))
+  got = evaluate(run, qrels, ["RR@10", "nDCG@10", "R@5", "AP"])
+  assert all(values.tolist()[0] == 0 < values[1] for values in got.values.values())
 
 
 def test_hits_become_success():
@@ -107,24 +105,30 @@ def test_hits_become_success():
   assert evaluate_hits(hits, (1, 2, 100)).means() == {"Success@1": 0.25, "Success@2": 0.5, "Success@100": 0.75}
 
 
-def test_bootstrap_interval_is_near_the_normal_one():
+def test_bootstrap_interval_is_close_to_the_normal_one():
   values = np.random.default_rng(0).normal(0.5, 0.2, 400)
   low, high = bootstrap_interval(values)
   half = 1.96 * values.std() / 20
   assert low == pytest.approx(values.mean() - half, abs=0.002)
   assert high == pytest.approx(values.mean() + half, abs=0.002)
   assert bootstrap_interval(values) == (low, high)
-  assert bootstrap_interval(np.full(5, 0.25)) == (0.25, 0.25)
+  assert bootstrap_interval(np.full(5, 0.25)) == bootstrap_interval(np.full(1, 0.25)) == (0.25, 0.25)
 
 
-def test_randomisation_test_against_all_sign_patterns():
+def test_randomisation_test_is_scipy_s_and_that_of_all_sign_patterns():
   a, b = np.array([0.9, 0.8, 0.7, 0.9, 0.2, 0.6]), np.array([0.5, 0.9, 0.1, 0.4, 0.1, 0.3])
   signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1).T
   exact = (np.abs(signs @ (a - b)) >= abs((a - b).sum()) - 1e-12).mean()
-  assert randomisation_test(a, b, samples=40_000) == pytest.approx(exact, abs=0.006)
+  assert randomisation_test(a, b) == pytest.approx(exact, abs=0.01)
+  generator = np.random.default_rng(0)
+  pair = generator.normal(0.5, 0.2, (2, 100)) + [[0], [0.05]]
+  drawn = scipy.stats.permutation_test(
+    pair, lambda x, y, axis: np.abs((x - y).mean(axis)), permutation_type="samples", vectorized=True, n_resamples=9999,
+    alternative="greater", rng=generator,
+  )  # fmt: skip
+  assert 0.05 < drawn.pvalue < 0.8 and randomisation_test(*pair) == pytest.approx(drawn.pvalue, abs=0.02)
   assert randomisation_test(a, a) == 1.0
   many = np.tile(a, 40), np.tile(b, 40)
-  assert randomisation_test(*many) < 0.001
-  assert randomisation_test(*many) == randomisation_test(*many[::-1])
+  assert randomisation_test(*many) == randomisation_test(*many[::-1]) < 0.001
   with pytest.raises(ValueError, match="not pairs"):
     randomisation_test(a, b[:3])

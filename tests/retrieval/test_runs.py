@@ -1,4 +1,6 @@
-"""Runs in memory and on disk."""
+"""Runs in memory, as shards and as files."""
+
+from __future__ import annotations
 
 import gzip
 import pathlib
@@ -9,7 +11,7 @@ import pytest
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retrieval import runs
 from dptdr_jax.retrieval.qrels import Qrels
-from dptdr_jax.retrieval.runs import Run, read_msmarco, read_trec, write_msmarco, write_trec
+from dptdr_jax.retrieval.runs import Run, read_msmarco, read_trec, write_msmarco, write_run, write_trec
 
 PASSAGES = ["p-zero", "p-one", "p-two", "p-three"]
 QUERIES = ["q0", "q1", "q2"]
@@ -41,11 +43,45 @@ def test_ranked_orders_by_score_then_row_with_fills_last():
   assert got.counts().tolist() == [4]
 
 
+def test_saved_run_is_opened_and_replaced(run, tmp_path):
+  other = Run(run.rows[::-1].copy(), run.scores[::-1].copy())
+  for some in (run, other, Run.empty(0, 3), Run.empty(2, 0)):
+    some.save(tmp_path)
+    got = Run.open(tmp_path)
+    assert same(got, some) and (len(got), got.depth) == (len(some), some.depth)
+    assert got.counts().tolist() == some.counts().tolist()
+
+
+def test_search_in_shards_goes_on_and_reads_as_one_run(run, tmp_path):
+  searched = []
+
+  def search(queries: range) -> Run:
+    searched.append(list(queries))
+    return Run(run.rows[list(queries)], run.scores[list(queries)])
+
+  got = write_run(tmp_path, 3, 3, search, size=2)
+  (tmp_path / "scores-00001.npy").unlink()
+  with pytest.raises(InputError, match=r"scores-00001\.npy: no such file"):
+    Run.open(tmp_path)
+  assert same(write_run(tmp_path, 3, 3, search, size=2), run) and searched == [[0, 1], [2], [2]]
+  assert np.array_equal(got.rows[1:, :2], run.rows[1:, :2])
+  (tmp_path / "manifest.json").write_text('{"kind": "run", "count": 3, "shard_rows": 2, "depth": "3"}')
+  with pytest.raises(InputError, match=r"manifest\.json: depth must be a number"):
+    Run.open(tmp_path)
+
+
 def test_trec_round_trip_is_exact(run, tmp_path):
   write_trec(tmp_path / "a.trec", run, QUERIES, PASSAGES, "ours")
   lines = (tmp_path / "a.trec").read_text().splitlines()
   assert lines[0] == "q0 Q0 p-three 1 0.333333343 ours"
   assert len(lines) == 5
+  by_line = [
+    f"{QUERIES[query]} Q0 {PASSAGES[row]} {rank} {score:.9g} ours"
+    for query in range(3)
+    for rank, (row, score) in enumerate(zip(run.rows[query].tolist(), run.scores[query].tolist(), strict=True), 1)
+    if row >= 0
+  ]
+  assert lines == by_line
   assert same(read_trec(tmp_path / "a.trec", *KNOWN), run)
   cut = read_trec(tmp_path / "a.trec", *KNOWN, depth=1)
   assert cut.rows.tolist() == [[3], [-1], [1]]
@@ -63,13 +99,37 @@ def test_msmarco_round_trip_and_gzip(run, tmp_path):
     assert (tmp_path / "b.tsv").read_text() == text
 
 
-def test_a_run_in_any_order_is_sorted(tmp_path):
+def test_ids_with_format_signs_are_written_as_they_are(run, tmp_path):
+  write_trec(tmp_path / "a", run, ["%s", "q", "%"], ["a%d", "b%", "c", "d"], "100%")
+  assert (tmp_path / "a").read_text().splitlines()[1] == "%s Q0 a%d 2 9.99999968e-21 100%"
+
+
+def test_queries_are_written_in_blocks(tmp_path, monkeypatch):
+  run = Run.ranked(np.arange(70).reshape(7, 10) % 13, np.random.default_rng(0).normal(size=(7, 10)))
+  for name, size in (("whole", 100), ("blocks", 2)):
+    monkeypatch.setattr(runs, "_QUERIES", size)
+    write_trec(tmp_path / name, run, [f"q{i}" for i in range(7)], [f"p{i}" for i in range(13)], "x")
+  assert (tmp_path / "whole").read_bytes() == (tmp_path / "blocks").read_bytes()
+
+
+def test_byte_order_mark_is_not_part_of_the_first_id(run, tmp_path):
+  write_trec(tmp_path / "plain", run, QUERIES, PASSAGES, "x")
+  (tmp_path / "bom").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "plain").read_bytes())
+  assert same(read_trec(tmp_path / "bom", *KNOWN), run)
+
+
+def test_order_is_that_of_the_scores_in_full_precision(tmp_path):
+  (tmp_path / "a").write_text("q0 Q0 p-two 1 1.00000001 x\nq0 Q0 p-one 2 1.000000009 x\n")  # equal in float32
+  assert read_trec(tmp_path / "a", *KNOWN).rows[0].tolist() == [2, 1]
+
+
+def test_lines_in_any_order_are_sorted(tmp_path):
   (tmp_path / "a").write_text("q2 Q0 p-two 1 1.0 x\nq0 Q0 p-two 2 5 x\n\nq2 Q0 p-one 9 1.0 x\nq0 Q0 p-one 1 6 x\n")
   assert read_trec(tmp_path / "a", *KNOWN).rows.tolist() == [[1, 2], [-1, -1], [1, 2]]
 
 
 @pytest.mark.parametrize("depth", [None, 3, 1])
-def test_a_long_file_is_read_block_by_block(tmp_path, monkeypatch, depth):
+def test_long_file_is_read_block_by_block(tmp_path, monkeypatch, depth):
   rng = np.random.default_rng(0)
   passages = [f"p{row}" for row in range(40)]
   pairs = [(query, row) for query in range(5) for row in rng.choice(40, rng.integers(1, 12), replace=False)]
@@ -86,7 +146,7 @@ def test_a_long_file_is_read_block_by_block(tmp_path, monkeypatch, depth):
   assert same(read_trec(tmp_path / "mixed", *known, depth), whole)
   (tmp_path / "mixed").write_text("".join([*lines, lines[0]]))
   if depth is None:
-    with pytest.raises(InputError, match=f"mixed:{len(lines) + 1}: passage stands twice"):
+    with pytest.raises(InputError, match=f"mixed:{len(lines) + 1}: passage is listed twice"):
       read_trec(tmp_path / "mixed", *known, depth)
 
 
@@ -98,8 +158,10 @@ def test_a_long_file_is_read_block_by_block(tmp_path, monkeypatch, depth):
     ("q0 Q0 p-one -1 2.0 x", "rank is not a whole number"),
     ("q0 Q0 p-one 1 two x", "score is not a number"),
     ("q0 Q0 p-one 1 nan x", "score is not finite"),
+    ("q0 Q0 p-one 1 1e39 x", "score is not finite"),
+    ("q1 Q0 p-two 2 2.5 x", "the score is higher than that of an earlier rank"),
     ("q0 Q0 p-nine 1 2.0 x", "unknown passage id: 'p-nine'"),
-    ("q1 Q0 p-one 7 9.0 x", "passage stands twice"),
+    ("q1 Q0 p-one 7 9.0 x", "passage is listed twice"),
   ],
 )
 def test_bad_trec_lines_are_named(tmp_path, line, says):
@@ -110,8 +172,8 @@ def test_bad_trec_lines_are_named(tmp_path, line, says):
   assert f"{path}:2: " in str(error.value)
 
 
-def test_queries_that_are_not_asked_are_skipped(tmp_path, caplog, monkeypatch):
-  monkeypatch.setattr(runs, "_LINES", 2)  # one block has no other ones
+def test_unknown_queries_are_skipped(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(runs, "_LINES", 2)  # one block has unknown ones alone
   caplog.set_level("INFO", "dptdr_jax")
   lines = [f"{query} Q0 {passage} 1 2.0 x\n" for query in ("q8", "q1", "q9") for passage in ("p-two", "p-one")]
   (tmp_path / "a.trec").write_text("".join(lines))
@@ -130,15 +192,15 @@ def test_bad_msmarco_lines_are_named(tmp_path, line):
     read_msmarco(tmp_path / "bad.tsv", *KNOWN)
 
 
-def test_a_truncated_gzip_run_is_named(tmp_path):
-  lines = "".join(f"q0 Q0 p-one {i} {np.sin(i)} x\n" for i in range(2000)).replace("p-one", "p-two", 1)
+def test_truncated_gzip_file_is_named(tmp_path):
+  lines = "".join(f"q0 Q0 p-{i} {i} {np.sin(i)} x\n" for i in range(2000))
   whole = gzip.compress(lines.encode())
   (tmp_path / "a.gz").write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(InputError, match="cannot be read on"):
+  with pytest.raises(InputError, match=r"a\.gz:\d+: cannot be read any further"):
     read_trec(tmp_path / "a.gz", *KNOWN)
 
 
-def test_a_failed_write_leaves_the_old_file(run, tmp_path):
+def test_failed_write_leaves_the_old_file(run, tmp_path):
   path = tmp_path / "a.trec"
   write_trec(path, run, QUERIES, PASSAGES, "first")
   before = path.read_text()
@@ -148,7 +210,7 @@ def test_a_failed_write_leaves_the_old_file(run, tmp_path):
   assert [file.name for file in pathlib.Path(tmp_path).iterdir()] == ["a.trec"]
 
 
-def test_qrels_sort_and_the_last_judgement_counts():
+def test_qrels_are_sorted_and_the_last_judgement_counts():
   qrels = Qrels.from_triples(np.array([2, 0, 2, 2]), np.array([7, 1, 3, 7]), np.array([1, 1, 2, 0]), 4)
   assert qrels.offsets.tolist() == [0, 1, 1, 3, 3]
   assert [part.tolist() for part in qrels.of(2)] == [[3, 7], [2, 0]]
@@ -156,3 +218,5 @@ def test_qrels_sort_and_the_last_judgement_counts():
   assert len(qrels) == 4
   with pytest.raises(ValueError, match="query rows go from 0 to 4"):
     Qrels.from_triples(np.array([0, 4]), np.array([1, 1]), np.array([1, 1]), 4)
+  with pytest.raises(InputError, match="beyond 32 bits: 3000000000"):
+    Qrels.from_triples(np.array([0]), np.array([1]), np.array([3_000_000_000]), 4)

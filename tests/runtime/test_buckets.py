@@ -47,17 +47,15 @@ def test_sigterm_ends_it_within_a_batch(monkeypatch):
   seen = []
   monkeypatch.setattr(preemption, "asked", lambda: len(seen) == 3)
   arguments = (lambda batch: seen.append(1) or batch["tokens"].sum(1), Numbered([16] * 100), make_mesh())
-  with pytest.raises(preemption.Preempted, match="texts will begin again"):
+  with pytest.raises(preemption.Preempted, match="texts begins again"):
     map_sequences(*arguments, batch_tokens=16, description="texts")
   assert len(seen) == 3
 
 
-def test_a_lone_sequence_pays_for_itself_alone():
-  assert [(places.tolist(), width, size) for places, width, size in plan(np.array([9]), 512, 16384, 1)] == [
-    ([0], 16, 1)
-  ]
-
-
-def test_longest_first_and_short_ones_fill_up():
-  planned = list(plan(np.array([3, 60, 20, 64, 5]), 512, 192, 1))
-  assert [(places.tolist(), width, size) for places, width, size in planned] == [([1, 3, 2], 64, 3), ([0, 4], 16, 2)]
+@pytest.mark.parametrize(
+  ("lengths", "batches"),
+  [([9], [([0], 16, 1)]), ([3, 60, 20, 64, 5], [([1, 3, 2], 64, 3), ([0, 4], 16, 2)])],
+)
+def test_batches_are_longest_first_and_only_the_last_is_small(lengths, batches):
+  planned = plan(np.array(lengths), 512, 192, 1)
+  assert [(places.tolist(), width, size) for places, width, size in planned] == batches

@@ -1,4 +1,4 @@
-"""Two real processes meet at a barrier; one that waits in vain says where; half an address is an error."""
+"""Two real processes meet; one that waits in vain says where; half an address is an error."""
 
 import os
 import socket
@@ -13,16 +13,17 @@ from dptdr_jax.runtime import hosts
 PROGRAM = """
 import sys, time
 from dptdr_jax.runtime import hosts
+from dptdr_jax.runtime.hosts import TEAM
 index = int(sys.argv[2])
 hosts.initialize("localhost:" + sys.argv[1], 2, index)
-assert hosts.process_count() == 2 and hosts.is_main() == (index == 0)
-hosts.barrier("both")
-assert hosts.first_says(lambda: {"index": index}) == {"index": 0}
-assert hosts.all_say("all", True) and not hosts.all_say("one of two", index == 0)
+assert TEAM.count == 2 and TEAM.index == index and TEAM.is_main == (index == 0)
+TEAM.barrier("both")
+assert TEAM.first_says(lambda: {"index": index}) == {"index": 0}
+assert TEAM.all_say("all", True) and not TEAM.all_say("one of two", index == 0)
 if index == 1:
   time.sleep(3)
 try:
-  hosts.barrier("alone", timeout_s=60 if index else 0.5)
+  TEAM.barrier("alone", timeout_s=60 if index else 0.5)
 except Exception as error:
   print(type(error).__name__, error, flush=True)
 if index == 0:
@@ -34,31 +35,32 @@ STOPPED = """
 import os, signal, sys
 from dptdr_jax.core import preemption
 from dptdr_jax.runtime import hosts
+from dptdr_jax.runtime.hosts import TEAM
 index, way = int(sys.argv[2]), sys.argv[3]
 hosts.initialize("localhost:" + sys.argv[1], 2, index)
 preemption.install()
-hosts.barrier("both")
+TEAM.barrier("both")
 if index == 1:
   os.kill(os.getpid(), signal.SIGTERM)
 try:
   if index == 1 and way == "inside a stage":
     preemption.check("after shard 3")
   if way == "at a trial":
-    hosts.first_says(lambda: 1) if index == 0 else preemption.check("after shard 3")
+    TEAM.first_says(lambda: 1) if index == 0 else preemption.check("after shard 3")
   if way == "at a question":
-    hosts.all_say("is it there", False)
-  hosts.barrier("after the stage", timeout_s=60)
+    TEAM.all_say("is it there", False)
+  TEAM.barrier("after the stage", timeout_s=60)
 except preemption.Preempted as stop:
   if not stop.agreed:
-    hosts.tell_stop()
+    TEAM.tell_stop()
   print(stop, flush=True)
 """
 
 
 def test_one_process_waits_for_nobody():
   hosts.initialize()
-  hosts.barrier("anywhere", timeout_s=0.0)
-  assert hosts.is_main() and hosts.process_count() == 1
+  hosts.TEAM.barrier("anywhere", timeout_s=0.0)
+  assert hosts.TEAM.is_main and hosts.TEAM.count == 1 and hosts.TEAM.first_says(lambda: 7) == 7
 
 
 def test_auto_leaves_all_to_jax(monkeypatch):
@@ -85,7 +87,7 @@ def test_half_an_address(values):
     ({"JAX_COORDINATOR_ADDRESS": "a:1234"}, True),
   ],
 )
-def test_environment_says_whether_there_are_others(environment, joins):
+def test_the_environment_says_whether_there_is_a_cluster(environment, joins):
   assert hosts._environment_has_cluster(environment) == joins
 
 
@@ -105,8 +107,8 @@ def run_two(program, *arguments):
   return out, other
 
 
-def test_two_processes_meet_and_a_lonely_one_gives_up():
-  assert "LostError process 0 waited 0.5 s at 'alone' for the others (1 of 2)" in run_two(PROGRAM)[0]
+def test_two_processes_meet_and_one_that_waits_in_vain_gives_up():
+  assert "LostError process 0 waited 0.5 s at 'alone' for processes 1 of 2" in run_two(PROGRAM)[0]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_two_processes_meet_and_a_lonely_one_gives_up():
     ("at a question", "is it there"),
   ],
 )
-def test_who_is_told_to_stop_tells_the_others(way, where):
+def test_a_process_that_was_told_to_stop_tells_the_other(way, where):
   waiting, told = (printed.splitlines()[-1] for printed in run_two(STOPPED, way))  # gloo prints too
   assert waiting == f"all processes stop at '{where}'"
   assert told == (waiting if way in ("at a barrier", "at a question") else "after shard 3")

@@ -1,4 +1,4 @@
-"""The tiny corpus in the very files that MS MARCO, DPR's Natural Questions and the original's training come in."""
+"""The tiny corpus in the file formats of MS MARCO, DPR's Natural Questions and the original's training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PASSAGES, TRAIN, HELD_OUT = 64, 32, 12
 
 
 def write(path: pathlib.Path, lines: Iterable[str]) -> None:
-  """Writes lines; packed where the name ends in .gz."""
+  """Writes lines; gzipped if the name ends in .gz."""
   path.parent.mkdir(parents=True, exist_ok=True)
   text = "".join(f"{line}\n" for line in lines).encode()
   path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
@@ -29,7 +29,7 @@ def asked(count: int, seed: int) -> list[tuple[int, str]]:
 
 
 def msmarco(directory: pathlib.Path) -> pathlib.Path:
-  """Writes all that configs/msmarco.py reads; every seventh passage has no title, some queries no judgement."""
+  """Writes all files that configs/msmarco.py reads; every seventh passage has no title, some queries no judgement."""
   corpus = tiny.sentences(PASSAGES, 14, seed=0)
   write(directory / "collection.tsv", (f"{row}\t{text}" for row, (_, text) in enumerate(corpus)))
   titles = (f"{row}\t{topic}" for row, (topic, _) in enumerate(corpus) if row % 7)
@@ -43,7 +43,7 @@ def msmarco(directory: pathlib.Path) -> pathlib.Path:
     f"{number}\t{row}\t{(row + 8 * step) % PASSAGES}"
     for number, (row, _) in enumerate(train, 1000)
     for step in (1, 2, 3)
-  )  # of the same topic, as BM25's are
+  )  # of the same topic, like BM25's
   write(directory / "qidpidtriples.train.full.2.tsv.gz", triples)
   for year, queries in (("2019", dl19), ("2020", dl20)):
     numbered = [*enumerate(queries, int(year) * 10), (int(year) * 10 + 9, (0, "never judged"))]
@@ -55,7 +55,7 @@ def msmarco(directory: pathlib.Path) -> pathlib.Path:
 
 
 def nq(directory: pathlib.Path) -> pathlib.Path:
-  """Writes all that configs/nq.py reads; passage ids count from 1, and one question in five has no positive."""
+  """Writes all files that configs/nq.py reads; passage ids count from 1, one question in five has no positive."""
   corpus = tiny.sentences(PASSAGES, 14, seed=0)
   rows = (f'{row}\t"{text}"\t{topic}' for row, (topic, text) in enumerate(corpus, 1))
   write(directory / "psgs_w100.tsv.gz", ["id\ttext\ttitle", *rows])
@@ -80,7 +80,7 @@ def nq(directory: pathlib.Path) -> pathlib.Path:
 
 
 def original(directory: pathlib.Path, encode: Callable[[str], list[int] | str]) -> pathlib.Path:
-  """Writes the original's train.jsonl and dev.jsonl.gz; `encode` makes of a text what stands for it there."""
+  """Writes the original's train.jsonl and dev.jsonl.gz; `encode` turns a text into token ids, or leaves it."""
   corpus = tiny.sentences(PASSAGES, 14, seed=0)
   for name, queries in (("train.jsonl", asked(TRAIN, 1)), ("dev.jsonl.gz", asked(HELD_OUT, 2))):
     lines = (

@@ -1,59 +1,41 @@
-"""Runs the main job with its copy on a remote, and ends it at a chosen point: `python lost_disk.py POINT FLAGS...`.
+"""Runs the main job with its copy on a remote, and ends it at a chosen point of round 1's training.
 
-POINT is `checkpoint:STEP` (SIGKILL when the copy has that checkpoint of train1), `sigterm:STEP` (SIGTERM to itself when
-it is saved), `shard:N` (SIGKILL when the copy has the Nth embedding shard, from 1) or `none`. The copy is made at the
-points alone, so that it is known what it holds; with `none` it is made in the background, as fast as it can.
+Points: `kill:N` (SIGKILL when the Nth checkpoint is on the remote), `term:N` (SIGTERM to itself when it is made),
+`upload` (SIGKILL between the files of the finished artefact and its artefact.json) and `none`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
+from collections.abc import Sequence
+
+from support import doom, forks
 
 
-def main(point: str, flags: list[str]) -> None:
+def main(point: str, flags: Sequence[str]) -> None:
   """Patches what the point hangs on, then runs the main job with `flags`."""
-  sys.path.insert(0, os.getcwd())  # as `python -m` has it; the configs import each other from there
-  from dptdr_jax import main as job
-  from dptdr_jax.core import mirror
-  from dptdr_jax.retrieval.embeddings import EmbeddingWriter
-  from dptdr_jax.runtime.checkpoints import Checkpoints
+  from dptdr_jax.core.remote import RemoteDirectory
+  from dptdr_jax.core.remote_store import RemoteStore
 
   kind, _, number = point.partition(":")
-  followed = {}
-  shards = []
+  taken = []
 
-  def follows(copy, key, stop):
-    followed.update(update=lambda: copy.update(key, ended=False), name=copy.name)
-
-  def die() -> None:
-    followed["update"]()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-  def saves(checkpoints, step, *arguments, **options):
-    save(checkpoints, step, *arguments, **options)
-    if followed.get("name") == "train1" and step == int(number):
-      if kind == "sigterm":
+  def snapshot(store, name, directory):
+    take(store, name, directory)
+    taken.extend([name] if name.startswith("train/") else [])
+    if number and len(taken) == int(number):
+      if kind == "term":
         os.kill(os.getpid(), signal.SIGTERM)
-      elif kind == "checkpoint":
-        checkpoints.wait()
-        die()
+      else:
+        store.last(60)
+        doom.die()
 
-  def writes(writer, *arguments):
-    write(writer, *arguments)
-    shards.append(writer)
-    if kind == "shard" and len(shards) == int(number):
-      die()
+  def write(directory, name, content):
+    if kind == "upload" and name.startswith("train/") and name.endswith("/artefact.json"):
+      doom.die()
+    put(directory, name, content)
 
-  mirror.EVERY_S = 0.001
-  if kind != "none":
-    mirror._keep_copying = follows
-    save, write = Checkpoints.save, EmbeddingWriter.write
-    Checkpoints.save, EmbeddingWriter.write = saves, writes
-  sys.argv = ["main", *flags]
-  job.run()
-
-
-if __name__ == "__main__":
-  main(sys.argv[1], sys.argv[2:])
+  take, put = RemoteStore.snapshot, RemoteDirectory.write
+  RemoteStore.snapshot, RemoteDirectory.write = snapshot, write
+  forks.job(flags)

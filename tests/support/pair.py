@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
+import functools
 import json
 import os
 import pathlib
@@ -19,12 +19,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from support import doom, member, quick
+from support import doom, quick
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROCESSES = 2
 SPARE = 5  # further attempts: on a busy machine gloo may give up on a slow process, after 30 s
-RENAMES = ("rename", "checkpoint")
+RENAMES = ("rename", "finish", "checkpoint")
 
 Events = Mapping[int, collections.Counter]  # of each process: how often 'STAGE KIND' came in an undisturbed run
 
@@ -81,7 +81,6 @@ def run(workdir: pathlib.Path, flags: Sequence[str], kills: Sequence[Kill] = (),
     "PATH": f"{log / 'bin'}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     "XLA_FLAGS": quick.xla_flags(),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "RESTARTS": str(len(kills) + SPARE if restarts is None else restarts), "PAUSE": "0", "GRACE": "2",
   }  # fmt: skip
   command = ["bash", str(ROOT / "launch/local_cluster.sh"), str(PROCESSES), "2", "--", *flags, f"--workdir={workdir}"]
@@ -96,13 +95,6 @@ def events(workdir: pathlib.Path) -> Events:
   log = workdir.with_suffix(".doom")
   lines = {index: (log / f"events-{index}").read_text().splitlines() for index in range(PROCESSES)}
   return {index: collections.Counter(found) for index, found in lines.items()}
-
-
-def hashes(workdir: pathlib.Path) -> dict[str, str]:
-  """SHA-256 of what a run ends with: measures, prompts, a pretrained backbone."""
-  names = ["results.json", "*/retriever/prompts.safetensors", "pretrain/backbone/model.safetensors"]
-  found = sorted(path for name in names for path in workdir.glob(name))
-  return {str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def draw(found: Events, stage: str, renames: bool, generator: random.Random) -> Kill:
@@ -123,23 +115,23 @@ def _records(log: pathlib.Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def strike(log: pathlib.Path, kill: Kill) -> None:
+  """Notes the kill, then makes it."""
+  record = dataclasses.asdict(kill) | {"between": kill.between, "time": time.strftime("%F %T")}
+  with open(log / "kills.jsonl", "a", encoding="utf-8") as stream:
+    stream.write(json.dumps(record) + "\n")
+  os.kill(int((log / f"pid-{kill.victim}").read_text()), signal.SIGKILL)
+
+
 def main(log: pathlib.Path, flags: list[str]) -> None:
   """One process of the run: says who it is, and strikes where the plan has the next kill by its count."""
   me = next(int(flag.removeprefix("--process=")) for flag in flags if flag.startswith("--process="))
   quick.collect_seldom()
-  member.keep_compiled(log.parent / f"compiled-{me}")
   (log / f"pid-{me}").write_text(str(os.getpid()))
   plan, done = json.loads((log / "plan.json").read_text()), len(_records(log))
   kill = Kill(**plan[done]) if done < len(plan) else None
-
-  def strike() -> None:
-    record = dataclasses.asdict(kill) | {"between": kill.between, "time": time.strftime("%F %T")}
-    with open(log / "kills.jsonl", "a", encoding="utf-8") as stream:
-      stream.write(json.dumps(record) + "\n")
-    os.kill(int((log / f"pid-{kill.victim}").read_text()), signal.SIGKILL)
-
   point = f"{kill.stage}:{kill.kind}:{kill.at}" if kill is not None and kill.clock == me else "none"
-  doom.main(str(log / f"events-{me}"), point, flags, strike)
+  doom.main(log / f"events-{me}", point, flags, functools.partial(strike, log, kill))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import pathlib
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # of `configs`, which are beside the package
 
 TOPICS = {
   "sorting": "merge quick heap stable order compare swap pivot list array sorted ascending",
@@ -160,15 +166,40 @@ def _head(family: str, size: int, hidden: int, normal: Callable[..., np.ndarray]
   }  # fmt: skip
 
 
+_SMALL = {
+  "prompt.length": 4, "text.passage_length": 32, "train.steps": 4, "train.queries": 8, "train.evaluate_every": 2,
+  "train.learning_rate": 0.01, "train.negatives": "bm25", "train.query_chunk": 0, "train.passage_chunk": 0,
+  "log_every": 1, "pretrain.spans": 16, "pretrain.span_tokens": 18, "pretrain.steps": 2, "pretrain.evaluate_every": 2,
+  "cross.steps": 2, "cross.queries": 4, "cross.passages": 2, "cross.length": 4, "cross.pair_length": 48,
+  "cross.evaluate_every": 2, "cross.evaluate_queries": 8, "cross.rerank": 10, "cross.depth": 5,
+  "mine.bm25.depth": 10, "mine.dense.depth": 20, "evaluate.measures": ("RR@10", "R@100"), "backbone.sha256": "",
+}  # fmt: skip
+
+
+def config(directory: pathlib.Path, name: str = "beir", **fields: Any):
+  """configs/NAME.py over DIR/data and DIR/backbone, which are written first, at their size.
+
+  Args:
+    fields: settings by their names with '__' for '.'.
+  """
+  if not (directory / "data").exists():
+    beir(directory / "data")
+  if not (directory / "backbone").exists():
+    backbone(directory / "backbone")
+  made = importlib.import_module(f"configs.{name}").get_config()
+  made.data.dir, made.backbone.path = str(directory / "data"), str(directory / "backbone")
+  made.update_from_flattened_dict(_SMALL | {key.replace("__", "."): value for key, value in fields.items()})
+  return made
+
+
 def run_flags(directory: pathlib.Path) -> list[str]:
   """Flags of a run of seconds on data and a backbone that are written to `directory`; only --workdir is missing."""
-  root = pathlib.Path(__file__).parents[2]
   data, model = beir(directory / "data"), backbone(directory / "backbone")
   return [
-    f"--config={root}/configs/beir.py", f"--config.data.dir={data}", f"--config.backbone.path={model}",
+    f"--config={ROOT}/configs/beir.py", f"--config.data.dir={data}", f"--config.backbone.path={model}",
     "--config.train.steps=12", "--config.train.queries=8", "--config.train.checkpoint_every=3",
-    "--config.train.evaluate_every=4", "--config.train.log_every=1", "--config.train.negatives=bm25",
+    "--config.train.evaluate_every=4", "--config.log_every=1", "--config.train.negatives=bm25",
     "--config.train.learning_rate=0.05", "--config.prompt.length=4", "--config.text.passage_length=32",
-    "--config.encode.shard_passages=16", "--config.evaluate.examples=2", "--config.pretrain.mlm_weight=1",
+    "--config.encode.shard_passages=16", "--config.pretrain.mlm_weight=1",
     "--config.pretrain.neighbours=1", "--config.pretrain.overlap=False",
   ]  # fmt: skip

@@ -1,45 +1,25 @@
-"""The cross-encoder's step: the loss by numpy, 8 devices = 1, micro-batches = the whole, and it learns."""
+"""The cross-encoder's step: the loss by numpy, and the same gradient whatever the micro-batches and devices."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training.common import ENCODER, backbone, distance, mesh_of, put
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.models import cross
-from dptdr_jax.models.config import EncoderConfig
-from dptdr_jax.models.convert import init_params
-from dptdr_jax.models.dropout import Dropout
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states
 from dptdr_jax.training.cross_encoder import CrossModel, balanced, loss_and_gradient, make_cross_step, weighted_loss
 from dptdr_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from dptdr_jax.training.seeded import row_keys
 from dptdr_jax.training.state import init_state
 
-ENCODER = EncoderConfig(
-  "bert", vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_positions=40
-)
 MODEL = CrossModel(ENCODER, PromptSpec("deep", length=4))
 OPTIMIZER = make_optimizer(make_schedule(1e-2, 60), weight_decay=0.01)
 GROUP = 4
-
-
-def mesh_of(count):
-  devices = jax.devices()[:count]
-  return jax.make_mesh((count, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-
-
-@functools.cache
-def backbone():
-  return init_params(jax.random.key(1), dataclasses.replace(ENCODER, initializer_range=0.2))
-
-
-def put(tree, devices):
-  return jax.device_put(tree, NamedSharding(mesh_of(devices), PartitionSpec()))
 
 
 def make_state(devices=1):
@@ -50,7 +30,7 @@ def make_state(devices=1):
 
 
 def make_batch(seed=0, queries=8):
-  """A toy task: a pair is relevant where its third token is one of five."""
+  """A toy task: a pair is relevant if its third token is one of five."""
   rng = np.random.default_rng(seed)
   count = queries * GROUP
   relevant = np.arange(count) % GROUP == 0
@@ -67,17 +47,8 @@ def make_batch(seed=0, queries=8):
 
 @functools.cache
 def gradient_of(devices=1, chunk=0):
-  @jax.jit
-  def run(state, backbone, batch):
-    return loss_and_gradient(MODEL, 5, chunk, mesh_of(devices), state, backbone, batch)
-
+  run = jax.jit(functools.partial(loss_and_gradient, MODEL, seed=5, chunk=chunk, mesh=mesh_of(devices)))
   return jax.device_get(run(make_state(devices), put(backbone(), devices), make_batch()))
-
-
-def distance(left, right):
-  """Relative L2 over all leaves."""
-  left, right = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right))
-  return np.linalg.norm(left - right) / np.linalg.norm(right)
 
 
 def test_loss_by_numpy():
@@ -92,7 +63,7 @@ def test_loss_by_numpy():
   assert loss == 200, "no overflow where a probability rounds to 0"
 
 
-def test_even_odds_are_what_a_constant_learns_whatever_the_number_of_negatives():
+def test_a_constant_learns_probability_one_half_with_any_number_of_negatives():
   for negatives in (1, 3, 9):
     relevant = jnp.arange(1 + negatives) == 0
     slope = jax.grad(
@@ -129,7 +100,7 @@ def test_logits_by_numpy(head):
   assert logits.dtype == np.float32 and np.ptp(logits) > 0.1
 
 
-def test_the_match_of_texts_that_are_empty_or_padded_further():
+def test_match_of_empty_and_longer_padded_texts():
   generator = np.random.default_rng(0)
   hidden, lengths = generator.normal(size=(3, 8, 16)).astype(np.float32), np.array([6, 6, 4])
   hidden[2, :4] = 1  # no token is apart from the others
@@ -149,7 +120,7 @@ def test_gradient_is_that_of_the_plain_loss():
 
   def loss(trainable):
     row_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(len(batch["tokens"])))
+    keys = row_keys(row_key, jnp.arange(len(batch["tokens"])))
     arguments = (trainable, backbone(), batch["tokens"], batch["lengths"], batch["segments"])
     logits = MODEL.logits(*arguments, keys=keys, batch_key=batch_key)
     return weighted_loss(logits, batch["relevant"], balanced(batch["relevant"], batch["real"]))[0]
@@ -161,53 +132,30 @@ def test_gradient_is_that_of_the_plain_loss():
 
 
 @pytest.mark.parametrize(("devices", "chunk"), [(1, 4), (8, 0), (8, 2)])
-def test_devices_and_micro_batches_change_nothing(devices, chunk):
+def test_devices_and_micro_batches_do_not_change_the_gradient(devices, chunk):
   whole, other = gradient_of(), gradient_of(devices, chunk)
-  for ours, theirs in zip(other, whole, strict=True):
-    assert distance(ours, theirs) < 1e-6
+  for mine, theirs in zip(other, whole, strict=True):
+    assert distance(mine, theirs) < 1e-6
 
 
-@functools.cache
-def make_step(devices, chunk=0):
-  return make_cross_step(MODEL, OPTIMIZER, seed=5, chunk=chunk, mesh=mesh_of(devices))
+def test_the_step_trains_and_measures():
+  step = make_cross_step(MODEL, OPTIMIZER, seed=5, chunk=2, mesh=mesh_of(8))
+  state, metrics = step(make_state(8), put(backbone(), 8), make_batch())
+  np.testing.assert_allclose(metrics["loss"], gradient_of()[0], rtol=1e-5)
+  assert set(metrics) == {"loss", "accuracy", "gradient_norm", "learning_rate"}
+  assert state.step == 1 and distance(jax.device_get(state.trainable), jax.device_get(make_state().trainable)) > 1e-3
 
 
-def test_five_steps_on_eight_devices_in_chunks():
-  states = {}
-  for devices, chunk in ((1, 0), (8, 2)):
-    step, state, frozen = make_step(devices, chunk), make_state(devices), put(backbone(), devices)
-    for number in range(5):
-      state, metrics = step(state, frozen, make_batch(number))
-    states[devices] = jax.device_get(state)
-    assert step.jitted._cache_size() == 1
-    assert set(metrics) == {"loss", "accuracy", "gradient_norm", "learning_rate"}
-  assert distance(states[8].trainable, states[1].trainable) < 1e-4
-
-
-def test_it_learns_a_toy_task():
-  prompt = dataclasses.replace(MODEL.prompt, dropout=0.0)
-  model = dataclasses.replace(MODEL, prompt=prompt, dropout=Dropout(0.0, 0.0), head="first")
-  step = make_cross_step(model, OPTIMIZER, seed=5, chunk=0, mesh=mesh_of(1))
-  state, accuracies = init_state(model.init_trainable(jax.random.key(2)), OPTIMIZER), []
-  for number in range(50):
-    batch = make_batch(number)
-    batch["tokens"][:, :2], batch["lengths"][:] = (2, 3), 3
-    state, metrics = step(state, backbone(), batch)
-    accuracies.append(float(metrics["accuracy"]))
-  assert np.mean(accuracies[-10:]) > 0.75, "chance is .5"
-
-
-def test_weight_decay_knows_the_head():
+def test_weight_decay_of_the_head():
   mask = decay_mask(MODEL.init_trainable(jax.random.key(0)))
   assert mask["prompt"]["table"] and mask["head"]["dense"] == mask["head"]["output"] == {"kernel": True, "bias": False}
   assert mask["head"]["match"] == {"log_scale": False, "bias": False}
 
 
-def test_what_does_not_fit():
+def test_chunks_and_parameters_that_do_not_fit():
   with pytest.raises(InputError, match="pair chunk of 3 does not divide the 4 rows"):
-    jax.eval_shape(
-      functools.partial(loss_and_gradient, MODEL, 5, 3, mesh_of(8)), make_state(8), backbone(), make_batch()
-    )
+    run = functools.partial(loss_and_gradient, MODEL, seed=5, chunk=3, mesh=mesh_of(8))
+    jax.eval_shape(run, make_state(8), backbone(), make_batch())
   trainable = MODEL.init_trainable(jax.random.key(0))
   cross.check_cross(MODEL.prompt, MODEL.head, trainable, ENCODER)
   with pytest.raises(InputError, match="head/match"):

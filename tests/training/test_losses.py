@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dptdr_jax.data.batches import blocked as blocked_pairs
-from dptdr_jax.data.batches import repeated
 from dptdr_jax.training.losses import contrastive_loss
 
 
@@ -61,25 +59,6 @@ def test_three_by_three_by_hand(blocked, probabilities, accuracy):
   loss, metrics = contrastive_loss(SCORES, np.eye(3), np.arange(3), np.array(blocked, bool), temperature=1.0)
   np.testing.assert_allclose(loss, -np.mean(np.log(probabilities)), rtol=1e-6, atol=1e-7)
   np.testing.assert_allclose(metrics["accuracy"], accuracy, rtol=1e-6)
-
-
-def test_other_direction_by_hand():
-  blocked = np.zeros((3, 3), bool)
-  blocked[2, 0] = True  # passage 0 is a positive of query 2 as well
-  loss, _ = contrastive_loss(SCORES, np.eye(3), np.arange(3), blocked, temperature=1.0, both_directions=True)
-  forward, backward = [2 / 4, 1 / 8, 6 / 7], [2 / 5, 1 / 3, 6 / 11]
-  np.testing.assert_allclose(loss, -np.mean(np.log(forward + backward)), rtol=1e-6)
-
-
-def test_a_positive_that_stood_before_in_the_batch_has_its_negatives_in_the_other_direction():
-  passages, targets = np.array([7, 9, 9, 8]), np.array([0, 2])  # 9, a negative of query 0, is query 1's positive
-  known = [np.array([7]), np.array([9])]
-  masks = blocked_pairs(passages, known, targets), repeated(passages)
-  scores = np.log(np.array([[2, 1, 1, 5], [3, 4, 4, 1]], np.float32))
-  options = {"temperature": 1.0, "both_directions": True}
-  loss, _ = contrastive_loss(scores, np.eye(4), targets, *masks, **options)
-  forward, backward = [2 / 8, 4 / 8], [2 / 5, 4 / 5]
-  np.testing.assert_allclose(loss, -np.mean(np.log(forward + backward)), rtol=1e-6)
 
 
 def test_ties_are_no_hits():

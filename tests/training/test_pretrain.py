@@ -1,6 +1,6 @@
-"""The pretraining step: cached = direct gradients, 8 devices = 4 = 1, dropout on; what is sharded; what it measures.
+"""The pretraining step: the same loss and gradient whatever the cache, the devices and the recomputing, dropout on.
 
-Compiling is what these tests spend their time on, so they share what they compile and keep the compiler's effort low.
+Compiling is what these tests spend their time on, so they share what they compile.
 """
 
 import dataclasses
@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+from training.common import ENCODER, backbone, distance, mesh_of
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.models.config import EncoderConfig
-from dptdr_jax.models.convert import init_params
 from dptdr_jax.runtime.checkpoints import Checkpoints
 from dptdr_jax.runtime.mesh import put_batch
 from dptdr_jax.runtime.shardings import RULES, by_rules
@@ -22,10 +21,6 @@ from dptdr_jax.training.optimizer import make_optimizer, make_schedule
 from dptdr_jax.training.pretrain import PretrainModel, loss_and_gradient, make_pretrain_step, span_contrast
 from dptdr_jax.training.state import init_state
 
-ENCODER = EncoderConfig(
-  "bert", vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_positions=40,
-  initializer_range=0.2,
-)  # fmt: skip
 MODELS = {
   "both": PretrainModel(ENCODER, temperature=0.5),
   "contrast": PretrainModel(ENCODER, temperature=0.5, mlm_weight=0.0),
@@ -35,12 +30,6 @@ MODELS = {
 }
 OPTIMIZER = make_optimizer(make_schedule(1e-3, 20), weight_decay=0.01)
 SPANS = 32
-
-
-@functools.cache
-def mesh_of(devices, fsdp=1):
-  shape = (devices // fsdp, fsdp)
-  return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:devices])
 
 
 def make_batch(seed=0, masked=True):
@@ -57,31 +46,16 @@ def make_batch(seed=0, masked=True):
 
 
 def make_state(name, mesh):
-  model = MODELS[name]
-  state = init_state(model.init_trainable(jax.random.key(2), init_params(jax.random.key(1), ENCODER), None), OPTIMIZER)
+  state = init_state(MODELS[name].init_trainable(jax.random.key(2), backbone(), None), OPTIMIZER)
   return jax.device_put(state, by_rules(state, mesh))
 
 
 @functools.cache
 def gradient_of(name, devices=1, fsdp=1, chunk=0):
   mesh = mesh_of(devices, fsdp)
-  return loss_and_gradient_of(name, make_state(name, mesh), mesh, chunk)
-
-
-def loss_and_gradient_of(name, state, mesh, chunk=0):
   batch = put_batch(make_batch(masked=MODELS[name].mlm_weight > 0), mesh, whole=("groups",))
-
-  @jax.jit
-  def run(state, batch):
-    return loss_and_gradient(MODELS[name], state, batch, seed=3, chunk=chunk, mesh=mesh)
-
-  return jax.device_get(run(state, batch))
-
-
-def distance(left, right):
-  """Relative L2 over all leaves."""
-  left, right = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right))
-  return np.linalg.norm(left - right) / np.linalg.norm(right)
+  run = jax.jit(functools.partial(loss_and_gradient, MODELS[name], seed=3, chunk=chunk, mesh=mesh))
+  return jax.device_get(run(make_state(name, mesh), batch))
 
 
 @pytest.mark.parametrize(
@@ -112,15 +86,10 @@ def test_dropout_is_on_and_a_function_of_the_step_and_the_row():
 
 
 def test_bfloat16_computes_and_float32_is_trained():
-  loss, metrics, gradient = gradient_of("bfloat16", chunk=8)
-  wanted, wanted_metrics, wanted_gradient = gradient_of("both")
+  loss, _, gradient = gradient_of("bfloat16", chunk=8)
+  wanted, _, wanted_gradient = gradient_of("both")
   assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {np.dtype(np.float32)}
-  assert {leaf.dtype for leaf in jax.tree.leaves(make_state("bfloat16", mesh_of(1)).opt_state)} <= {
-    np.dtype(np.float32), np.dtype(np.int32)
-  }  # fmt: skip
   assert loss == pytest.approx(wanted, rel=1e-2) and loss != wanted
-  for name in ("contrastive_loss", "mlm_loss"):
-    assert float(metrics[name]) == pytest.approx(float(wanted_metrics[name]), rel=1e-2)
   assert distance(gradient, wanted_gradient) < 0.05
 
 
@@ -145,21 +114,21 @@ def test_contrast_by_hand():
     seen = [c for c in range(6) if c == partner or groups[c] != groups[row]]
     losses.append(np.log(np.exp(scores[row, seen]).sum()) - scores[row, partner])
   assert loss == pytest.approx(np.mean(losses), rel=1e-6)
-  assert metrics["accuracy"] == pytest.approx(3 / 6)  # row 5 is nearer to rows 2 and 3, and as near to 2 as to 4
+  assert metrics["accuracy"] == pytest.approx(3 / 6)  # rows 2 and 3 score higher with row 5, which has a tie
   assert metrics["alignment"] == pytest.approx(0, abs=1e-6)
   unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
   pairs = [np.exp(-2 * ((unit[i] - unit[j]) ** 2).sum()) for i in range(6) for j in range(6) if groups[i] != groups[j]]
   assert metrics["uniformity"] == pytest.approx(np.log(np.mean(pairs)), rel=1e-5)
 
 
-def test_begun_on_8_devices_and_resumed_on_4(tmp_path):
+def test_training_moves_from_8_devices_to_4(tmp_path):
   def steps(mesh, state, first, last):
     step = make_pretrain_step(MODELS["both"], OPTIMIZER, seed=3, chunk=0, mesh=mesh, shardings=by_rules(state, mesh))
     for number in range(first, last):
       state, metrics = step(state, put_batch(make_batch(number), mesh, whole=("groups",)))
     return state, metrics
 
-  eight, four = mesh_of(8, 2), mesh_of(4, 1)
+  eight, four = mesh_of(8, 2), mesh_of(4, 4)
   begun, _ = steps(eight, make_state("both", eight), 0, 1)
   assert begun.trainable["backbone"]["layers"]["query"]["kernel"].sharding.spec == PartitionSpec(None, "fsdp", None)
   moment = begun.opt_state[1].mu["backbone"]["embeddings"]["word"]
@@ -170,13 +139,11 @@ def test_begun_on_8_devices_and_resumed_on_4(tmp_path):
   checkpoints.wait()
   _, moved, _ = checkpoints.restore(make_state("both", four))
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(moved), host)
-  gradients = [loss_and_gradient_of("both", state, mesh) for state, mesh in ((begun, eight), (moved, four))]
-  assert distance(*(gradient for _, _, gradient in gradients)) < 1e-6  # at equal state
-  stayed, metrics = steps(eight, begun, 1, 6)
-  resumed, others = steps(four, moved, 1, 6)
+  stayed, metrics = steps(eight, begun, 1, 4)
+  resumed, others = steps(four, moved, 1, 4)
   assert distance(jax.device_get(resumed.trainable), jax.device_get(stayed.trainable)) < 1e-4
   assert float(others["gradient_norm"]) == pytest.approx(float(metrics["gradient_norm"]), rel=1e-3)
-  assert int(resumed.step) == 6
+  assert int(resumed.step) == 4
 
 
 def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
@@ -192,7 +159,7 @@ def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
   assert by_rules(np.zeros(()), mesh, ()) == NamedSharding(mesh, PartitionSpec())
 
 
-def test_weights_and_chunks_that_cannot_be():
+def test_impossible_weights_and_chunks():
   with pytest.raises(InputError, match="nor both 0"):
     PretrainModel(ENCODER, contrast_weight=0.0, mlm_weight=0.0)
   with pytest.raises(InputError, match="covers BERT and RoBERTa"):

@@ -1,0 +1,144 @@
+"""A finished run of which one file is damaged, started again: it ends as before, or says in one line what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import pathlib
+import shutil
+import traceback
+import zlib
+from collections.abc import Iterator, Sequence
+from unittest import mock
+
+from ml_collections import ConfigDict
+
+from dptdr_jax.core import store
+from dptdr_jax.core.errors import DptdrError, RetryableError
+from dptdr_jax.pipeline import models
+from dptdr_jax.pipeline.run import run
+
+HARMS = ("lost", "cut", "flipped")
+EQUAL, REFUSED, ANOTHER, TRACEBACK = "equal", "one line, status 2", "ANOTHER MEASURE", "TRACEBACK"
+STARTS = 4  # until a run that asks to be started again is given up
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One file of a run, and what happens to it."""
+
+  file: str
+  harm: str
+  late: bool
+
+  @property
+  def kind(self) -> str:
+    """The kind of artefact that the file belongs to; 'run' or 'store' of one that belongs to none."""
+    parts = pathlib.Path(self.file).parts
+    return parts[1] if len(parts) > 3 else parts[0] if parts[0] == "store" else "run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a case ended.
+
+  Attributes:
+    how: one of the four, see above.
+    starts: that it took.
+    said: the error, or the name of the file that differs.
+  """
+
+  how: str
+  starts: int
+  said: str = ""
+
+  def is_good(self, case: Case) -> bool:
+    """Whether that is as it should be: a reader cannot know that a bit was flipped if what it reads makes sense."""
+    return self.how in (EQUAL, REFUSED) or (self.how == ANOTHER and case.late and case.harm == "flipped")
+
+
+def cases(workdir: pathlib.Path) -> Iterator[Case]:
+  """All cases of a finished run."""
+  for path in sorted(workdir.rglob("*")):
+    if path.is_file() and not path.is_symlink() and path.name != "lock":
+      for harm, late in itertools.product(HARMS, (False, True)):
+        case = Case(path.relative_to(workdir).as_posix(), harm, late)
+        if not late or (case.kind not in ("run", "store") and path.name != store.ABOUT):
+          yield case
+
+
+def results(workdir: pathlib.Path) -> dict[str, bytes]:
+  """The bytes of results.json and of the run files."""
+  paths = [workdir / "results.json", *sorted(workdir.glob("evaluate/runs/*.trec"))]
+  return {path.relative_to(workdir).as_posix(): path.read_bytes() for path in paths}
+
+
+def try_case(case: Case, config: ConfigDict, finished: pathlib.Path, work: pathlib.Path) -> Outcome:
+  """Damages a copy of a finished run at `work`, and starts it until it ends."""
+  shutil.rmtree(work, ignore_errors=True)
+  shutil.copytree(finished, work, symlinks=True)
+  damage(work / case.file, case.harm)
+  if case.late:
+    artefact = "/".join(pathlib.Path(case.file).parts[1:3])
+    for about in work.glob(f"store/*/*/{store.ABOUT}"):
+      if f'"{artefact}"' in about.read_text(encoding="utf-8"):  # what is made of it is made again
+        shutil.rmtree(about.parent)
+  said = ""
+  for start in range(1, STARTS + 1):
+    unseen = mock.patch.object(store, "damage", _damage_by_checksums) if case.late and start == 1 else _NOTHING
+    verify = case.harm == "flipped" and not case.late
+    try:
+      with unseen, contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        models.forget()
+        run(config, work, verify=verify)
+    except RetryableError as error:
+      said = str(error)
+      continue
+    except DptdrError as error:
+      return Outcome(REFUSED, start, str(error))
+    except Exception:
+      return Outcome(TRACEBACK, start, traceback.format_exc())
+    expected, found = results(finished), results(work)
+    differs = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    return Outcome(ANOTHER if differs else EQUAL, start, ", ".join(differs) or said)
+  return Outcome(TRACEBACK, STARTS, f"no end after {STARTS} starts: {said}")
+
+
+_NOTHING = contextlib.nullcontext()
+_damage = store.damage
+
+
+def _damage_by_checksums(directory: pathlib.Path, verify: bool) -> str:
+  """`store.damage`, but blind to sizes: as if the file was damaged after the store had looked."""
+  return _damage(directory, verify) if verify else ""
+
+
+def damage(path: pathlib.Path, harm: str) -> None:
+  """Loses a file, or cuts it to half, or flips a bit in its middle."""
+  content = bytearray(path.read_bytes())
+  if harm == "lost" or not content:
+    path.unlink()
+  elif harm == "cut":
+    path.write_bytes(content[: len(content) // 2])
+  else:
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def try_all(config: ConfigDict, finished: pathlib.Path, work: pathlib.Path, listed: Sequence[Case]) -> None:
+  """Tries some cases in this process; WORK.json says how each ended."""
+  ends = [dataclasses.asdict(try_case(case, config, finished, work)) for case in listed]
+  work.with_suffix(".json").write_text(json.dumps(ends))
+
+
+def few(workdir: pathlib.Path, cheap: Sequence[str]) -> list[Case]:
+  """One case of each kind of artefact, and one that is late of kinds of which little is made."""
+  chosen = {}
+  for case in cases(workdir):
+    weight = zlib.crc32(f"{case.file.rpartition('/')[2]} {case.harm}".encode())
+    if not case.late or (case.kind in cheap and case.harm != "flipped"):
+      chosen[case.kind, case.late] = max(chosen.get((case.kind, case.late), (-1,)), (weight, case.file, case.harm))
+  return [Case(file, harm, late) for (_, late), (_, file, harm) in chosen.items()]
