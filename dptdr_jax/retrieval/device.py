@@ -54,17 +54,13 @@ def search_devices(
   rounding. In bfloat16 queries and passages are rounded to 8 bits and summed in float32: the error of a score is about
   0.002 · |q| · |p| / √H, and neighbours in rank are swapped. `rescore` corrects that.
 
-  Memory on a device: 0.5 GB of corpus, about 8 · query_rows · tile_rows bytes of scores, and of the run
-  8 · Q · k / devices bytes. On the host: what is being sent to the devices (at most half of what they hold of the
-  corpus), the run, 150 MB.
-
-  For one process: a mesh over several is reduced to this process's own devices.
+  Memory on a device: 0.5 GB of corpus, 8 · query_rows · tile_rows bytes of scores, 8 · Q · k / devices of run.
 
   Args:
     queries: float32 [Q, H].
     passages: embeddings on disk, or float32 [C, H].
     k: depth; beyond C there are −1 fills.
-    mesh: the devices; its axes don't matter.
+    mesh: the devices; of several processes, only this one's are used.
     dtype: "float32" or "bfloat16" (half the memory and traffic, the fast matrix units).
     rescore: r ≥ 1 searches the best r · k and orders them by float32 scores of the stored vectors, in another pass over
       the corpus on the host; 2 is ample for bfloat16. 0: the devices' scores.

@@ -85,7 +85,7 @@ def test_two_processes_end_as_one(attacked, started, tmp_path):
   assert statuses == [0, 0], printed[0][-3000:] + printed[1][-3000:]
   compare(tmp_path / "work", attacked)
   assert ["report.html" in text for text in printed] == [True, False]
-  assert [text.count("encode corpus: shard") for text in printed] == [2, 2]
+  assert all(text.count("encode corpus: shard") >= 2 for text in printed), "each encodes its part"
 
 
 def test_one_killed_then_one_told_to_stop_they_go_on_as_one(attacked, started, tmp_path):
