@@ -3,7 +3,8 @@
 sentence-transformers is not a dependency of the project. Install it beside the environment, not into it:
 
   python launch/docstrings.py --out=runs/docstrings
-  pip install --no-deps --target=.venv-st 'sentence-transformers>=6,<7' scikit-learn joblib threadpoolctl narwhals
+  pip install --no-deps --target=.venv-st 'sentence-transformers>=6,<7' scikit-learn joblib cloudpickle threadpoolctl \
+    narwhals
   PYTHONPATH=.venv-st python benchmarks/encode.py
   PYTHONPATH=.venv-st python benchmarks/encode.py --shape=roberta-base --texts=200
 

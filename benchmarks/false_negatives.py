@@ -12,10 +12,9 @@ that has these as qrels/train.tsv, and let it score:
   python benchmarks/false_negatives.py --workdir runs/medquad --write-qrels train.tsv
   python -m dptdr_jax.main --config=configs/beir.py --config.data.dir=COPY --config.train.negatives=bm25 \
     --config.cross.enabled=True --stages=prepare,mine0,cross --workdir=runs/hidden
-  python benchmarks/false_negatives.py --workdir runs/medquad --cross-encoder runs/hidden/cross/model
+  python benchmarks/false_negatives.py --workdir runs/medquad --depth 30 --cross-encoder runs/hidden/cross/model
 
-Then everything is over the queries with a hidden positive, or --queries of them, drawn at random, and the cross-encoder
-scores the first --cross-depth candidates of each.
+Then everything is over the queries with a hidden positive, or --queries of them, drawn at random.
 """
 
 from __future__ import annotations
@@ -54,10 +53,9 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--workdir", required=True, help="of a finished run")
   parser.add_argument("--split", default="train")
   parser.add_argument("--system", default="backbone", help="dense, by its name in results.json")
-  parser.add_argument("--depth", type=int, default=100)
+  parser.add_argument("--depth", type=int, default=100, help="ranks of each source that are candidates")
   parser.add_argument("--write-qrels", default="", help="write a BEIR file of the judgements that are left, and end")
   parser.add_argument("--cross-encoder", default="", help="directory of one that was trained without the hidden ones")
-  parser.add_argument("--cross-depth", type=int, default=50)
   parser.add_argument("--queries", type=int, default=0, help="with a cross-encoder: so many are enough; 0: all")
   return parser.parse_args()
 
@@ -74,7 +72,7 @@ class Finished:
     return self._store.path(ref)
 
   def tokens(self, split: str = "") -> TokenStore:
-    return TokenStore(self.path(self.graph.tokens(split)))
+    return TokenStore(self.path(self.graph.tokens(split)) / "tokens")
 
   def retriever(self, name: str) -> tuple[Retriever, Embeddings]:
     """A dense system and its vectors of the corpus."""
@@ -133,9 +131,8 @@ def rules(positives: Qrels, corpus: Corpus) -> dict[str, Rule]:
 def crossed(finished: Finished, args: argparse.Namespace, pool: Pool) -> dict[str, Rule]:
   """The cross-encoder's thresholds; its scores are kept beside it, so that a killed run resumes."""
   place = pathlib.Path(args.cross_encoder).resolve().with_name("scores-of-hidden")
-  first = rerank.FirstKept(pool, args.cross_depth)
   stores = finished.tokens(args.split), finished.tokens()
-  rerank.score_rows(CrossEncoder.load(args.cross_encoder), *stores, first, place, SOLO)
+  rerank.score_rows(CrossEncoder.load(args.cross_encoder), *stores, np.asarray(pool.rows), place, SOLO)
   scores = rerank.Probabilities(rerank.logits_of(place))
   limits = (0.1, 0.5, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)
   return {f"cross-encoder ≥ {below}": CrossEncoderRule(scores, below, max(below, 0.9)) for below in limits}

@@ -38,8 +38,7 @@ def main(_: list[str]) -> int:
     run(_CONFIG.value, _WORKDIR.value, _STAGES.value, **options)
 
   status = commands.status_of(work, on_stop=hosts.TEAM.tell_stop)
-  if status:
-    hosts.leave(status)
+  hosts.leave(status)
   return status
 
 

@@ -25,8 +25,6 @@ def test_every_setting_says_what_it_is_for():
 def test_config_holds_all_defaults_and_gives_them_back():
   config = config_dict()
   assert Settings.of(config) == Settings()
-  flat = {name for name, _ in declared()}
-  assert {name for name in flat if Settings().get(name) is not None} == flat
   config.train.steps, config.mine.runs = 3, ["a", "b"]
   assert Settings.of(config).train.steps == 3 and Settings.of(config).mine.runs == ("a", "b")
 
@@ -34,7 +32,8 @@ def test_config_holds_all_defaults_and_gives_them_back():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_are_settings(name):
   module = importlib.import_module(f"configs.{name}")
-  assert Settings.of(module.get_config()) and "python -m dptdr_jax.main" in module.__doc__ or name == "base"
+  Settings.of(module.get_config())
+  assert "python -m dptdr_jax.main --config=" in module.__doc__ or name == "base"
 
 
 def test_every_setting_takes_another_value():
@@ -84,8 +83,7 @@ def test_bad_value_is_named_with_what_it_may_be(name, value, message):
   if "no such" not in message:
     config = config_dict().to_dict()
     *sections, last = name.split(".")
-    for place in [config] if not sections else [config[sections[0]]]:
-      place[last] = value
+    (config[sections[0]] if sections else config)[last] = value
     with pytest.raises(InputError, match=f"^{message}"):
       Settings.of(ConfigDict(config))
 

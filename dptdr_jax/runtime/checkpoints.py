@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import pathlib
-import time
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -19,7 +19,6 @@ from dptdr_jax.runtime.hosts import TEAM, LostError
 
 _log = logging.getLogger(__name__)
 
-_SAVES, _PAUSE_S = 20, 0.1  # attempts to begin a save
 _KEPT = 2  # newest checkpoints that stay: one to fall back to if the newest is damaged
 _FILES = "files.json"  # in a checkpoint: size and SHA-256 of its other files, because orbax does not see flipped bits
 
@@ -41,13 +40,17 @@ class Checkpoints:
     """
     self.directory = pathlib.Path(directory).absolute()
     self.directory.mkdir(parents=True, exist_ok=True)
+    if TEAM.is_main:  # not left to orbax: a second opening, as in `restore`, would race the first one's thread
+      for left in ("*.orbax-checkpoint-tmp-*", "*.removed"):
+        for path in self.directory.glob(left):
+          shutil.rmtree(path)
     logging.getLogger("absl").addFilter(_is_news)
     self._on_complete, self._writing = on_complete, None
-    self._orbax = self._open()
+    self._orbax = ocp.training.Checkpointer(self.directory)
 
   def steps(self) -> list[int]:
     """The steps that have a checkpoint, ascending."""
-    return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+    return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
   def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> None:
     """Copies `state` off the devices and writes it in the background; first waits for the save before.
@@ -58,20 +61,10 @@ class Checkpoints:
       metadata: what JSON can hold; `restore` returns it.
     """
     self.wait()
+    known = any(checkpoint.step == step for checkpoint in self._orbax.checkpoints)  # the same in every process
     with self._saving():
-      self._save(step, state, dict(metadata or {}))
+      self._orbax.save_async(step, state, force=True, overwrite=known, custom_metadata=dict(metadata or {}))
     self._writing = step
-
-  def _save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-    for left in reversed(range(_SAVES)):
-      try:
-        known = step in self.steps()
-        self._orbax.save_async(step, state, force=True, overwrite=known, custom_metadata=metadata)
-        return
-      except FileNotFoundError:  # orbax deletes an old checkpoint in a thread, and its next save deletes it, too
-        if not left:
-          raise
-        time.sleep(_PAUSE_S)
 
   def restore(self, like: State) -> tuple[int, State, dict[str, Any]] | None:
     """Step, state and metadata of the newest whole checkpoint; None if there is none at all.
@@ -90,7 +83,7 @@ class Checkpoints:
     self.wait()
     step = TEAM.first_says(self._newest_whole)
     self._orbax.close()  # it remembers the steps that it saw
-    self._orbax = self._open()
+    self._orbax = ocp.training.Checkpointer(self.directory)
     if step is None:
       return None
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -113,6 +106,8 @@ class Checkpoints:
       self._orbax.wait()
       if step is not None and TEAM.is_main:
         _write_files(self.directory / str(step))
+        for old in self.steps()[:-_KEPT]:  # not left to orbax, whose next save may delete the same one again
+          files.remove(self.directory / str(old))
     if step is not None and TEAM.is_main:
       self._on_complete(step)
 
@@ -145,13 +140,6 @@ class Checkpoints:
       files.rename(path, aside)
       _log.warning("%s; it is now %s", what, aside)
     return whole
-
-  def _open(self) -> ocp.training.Checkpointer:
-    return ocp.training.Checkpointer(
-      self.directory,
-      preservation_policy=ocp.training.preservation_policies.LatestN(_KEPT),
-      cleanup_tmp_directories=True,
-    )
 
   @contextlib.contextmanager
   def _saving(self) -> Iterator[None]:

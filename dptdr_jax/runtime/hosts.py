@@ -200,12 +200,16 @@ def initialize(coordinator: str | None = None, processes: int | None = None, ind
 
 
 def leave(status: int) -> None:
-  """Ends a process of several that cannot go on; does nothing if there is only one.
+  """Ends a process of several, which is done (status 0) or cannot go on; does nothing if there is only one.
 
-  On an ordinary exit jax.distributed would wait five minutes for the others, who may never come to that point.
+  Who is done stays until all others are: they meet and coordinate at process 0. After a failure nobody is waited for,
+  as on an ordinary exit jax.distributed would for five minutes.
   """
   if not jax.distributed.is_initialized():
     return
+  if status == 0:
+    with contextlib.suppress(LostError, preemption.Preempted):
+      TEAM.barrier("the end")
   goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
   goodbye.start()
   goodbye.join(_FAREWELL_S)

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from commands.common import call
-from support import tiny
+from support import quick, tiny
 
 from dptdr_jax.core import commands
 from dptdr_jax.core.errors import InputError, RetryableError
@@ -109,7 +109,7 @@ def test_run_stopped_by_sigterm_and_by_ctrl_c_resumes(tmp_path):
              f"--config.backbone.path={backbone}"]  # fmt: skip
 
   def run(stop: int) -> tuple[int, str]:
-    environment = os.environ | {"STOP": str(int(stop))}
+    environment = os.environ | {"STOP": str(int(stop)), "XLA_FLAGS": quick.xla_flags()}  # one device
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     return ended.returncode, ended.stderr
 

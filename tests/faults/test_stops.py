@@ -29,7 +29,7 @@ def stop(job: forks.Job, when: pathlib.Path, number: int) -> tuple[int, str, flo
 def test_told_to_stop_it_saves_and_ends_within_30_seconds(attacked, tmp_path, number):
   workdir = tmp_path / "work"
   attacked.early(workdir)
-  long = "--config.train.steps=100000"
+  long = "--config.train.steps=5000"
   status, said, seconds = stop(attacked.start(workdir, long), workdir / "train1/metrics.jsonl", number)
   assert status == 75 and seconds < 30
   assert said.splitlines()[-1].startswith("stopped: train is at step") and "Traceback" not in said

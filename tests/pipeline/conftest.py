@@ -12,10 +12,6 @@ def whole(tmp_path_factory) -> runs.Run:
   """Made once for all of pytest's workers; several tests share it, so that none may change it."""
   base = tmp_path_factory.getbasetemp()
   directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
-  if os.environ.get("WHOLE"):  # XXX development
-    import pathlib
-
-    directory = pathlib.Path(os.environ["WHOLE"])
   directory.mkdir(exist_ok=True)
   with open(directory / "lock", "w") as stream:
     fcntl.flock(stream, fcntl.LOCK_EX)

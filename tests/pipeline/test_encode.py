@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import runs, tiny
+from support import tiny
 
 from dptdr_jax import Backbone, Retriever
 from dptdr_jax.core import preemption
@@ -80,10 +80,3 @@ def test_backbone_over_devices_gives_the_same_vectors(tmp_path):
   vectors = [Retriever.untuned(backbone, passage_length=32).encode_passages(texts) for backbone in (alone, split)]
   np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-5)
   assert Backbone.load(path, fsdp=12).mesh.shape["fsdp"] == 4, "of all processes' devices, of which 8 are here"
-
-
-def test_another_index_is_built_from_the_same_vectors(whole):
-  made = whole.change(index__factory="Flat", index__search_parameters="")
-  assert not made.nodes("index")
-  assert {node.ref for node in made.nodes("vectors")} & {node.ref for node in whole.nodes("vectors")}
-  assert isinstance(made, runs.Run)

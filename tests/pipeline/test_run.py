@@ -36,7 +36,7 @@ def test_run_files_have_six_columns_and_every_query(whole):
   for name in names:
     lines = [line.split() for line in (whole.workdir / "evaluate/runs" / name).read_text().splitlines()]
     assert {len(line) for line in lines} == {6} and {line[5] for line in lines} == {name.partition(".")[0]}
-    assert len({line[0] for line in lines}) == (8 if ".dev." in name else 8)
+    assert len({line[0] for line in lines}) == 8
 
 
 def test_report_shows_trainings_pools_and_examples(whole):
