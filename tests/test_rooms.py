@@ -14,6 +14,7 @@ DOORS = {
   "main": COMMAND | {"runtime"},
   "plan": COMMAND | {"training", "models", "runtime"},
   "ablate": COMMAND, "compare": COMMAND, "negatives": COMMAND,
+  "serve": {"serving", "core"},
   "pipeline": {"pipeline", "reporting", "settings", "training"} | FACE | BELOW,
   "serving": {"serving"} | FACE | BELOW,
   "reporting": {"reporting", "retrieval", "core"},

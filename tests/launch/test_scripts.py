@@ -32,6 +32,7 @@ def test_without_arguments_the_usage_is_printed(name):
     (["here"], "here", []),
     (["--config.seed=1"], "runs/quickstart", ["--config.seed=1"]),
     (["here", "--config.seed=1"], "here", ["--config.seed=1"]),
+    (["--serve", "here"], "here", []),
   ],
 )
 def test_quickstart_writes_the_data_and_takes_a_directory_overrides_or_both(tmp_path, arguments, workdir, rest):
@@ -44,4 +45,5 @@ def test_quickstart_writes_the_data_and_takes_a_directory_overrides_or_both(tmp_
   script = ["bash", str(tmp_path / "launch/quickstart.sh"), *arguments]
   done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
   main = ["-m", "dptdr_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *rest]
-  assert done.stdout.splitlines() == ["launch/docstrings.py", "--out=runs/docstrings", *main]
+  serve = ["-m", "dptdr_jax.serve", f"--workdir={workdir}"] if "--serve" in arguments else []
+  assert done.stdout.splitlines() == ["launch/docstrings.py", "--out=runs/docstrings", *main, *serve]

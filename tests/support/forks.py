@@ -22,7 +22,9 @@ from support import quick
 ROOT = pathlib.Path(__file__).parents[2]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dptdr_jax.main", "dptdr_jax.pipeline.run", "matplotlib.figure", "ir_measures"])
+_CONTEXT.set_forkserver_preload(
+  ["dptdr_jax.main", "dptdr_jax.pipeline.run", "matplotlib.figure", "ir_measures", "dptdr_jax.serving.server"]
+)
 
 
 def write(config: ConfigDict, path: pathlib.Path) -> None:

@@ -1,0 +1,1 @@
+"""Serves many tasks on one backbone."""

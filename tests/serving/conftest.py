@@ -1,0 +1,44 @@
+"""A tiny backbone and retrievers of every kind on it."""
+
+import jax
+import pytest
+from support import tiny
+
+from dptdr_jax import Backbone, Retriever
+from dptdr_jax.models import prompts
+from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.retriever import VectorSettings
+
+DEEP = PromptSpec("deep", 4, position_shift=4)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+  return Backbone.load(tiny.backbone(tmp_path_factory.mktemp("backbone")))
+
+
+@pytest.fixture(scope="session")
+def tune(backbone):
+  """Makes a retriever with a random prompt large enough to change vectors."""
+
+  def make(seed, spec=DEEP, untied=False, **settings):
+    def prompt(seed):
+      return jax.tree.map(lambda x: 30 * x, prompts.init_prompt(jax.random.key(seed), spec, backbone.config))
+
+    query = prompt(seed)
+    settings = VectorSettings(**{"query_length": 16, "passage_length": 32} | settings)
+    return Retriever(backbone, spec, {"query": query, "passage": prompt(100 + seed) if untied else query}, settings)
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def retrievers(backbone, tune):
+  mlp = PromptSpec("deep", 3, "mlp", 5)
+  return {
+    "tied": tune(1),
+    "untied": tune(2, untied=True, pooling="mean", normalize=True),
+    "mlp": tune(3, mlp, query_template="query: {text}", passage_template="passage: {title} {text}"),
+    "long": tune(4, PromptSpec("deep", 8), pooling="mean"),
+    "bare": Retriever.untuned(backbone, query_length=12, passage_length=32, normalize=True),
+  }
