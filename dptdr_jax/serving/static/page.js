@@ -160,7 +160,7 @@ function compareRanks() {
       const label = item.querySelector(".other");
       if (!label) continue;
       const place = other ? other.rows.indexOf(item.dataset.id) : -1;
-      label.textContent = !other || !other.rows.length ? "" : place < 0 ? "other: –" : `other: ${place + 1}`;
+      label.textContent = !other || !other.rows.length ? "" : place < 0 ? "only here" : `there ${place + 1}`;
     }
   });
 }
