@@ -158,12 +158,6 @@ def configured(base: Settings, fields: Mapping, seed: int) -> Settings:
   if not sources.mines_with_retriever(changed):  # nothing is mined that these could denoise
     further |= {f"mine.{name}": False for name in ("cross_encoder", "pseudo_positives") if f"mine.{name}" not in fields}
     further |= {} if mines_first(changed) else {"mine.runs": ()}
-  known, asked = sources.known_retrievers(changed), changed.mine.retrievers
-  if all(map(sources.is_retriever, asked)):
-    kept = tuple(name for name in asked if name in known)
-    further["mine.retrievers"] = kept
-    if changed.train.simans_source in set(asked) - set(kept):
-      further["train.simans_source"] = sources.DENSE
   return changed.replace(**further)
 
 

@@ -74,7 +74,7 @@ class Backbone(Section):
 class Data(Section):
   """Corpus, queries and judgements."""
 
-  format: Literal["beir", "msmarco", "nq", "original", "text"] = field(
+  format: Literal["beir", "msmarco", "nq", "text"] = field(
     "beir", "layout of the files; 'text': passages without queries, for pretraining alone"
   )
   dir: str = field("", "folder of the files, or a URL", neutral=True)
@@ -204,7 +204,6 @@ class Mine(Section):
   sources: tuple[Literal["bm25", "dense", "runs"], ...] = field(
     ("bm25", "dense", "runs"), "of pools between two rounds; ignored before round 1"
   )
-  retrievers: Names = field((), "further retrievers, asked as 'dense' is: 'backbone', 'pretrain', 'train1', …")
   runs: Names = field((), "TREC run files of other retrievers over the training queries", neutral=True)
   runs_depth: int = field(200, "ranks of each run file that are candidates; 0: not used", ge=0)
   runs_first: int = field(0, "best ranks of run files that are skipped", ge=0)

@@ -59,7 +59,7 @@ def test_every_setting_takes_another_value():
     ("text.query_length", 2, "text.query_length must be at least 3: 2"),
     ("cross.passages", 1, "cross.passages must be at least 2: 1"),
     ("pretrain.neighbours", 0, "pretrain.neighbours must be at least 1: 0"),
-    ("data.format", "trec", "unknown data.format: 'trec'. Use beir, msmarco, nq, original or text"),
+    ("data.format", "trec", "unknown data.format: 'trec'. Use beir, msmarco, nq or text"),
     ("train.schedule", "step", "unknown train.schedule: 'step'. Use linear, cosine or constant"),
     ("encode.dtype", "float8", "unknown encode.dtype: 'float8'"),
     ("train.negatives", "hard", "unknown train.negatives: 'hard'"),

@@ -64,10 +64,6 @@ class Tokenizer:
     encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids[:max_tokens] for encoding in encodings]
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of token ids, special tokens included."""
-    return self.backend.decode(list(ids), skip_special_tokens=False)
-
   def wrap(self, ids: Sequence[int]) -> list[int]:
     """Returns prefix + ids + suffix."""
     return [*self.prefix, *ids, *self.suffix]

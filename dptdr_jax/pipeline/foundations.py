@@ -15,7 +15,6 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.store import Inputs, Kind, Ref, read_about
 from dptdr_jax.data import text
 from dptdr_jax.data.formats import Format
-from dptdr_jax.data.tokenizer import Tokenizer
 from dptdr_jax.pipeline import encode, prepare, pretrain
 from dptdr_jax.pipeline.models import BackboneInput, Compute, RetrieverInput, resolve_dtype
 from dptdr_jax.pipeline.outside import Files, Outside
@@ -78,16 +77,14 @@ class Foundations:
   @functools.cached_property
   def format(self) -> Format:
     """The reader of the data."""
-    data, tokenizer = self.settings.data, None
-    if data.format == "original":
-      tokenizer = Tokenizer(backbones.locate(self.settings.backbone.path))
-    return prepare.open_format(data.format, self.directory, data.empty_text, data.title_augmented, tokenizer)
+    data = self.settings.data
+    return prepare.open_format(data.format, self.directory, data.empty_text, data.title_augmented)
 
   def _data(self, split: str | None) -> prepare.DataInput:
     data, paths = self.settings.data, self.format.files(split)
     return prepare.DataInput(
       format=data.format, files=self._outside.files(self.directory, paths), empty_text=data.empty_text,
-      title_augmented=data.title_augmented, tokenizer=self.tokenizer if data.format == "original" else None,
+      title_augmented=data.title_augmented,
     )  # fmt: skip
 
   @functools.cached_property

@@ -253,11 +253,7 @@ class _Mining:
     known = mine.positive_scores(queries, passages, positives)
     sources = {_DENSE: mine.taken(self._searched(queries, passages), refresh.window, count, known)}
     for source in refresh.sources:
-      scores = None
-      if source.queries is not None:
-        vectors = [Embeddings(making.path(of)) for of in (source.queries, source.passages)]
-        scores = mine.positive_scores(*vectors, positives)
-      sources[source.name] = mine.taken(encode.run_of(source.run, making), source.window, count, scores)
+      sources[source.name] = mine.taken(encode.run_of(source.run, making), source.window, count, None)
     return {name: sources[name] for name in refresh.order}
 
   def _encoded(self, retriever: Retriever) -> tuple[Embeddings, Embeddings]:

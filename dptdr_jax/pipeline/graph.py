@@ -136,14 +136,14 @@ class Graph(Foundations):
 
   def _source(self, source: SourceName, number: int) -> mine.SourceInput:
     """One source of the pool of round `number`; its run is searched at the depth that is taken."""
-    name, depth, window = self.settings.data.train_split, source.depth, source.window
+    name, window = self.settings.data.train_split, source.window
     if source.kind == "bm25":
-      return mine.SourceInput(name=source.name, window=window, run=self.bm25_run(name, depth))
+      return mine.SourceInput(name=source.name, window=window, run=self.bm25_run(name, window.depth))
     if source.kind == "file":
       return mine.SourceInput(name=source.name, window=window, run=self._file_run(source))
-    made = self.retriever(source.system(number, self.settings.vector.pooling))
+    made = self.retriever(System("", "", "trained", number=number))
     queries, passages = self.vectors(made, name), self.vectors(made)
-    run = self.dense_run(queries, passages, depth)
+    run = self.dense_run(queries, passages, window.depth)
     return mine.SourceInput(name=source.name, window=window, run=run, queries=queries, passages=passages)
 
   def _refresh(self, number: int) -> train.Refresh:
@@ -164,7 +164,7 @@ class Graph(Foundations):
     name, path = self.settings.data.train_split, pathlib.Path(source.path)
     sha256 = next(iter(self._outside.files(path.parent, [path]).hashes.values()))
     inputs = encode.FileRunInputs(name=source.name, sha256=sha256, split=self.split(name), split_name=name,
-                                  corpus=self.corpus, depth=source.depth, path=str(path))  # fmt: skip
+                                  corpus=self.corpus, depth=source.window.depth, path=str(path))  # fmt: skip
     return self.add(encode.FILE_RUN, inputs)
 
   # Evaluation and the report.

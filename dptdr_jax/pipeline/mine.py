@@ -1,7 +1,7 @@
 """mine: hard negatives for a round of training, from several sources in one pool, cleaned of false negatives.
 
 Before round 1 there is no retriever: BM25 and run files are the sources. Later pools add the retriever of the round
-before, and further ones.
+before.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from dptdr_jax.data.formats import Format
 from dptdr_jax.data.formats.beir import Beir
 from dptdr_jax.data.formats.msmarco import MsMarco
 from dptdr_jax.data.formats.nq import NaturalQuestions
-from dptdr_jax.data.formats.original_jsonl import OriginalJsonl
 from dptdr_jax.data.formats.plain import PlainText, TextFolder
 from dptdr_jax.data.prepare import Corpus, Split, write_corpus, write_split
 from dptdr_jax.data.store import write_token_store
@@ -53,12 +52,10 @@ class DataInput(Inputs):
   files: Files
   empty_text: str
   title_augmented: bool
-  tokenizer: TokenizerInput | None = None  # format 'original' stores token ids
 
-  def open(self, making: Making) -> Format:
+  def open(self) -> Format:
     """The reader."""
-    tokenizer = self.tokenizer and self.tokenizer.load(making)
-    return open_format(self.format, self.files.directory, self.empty_text, self.title_augmented, tokenizer)
+    return open_format(self.format, self.files.directory, self.empty_text, self.title_augmented)
 
 
 class CorpusInputs(Inputs):
@@ -129,12 +126,12 @@ class ScratchInputs(Inputs):
 
 def build_corpus(inputs: CorpusInputs, making: Making) -> None:
   """Writes the corpus, see `data.prepare.write_corpus`."""
-  write_corpus(inputs.data.open(making), making.directory)
+  write_corpus(inputs.data.open(), making.directory)
 
 
 def build_split(inputs: SplitInputs, making: Making) -> None:
   """Writes a split, see `data.prepare.write_split`."""
-  write_split(inputs.data.open(making), inputs.split, Corpus(making.path(inputs.corpus)), making.directory)
+  write_split(inputs.data.open(), inputs.split, Corpus(making.path(inputs.corpus)), making.directory)
   counts = files.read_json(making.directory / "counts.json")
   _log.info("%s: %d queries, %d without judgements left out", inputs.split, counts["queries"], counts["skipped"])
 
@@ -215,9 +212,7 @@ def data_directory(data: Data) -> pathlib.Path:
   return directory
 
 
-def open_format(
-  name: str, directory: files.Path, empty_text: str, title_augmented: bool, tokenizer: Tokenizer | None
-) -> Format:
+def open_format(name: str, directory: files.Path, empty_text: str, title_augmented: bool) -> Format:
   """The reader of a data format."""
   if name == "beir":
     return Beir(directory, empty_text=empty_text)
@@ -225,4 +220,4 @@ def open_format(
     return MsMarco(directory, titles=title_augmented)
   if name == "nq":
     return NaturalQuestions(directory)
-  return OriginalJsonl(directory, tokenizer=tokenizer) if name == "original" else TextFolder(directory)
+  return TextFolder(directory)

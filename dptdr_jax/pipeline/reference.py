@@ -39,7 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
 # Other values where the type does not give one.
 _NEEDS_FILES = ("evaluate.retrievers",)  # read off elsewhere: its files are inputs of `vectors`
 _OTHERS: dict[str, Any] = {
-  "pretrain.corpora": ("data", "data"), "mine.sources": ("bm25", "dense"), "mine.retrievers": ("backbone",),
+  "pretrain.corpora": ("data", "data"), "mine.sources": ("bm25", "dense"),
   "mine.runs": ("runs/b.trec",), "evaluate.splits": ("test",), "evaluate.graded_splits": ("dev",),
   "evaluate.measures": ("RR@10",), "evaluate.baselines": ("bm25",), "evaluate.other_poolings": ("mean",),
   "index.factory": "HNSW8", "data.format": "nq", "compute_dtype": "bfloat16",

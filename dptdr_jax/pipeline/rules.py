@@ -216,7 +216,6 @@ def _check_denoising(settings: Settings) -> None:
 
 def _check_sources(settings: Settings) -> None:
   mine = settings.mine
-  _check_retrievers(settings)
   windows = {"mine.bm25.": (mine.bm25.depth, mine.bm25.first), "mine.dense.": (mine.dense.depth, mine.dense.first),
              "mine.runs_": (mine.runs_depth, mine.runs_first)}  # fmt: skip
   for name, (depth, first) in windows.items():
@@ -232,32 +231,14 @@ def _check_sources(settings: Settings) -> None:
   if mine.runs and not (mines_first(settings) or sources.mines_with_retriever(settings)):
     raise InputError("mine.runs, and nothing is mined", value=mine.runs,
                      fix="Set train.negatives to bm25 and train.passages to 2 or more, or rounds to 2")  # fmt: skip
-  taken = {"bm25", sources.DENSE, *mine.retrievers}
+  taken = {"bm25", sources.DENSE}
   for path in mine.runs:
     name = pathlib.Path(path).name
     if not pathlib.Path(path).is_file():
       raise InputError("no such run file", path=path)
-    if name in taken or sources.is_retriever(name):
+    if name in taken:
       raise InputError("two sources of one name", path=path, fix="Give the run file a name of its own")
     taken.add(name)
-
-
-def _check_retrievers(settings: Settings) -> None:
-  named, known = settings.mine.retrievers, sources.known_retrievers(settings)
-  if wrong := [name for name in named if not sources.is_retriever(name)]:
-    raise InputError("mine.retrievers names what is no retriever", value=wrong,
-                     fix="There are backbone, pretrain, train1, train2, …")  # fmt: skip
-  if named and not sources.mines_with_retriever(settings):
-    raise InputError("mine.retrievers, and nothing is mined with a retriever", value=named,
-                     fix="Set rounds to 2, or train.refresh_every above 0")  # fmt: skip
-  if named and not known:
-    raise InputError("mine.retrievers are asked as the dense source is, and it is not", value=named,
-                     fix="Set mine.dense.depth above 0, and name dense in mine.sources")  # fmt: skip
-  if unknown := [name for name in named if name not in known]:
-    raise InputError("mine.retrievers names what no pool of this run has", value=unknown,
-                     fix=f"There are {', '.join(known)}; that of a pool's own round is in it by itself")  # fmt: skip
-  if len(set(named)) < len(named):
-    raise InputError("mine.retrievers names one twice", value=named)
 
 
 def check_data(settings: Settings, data: Format) -> None:

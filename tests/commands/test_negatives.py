@@ -15,7 +15,6 @@ import pytest
 from support import runs, tiny
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data.formats.original_jsonl import OriginalJsonl
 from dptdr_jax.pipeline import mine
 from dptdr_jax.pipeline.export_negatives import Vectors, export
 from dptdr_jax.pipeline.export_negatives import mine as mine_vectors
@@ -44,7 +43,8 @@ def workdir(tmp_path_factory):
 
 def test_exports_are_read_by_the_trainers_that_they_are_for(workdir, tmp_path):
   assert export(workdir, 0, tmp_path / "o/train.jsonl", "original", 0)["queries"] == 32
-  assert len(list(OriginalJsonl(tmp_path / "o").queries("train"))) == 32
+  lines = read(tmp_path / "o/train.jsonl")
+  assert len(lines) == 32 and all(line["query"] and line["positives"] and line["negatives"] for line in lines)
   out = f"--out={tmp_path}/n.jsonl"
   assert call("export", f"--workdir={workdir}", "--round=0", "--format=ntuples", "--count=3", out)[0] == 0
   lines = read(tmp_path / "n.jsonl")

@@ -78,11 +78,9 @@ def test_item_that_is_not_a_query_is_named():
     ("query:", "{text}"),
     ("{text} {title}", "{text}"),
     ("{text", "{text}"),
-    ("{text}", "{body}"),
-    ("{text}", "{title}"),
     ("{text!x}", "{text}"),
-    ("{text:d}", "{text}"),
     ("{text:>999999999}", "{text}"),
+    ("{text}", "{title}"),
     ("{text}", "{title[0]}{text}"),
   ],
 )
@@ -94,7 +92,7 @@ def test_bad_template_is_refused(query, passage):
 
 def test_minilm_as_transformers_has_it(minilm):
   ours, theirs = Tokenizer(minilm), transformers.AutoTokenizer.from_pretrained(str(minilm))
-  assert (ours.cls_id, ours.sep_id, ours.pad_id, ours.mask_id) == (101, 102, 0, 103)
+  assert (ours.prefix, ours.suffix, ours.pad_id, ours.mask_id) == ((101,), (102,), 0, 103)
   assert ours.vocab_size == len(theirs) == 30522 and ours.separator == "[SEP]"
   for text, ids in zip(TEXTS, ours.encode(TEXTS), strict=True):
     assert ids == theirs(text, add_special_tokens=False, truncation=False)["input_ids"]
@@ -107,7 +105,7 @@ def test_minilm_as_transformers_has_it(minilm):
 def test_byte_level_bpe_round_trips(roberta):
   tokenizer = Tokenizer(roberta)
   assert (tokenizer.prefix, tokenizer.suffix, tokenizer.pad_id, tokenizer.mask_id) == ((0,), (2,), 1, 4)
-  assert [tokenizer.decode(ids) for ids in tokenizer.encode(TEXTS)] == TEXTS
+  assert [tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in tokenizer.encode(TEXTS)] == TEXTS
 
 
 def test_hash_is_of_what_tokens_depend_on(minilm, tmp_path):

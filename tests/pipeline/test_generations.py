@@ -33,7 +33,7 @@ def test_each_generation_keeps_its_retriever_and_pool_alone(whole):
     assert kept == {"retriever", "pool", "mining.json"}, "vectors and runs are as large as the corpus"
     assert json.loads((place / "mining.json").read_text())["from_step"] == step
   first, last = (Pool.open(whole.workdir / f"train1/generations/{number}/pool") for number in (0, 2))
-  assert first.names == last.names == ("bm25", "dense", "backbone", "other.trec")
+  assert first.names == last.names == ("bm25", "dense", "other.trec")
   assert not np.array_equal(first.rows, last.rows)
 
 

@@ -40,7 +40,7 @@ def test_changed_margin_reuses_encoded_vectors(usual):
 
 @pytest.mark.parametrize(
   "fields",
-  [{"mine__dense__depth": 10}, {"mine__retrievers": ()}, {"mine__negative_below": 0.4}, {"mine__sources": ("dense",)}],
+  [{"mine__dense__depth": 10}, {"mine__negative_below": 0.4}, {"mine__sources": ("dense",)}],
 )
 def test_what_mining_with_a_retriever_reads_changes_no_first_round(usual, fields):
   assert new(usual, **fields)[0] == {"mine1", *LATER}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import runs, tiny
 
-from dptdr_jax import Backbone, Retriever
+from dptdr_jax import Retriever
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.prepare import Corpus, Split
 from dptdr_jax.pipeline import pools
@@ -28,7 +28,7 @@ def scores_of(retriever: Retriever, made: runs.Run) -> np.ndarray:
 
 def test_pools_name_their_sources(whole):
   names = {number: Pool.open(whole.workdir / f"mine{number}/pool").names for number in (0, 1)}
-  assert names == {0: ("bm25", "other.trec"), 1: ("bm25", "dense", "backbone", "other.trec")}
+  assert names == {0: ("bm25", "other.trec"), 1: ("bm25", "dense", "other.trec")}
   about = json.loads((whole.workdir / "mine1/mining.json").read_text())
   assert about["sources"] == list(names[1]) and len(about["examples"]) == 12
   removed = {step["rule"]: step["removed"] for step in about["denoising"]}
@@ -37,19 +37,16 @@ def test_pools_name_their_sources(whole):
   assert margins and margins[0] > 0
 
 
-def test_pool_holds_the_best_of_each_retriever_and_no_positive(whole):
+def test_pool_holds_the_best_of_the_retriever_and_no_positive(whole):
   pool, (_, split) = Pool.open(whole.workdir / "mine1/pool"), opened(whole)
-  untuned = Backbone.load(whole.config.backbone.path)
-  untuned = Retriever.untuned(untuned, **whole.config.vector, **whole.config.text)
-  for source, retriever in ((1, Retriever.load(whole.workdir / "train1/retriever")), (2, untuned)):
-    scores = scores_of(retriever, whole)
-    for query in range(len(pool)):
-      positives = split.positives(query)
-      assert not set(pool.rows[query].tolist()) & set(positives.tolist())
-      known = (pool.rows[query] >= 0) & (pool.ranks[query, :, source] >= 0)
-      assert known.sum() >= 20 - len(positives)
-      np.testing.assert_allclose(pool.scores[query, known, source], scores[query, pool.rows[query, known]], atol=1e-4)
-      assert pool.positive_scores[query, source] == pytest.approx(scores[query, positives].max(), abs=1e-4)
+  scores = scores_of(Retriever.load(whole.workdir / "train1/retriever"), whole)
+  for query in range(len(pool)):
+    positives = split.positives(query)
+    assert not set(pool.rows[query].tolist()) & set(positives.tolist())
+    known = (pool.rows[query] >= 0) & (pool.ranks[query, :, 1] >= 0)
+    assert known.sum() >= 20 - len(positives)
+    np.testing.assert_allclose(pool.scores[query, known, 1], scores[query, pool.rows[query, known]], atol=1e-4)
+    assert pool.positive_scores[query, 1] == pytest.approx(scores[query, positives].max(), abs=1e-4)
 
 
 def test_margin_removes_what_scores_near_the_positive(whole):

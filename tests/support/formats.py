@@ -1,11 +1,11 @@
-"""The tiny corpus in the file formats of MS MARCO, DPR's Natural Questions and the original's training."""
+"""The tiny corpus in the file formats of MS MARCO and DPR's Natural Questions."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from support import tiny
@@ -76,19 +76,4 @@ def nq(directory: pathlib.Path) -> pathlib.Path:
     write(directory / f"biencoder-nq-{split}.json.gz", [json.dumps(entries, indent=4)])
   tested = (f"{text}\t{[' '.join(corpus[row][1].split()[:2]), 'no such words']}" for row, text in asked(HELD_OUT, 3))
   write(directory / "nq-test.qa.csv", tested)
-  return directory
-
-
-def original(directory: pathlib.Path, encode: Callable[[str], list[int] | str]) -> pathlib.Path:
-  """Writes the original's train.jsonl and dev.jsonl.gz; `encode` turns a text into token ids, or leaves it."""
-  corpus = tiny.sentences(PASSAGES, 14, seed=0)
-  for name, queries in (("train.jsonl", asked(TRAIN, 1)), ("dev.jsonl.gz", asked(HELD_OUT, 2))):
-    lines = (
-      {
-        "query": encode(text), "positives": [encode(corpus[row][1])],
-        "negatives": [encode(corpus[(row + 8 * step) % PASSAGES][1]) for step in (1, 2)],
-      }
-      for row, text in queries
-    )  # fmt: skip
-    write(directory / name, map(json.dumps, lines))
   return directory

@@ -114,7 +114,7 @@ def everything(directory: pathlib.Path) -> ConfigDict:
     evaluate__retrievers=(f"elsewhere={directory}/elsewhere",),
     pretrain__enabled=True, pretrain__mlm_weight=1.0, pretrain__overlap=False, pretrain__neighbours=1,
     train__passages=3, train__steps=7, train__refresh_every=2, train__sampling="simans",
-    mine__runs=(str(directory / "other.trec"),), mine__retrievers=("backbone",), mine__dense__relative_margin=0.99,
+    mine__runs=(str(directory / "other.trec"),), mine__dense__relative_margin=0.99,
     mine__cross_encoder=True, mine__pseudo_positives=True, mine__negative_below=0.5, mine__positive_above=0.504,
     cross__enabled=True, cross__head="first", index__factory="IVF4,Flat", index__search_parameters="nprobe=4",
   )  # fmt: skip
