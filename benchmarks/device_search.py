@@ -26,7 +26,7 @@ from accelerators import BANDWIDTHS
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dptdr_jax.retrieval.device import DTYPES, Plan, group_size, search_block, search_devices
-from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
+from dptdr_jax.retrieval.embeddings import Embeddings, write_vectors
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.runtime.mesh import make_mesh
 
@@ -62,10 +62,10 @@ def unit_vectors(rows: int, width: int, seed: int) -> np.ndarray:
 def stored(passages: np.ndarray, directory: str) -> Embeddings:
   """The same vectors on disk."""
   count, width = passages.shape
-  writer = EmbeddingWriter(directory, count=count, width=width, source={"benchmark": "random"})
-  for shard in range(writer.num_shards):
-    writer.write(shard, passages[writer.rows(shard)])
-  return writer.finish([str(row) for row in range(count)])
+  ids = [str(row) for row in range(count)]
+  return write_vectors(
+    directory, ids=ids, width=width, source={"benchmark": "random"}, make=lambda rows: passages[rows]
+  )
 
 
 def agreement(queries: np.ndarray, passages: np.ndarray, run: Run, expected: np.ndarray) -> tuple[float, int]:

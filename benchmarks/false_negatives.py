@@ -35,7 +35,6 @@ from dptdr_jax.pipeline import pools, rerank, run
 from dptdr_jax.pipeline.mine import positive_scores
 from dptdr_jax.pipeline.systems import systems
 from dptdr_jax.reranker import CrossEncoder
-from dptdr_jax.retrieval import pool_checks
 from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.denoise import CrossEncoderRule, MarginRule, Rule, denoise
@@ -138,6 +137,16 @@ def crossed(finished: Finished, args: argparse.Namespace, pool: Pool) -> dict[st
   return {f"cross-encoder ≥ {below}": CrossEncoderRule(scores, below, max(below, 0.9)) for below in limits}
 
 
+def shares(pool: Pool, queries: np.ndarray, rows: np.ndarray) -> tuple[float, float, float]:
+  """Shares of the hidden (query, passage) pairs in a pool and among its negatives, and of the others removed."""
+  keys = np.arange(len(pool))[:, None] << 32 | pool.rows.astype(np.int64)
+  present, kept = pool.rows >= 0, pool.kept(slice(None))
+  hidden = present & np.isin(keys, queries.astype(np.int64) << 32 | rows.astype(np.int64))
+  others = present & ~hidden
+  lost = (others & ~kept).sum() / max(1, others.sum())
+  return hidden.sum() / len(queries), (hidden & kept).sum() / len(queries), lost
+
+
 class Rows:
   """Vectors in memory as `positive_scores` reads them."""
 
@@ -178,9 +187,8 @@ def main() -> None:
     print(f"{len(queries):,} hidden positives, {pool.manifest['counts']['candidates']:,} candidates")
     print("| rule alone | hidden ones left | of those in the pool removed | others lost |\n|---|---|---|---|")
     for name, rule in wanted.items():
-      steps = pool_checks.hidden_positives(denoise(pathlib.Path(place, "cleaned"), merged, [rule]), queries, hidden)
-      before, after = steps[0].hidden, steps[-1].hidden
-      print(f"| {name} | {after:.1%} (of {before:.1%}) | {1 - after / before:.1%} | {steps[-1].others_lost:.1%} |")
+      before, after, lost = shares(denoise(pathlib.Path(place, "cleaned"), merged, [rule]), queries, hidden)
+      print(f"| {name} | {after:.1%} (of {before:.1%}) | {1 - after / before:.1%} | {lost:.1%} |")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 
 from dptdr_jax.pipeline.mine import positive_scores
 from dptdr_jax.retrieval.denoise import MarginRule
-from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter
+from dptdr_jax.retrieval.embeddings import Embeddings, write_vectors
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retrieval.runs import Run
@@ -47,14 +47,15 @@ def parse_arguments() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def write_vectors(directory: pathlib.Path, count: int, width: int, seed: int) -> None:
+def write_random(directory: pathlib.Path, count: int, width: int, seed: int) -> None:
   """Random vectors of length 1 as embeddings."""
-  writer = EmbeddingWriter(directory, count=count, width=width, source={"benchmark": seed}, shard_rows=SHARD)
-  for shard in writer.missing():
-    rows = writer.rows(shard)
-    vectors = np.random.default_rng((seed, shard)).standard_normal((rows.stop - rows.start, width), np.float32)
-    writer.write(shard, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-  writer.finish([str(row) for row in range(count)])
+
+  def make(rows: range) -> np.ndarray:
+    vectors = np.random.default_rng((seed, rows.start // SHARD)).standard_normal((len(rows), width), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+  ids = [str(row) for row in range(count)]
+  write_vectors(directory, ids=ids, width=width, source={"benchmark": seed}, make=make, shard_rows=SHARD)
 
 
 def ours(directory: pathlib.Path, depth: int) -> dict[str, float]:
@@ -108,8 +109,8 @@ def main() -> None:
     return
   with tempfile.TemporaryDirectory() as scratch:
     directory = pathlib.Path(args.dir or scratch)
-    write_vectors(directory / "passages", args.passages, args.width, 0)
-    write_vectors(directory / "queries", args.queries, args.width, 1)
+    write_random(directory / "passages", args.passages, args.width, 0)
+    write_random(directory / "queries", args.queries, args.width, 1)
     by_way = {"ours": [], "bare": []}
     for _ in range(args.rounds):
       for way, measured in by_way.items():

@@ -63,10 +63,11 @@ def _measure(inputs: MeasuresInputs, corpus: Corpus, split: Split, run: Run) -> 
   """Yields (measure, its value for every query that counts)."""
   by_answers = answered(inputs.measures, inputs.answers)
   if by_answers:
-    cutoffs = [int(name.partition("@")[2]) for name in by_answers]
+    cutoffs = {name: int(name.partition("@")[2]) for name in by_answers}
     lists = [query.answers for query in split.queries.read()]
-    hits = answers.match_run(run, lists, _texts(corpus), depth=max(cutoffs))
-    yield from measures.evaluate_hits(hits, cutoffs).values.items()
+    hits = answers.match_run(run, lists, _texts(corpus), depth=max(cutoffs.values()))
+    for name, k in cutoffs.items():  # the R@k of open-domain QA papers
+      yield name, hits[:, :k].any(1).astype(np.float64)
   judged = [name_on(name, inputs.graded) for name in inputs.measures if name not in by_answers]
   if judged:
     yield from measures.evaluate(run, pools.qrels(split), judged).values.items()

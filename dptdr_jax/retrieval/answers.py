@@ -28,15 +28,10 @@ def tokens(text: str) -> list[str]:
   return [token.lower() for token in _TOKEN.findall(unicodedata.normalize("NFD", text))]
 
 
-def contains_answer(text: str, answers: Sequence[str]) -> bool:
-  """Whether a text contains one of the answers, token by token. An answer without a token matches no text."""
-  return _contains(_joined(text), [_joined(answer) for answer in answers])
-
-
 def match_run(
   run: Run, answers: Sequence[Sequence[str]], texts: Callable[[np.ndarray], Sequence[str]], *, depth: int = 100
 ) -> np.ndarray:
-  """Marks the passages of a run that contain an answer of their query.
+  """Marks the passages of a run that contain an answer of their query; one without a token is in no passage.
 
   Args:
     run: Q queries.
@@ -47,8 +42,6 @@ def match_run(
   Returns:
     bool [Q, min(depth, K)]; a fill is no hit.
   """
-  if len(answers) != len(run):
-    raise ValueError(f"answers to {len(answers)} questions, run of {len(run)} queries")
   rows = run.rows[:, :depth]
   hits = np.zeros(rows.shape, bool)
   with progress.bar("match answers", len(rows), "query") as shown:

@@ -26,6 +26,7 @@ from dptdr_jax.retrieval.runs import Run
 if TYPE_CHECKING:  # importing it computes on a jax device, which must not happen before jax.distributed is set up
   import bm25s
 
+_K1, _B = 0.9, 0.4  # of the formula; Anserini's for passages
 _FORMAT = 1
 _KIND = "bm25"
 _AGAIN = "Build it again"
@@ -62,15 +63,12 @@ class Bm25:
     self._shards = [self._open(number) for number in range(-(-self.count // self._shard_rows))]
 
   @classmethod
-  def build(
-    cls, texts: Iterable[str], directory: Path, *, k1: float = 0.9, b: float = 0.4, shard_rows: int = 500_000
-  ) -> Bm25:
+  def build(cls, texts: Iterable[str], directory: Path, *, shard_rows: int = 500_000) -> Bm25:
     """Builds an index; its manifest is written last.
 
     Args:
       texts: one text a passage (title and text joined by a space is the rule), read once.
       directory: of the index; one that is there is replaced.
-      k1, b: of the formula; Anserini's defaults for passages.
       shard_rows: passages a shard. Peak memory is about 1.2 kB a passage of a shard (60 tokens each) and the
         vocabulary; a search holds shard_rows scores.
 
@@ -86,13 +84,13 @@ class Bm25:
     write_json(directory / "vocabulary.json", list(vocabulary))
     lengths = np.frombuffer(lengths, np.int32)
     idf = np.log1p((len(lengths) - frequencies + 0.5) / (frequencies + 0.5))
-    norms = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
+    norms = _K1 * (1 - _B + _B * lengths / max(lengths.mean(), 1e-9))
     for shard, start in enumerate(progress.track(range(0, len(lengths), shard_rows), "BM25 index", unit="shard")):
       _write_shard(directory, shard, idf, norms[start : start + shard_rows])
       preemption.check("the BM25 index will be built again")
     write_json(
       directory / "manifest.json",
-      {"format": _FORMAT, "kind": _KIND, "count": len(lengths), "shard_rows": shard_rows, "k1": k1, "b": b,
+      {"format": _FORMAT, "kind": _KIND, "count": len(lengths), "shard_rows": shard_rows, "k1": _K1, "b": _B,
        "mean_length": float(lengths.mean()), "stemmer": "english", "stop_words": "english"},
     )  # fmt: skip
     return cls(directory)
@@ -105,8 +103,6 @@ class Bm25:
     Returns:
       A run [Q, k]: −1 fills where fewer than k passages score above 0, or k is beyond the corpus.
     """
-    if k < 1:
-      raise ValueError(f"k = {k} is not a depth")
     queries = [self._token_ids(tokens) for tokens in _tokenize(texts)]
     run = Run.empty(len(queries), k)
     with progress.bar("BM25 search", len(queries) * len(self._shards), "query") as shown:

@@ -69,11 +69,6 @@ class Pool:
   names: tuple[str, ...]
   manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  def __post_init__(self):
-    for name, (_, shape) in _layout(*self.rows.shape, len(self.names)).items():
-      if (array := getattr(self, name)).shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}, not {shape} as rows and names say")
-
   def __len__(self) -> int:
     """Number of queries Q."""
     return len(self.rows)

@@ -7,7 +7,6 @@ they are given; a later one sees what the earlier ones left, so that every candi
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -71,11 +70,9 @@ class MarginRule:
       raise InputError("a relative margin is a share above 0 of the positive's score", value=self.relative)
 
   def describe(self) -> dict[str, Any]:
-    """As Rule."""
     return {"rule": "margins", **dataclasses.asdict(self)}
 
   def judge(self, pool: Pool, block: slice, kept: np.ndarray) -> Verdict:
-    """As Rule. Raises InputError where the pool has no such source."""
     number = pool.source_number(self.source)
     scores, positive = pool.scores[:, :, number], pool.positive_scores[:, number, None]
     factor = np.where(positive > 0, np.float32(self.relative), np.float32(2 - self.relative))
@@ -98,20 +95,11 @@ class CrossEncoderRule:
   negative_below: float = 0.1
   positive_above: float = 0.9
 
-  def __post_init__(self):
-    if not 0 <= self.negative_below <= self.positive_above <= 1:
-      thresholds = (self.negative_below, self.positive_above)
-      raise InputError("thresholds must be 0 ≤ negative_below ≤ positive_above ≤ 1", value=thresholds)
-
   def describe(self) -> dict[str, Any]:
-    """As Rule."""
     return {"rule": "cross-encoder", "negative_below": self.negative_below, "positive_above": self.positive_above}
 
   def judge(self, pool: Pool, block: slice, kept: np.ndarray) -> Verdict:
-    """As Rule. Raises InputError for a number that is no probability."""
     scores = np.asarray(self.scores[block])
-    if scores.shape != kept.shape:
-      raise ValueError(f"scores {scores.shape} for candidates {kept.shape}")
     wrong = kept & ((scores < 0) | (scores > 1))
     if wrong.any():
       fix = "Put the logits through a sigmoid"
@@ -166,9 +154,6 @@ class Denoiser:
 def denoise(directory: Path, pool: Path, rules: Sequence[Rule]) -> Pool:
   """Writes another pool with what rules remove and why; the one that is read stays as it is, its reasons are kept.
 
-  (So one can remove what is cheap to recognise, score the rest by a cross-encoder, and denoise again.) Works block by
-  block: some 20 MB, and what the rules take.
-
   Args:
     directory: of the new pool; one that is there is replaced.
     pool: a pool's directory.
@@ -179,8 +164,6 @@ def denoise(directory: Path, pool: Path, rules: Sequence[Rule]) -> Pool:
     reason removed, in all and by source (a candidate of two sources counts for both), and how many it could not judge.
     "kept" is how many are left, "emptied" how many queries had candidates and have none now.
   """
-  if pathlib.Path(pool).resolve() == pathlib.Path(directory).resolve():
-    raise ValueError(f"{directory}: a pool cannot be denoised onto itself")
   source = Pool.open(pool)
   denoiser = Denoiser(rules, source.names)
   with (

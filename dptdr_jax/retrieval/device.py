@@ -45,10 +45,9 @@ def search_devices(
 ) -> Run:
   """Finds the k passages of largest inner product for each query, as `search_exact` does, on accelerators.
 
-  Each passage is read from disk and sent to one device once, whatever the number of queries: a block of the corpus is
-  searched for all queries while the next one is read and placed. A device searches its share in tiles and keeps the
-  best k; at a block's end these [query_rows, k] candidates are exchanged (an all-to-all: every device merges its own
-  queries), and nothing else travels between devices.
+  Each passage is read and sent to one device once: a block of the corpus is searched for all queries while the next one
+  is placed. A device searches its share in tiles and keeps the best k; at a block's end these [query_rows, k]
+  candidates are exchanged (an all-to-all: every device merges its own queries), and nothing else travels.
 
   In float32 products are exact to float32 (no TF32, no bfloat16 passes): ids equal FAISS' except for ties within its
   rounding. In bfloat16 queries and passages are rounded to 8 bits and summed in float32: the error of a score is about
@@ -57,18 +56,13 @@ def search_devices(
   Memory on a device: 0.5 GB of corpus, 8 · query_rows · tile_rows bytes of scores, 8 · Q · k / devices of run.
 
   Args:
-    queries: float32 [Q, H].
-    passages: embeddings on disk, or float32 [C, H].
-    k: depth; beyond C there are −1 fills.
+    queries, passages, k: as `search_exact` takes them.
     mesh: the devices; of several processes, only this one's are used.
     dtype: "float32" or "bfloat16" (half the memory and traffic, the fast matrix units).
     rescore: r ≥ 1 searches the best r · k and orders them by float32 scores of the stored vectors, in another pass over
       the corpus on the host; 2 is ample for bfloat16. 0: the devices' scores.
     query_rows: queries at a time, rounded up to a multiple of the devices.
     tile_rows: passages scored at a time.
-
-  Returns:
-    A run [Q, k].
 
   Raises:
     InputError: queries of another width, an unknown dtype, a number that is not finite.
@@ -77,8 +71,6 @@ def search_devices(
   queries = checked_queries(queries, width)
   if dtype not in DTYPES:
     raise InputError(f"devices search in {' or '.join(DTYPES)}", value=dtype)
-  if k < 1 or rescore < 0:
-    raise ValueError(f"k = {k}, rescore = {rescore} cannot be searched")
   run = Run.empty(len(queries), k)
   depth = min(k * max(rescore, 1), len(passages))
   if not depth or not len(queries):
@@ -171,21 +163,15 @@ def search_block(
   scores: jax.Array, rows: jax.Array, queries: jax.Array, block: jax.Array, first: int, stop: int, *, mesh: Mesh,
   tile: int, group: int,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-  """Merges a block's best passages into the best so far, whose rows are lower.
+  """Merges a block's best passages into the best so far, whose rows are lower; see `search_share`.
 
   Args:
-    scores: float32 [q, k], descending, −inf at fills; sharded by query, as the result is; q a multiple of the devices.
-    rows: int32 [q, k].
+    scores, rows: [q, k], sharded by query, as the results are; q is a multiple of the devices.
     queries: [q, H], on every device in full.
     block: [devices · n, H], sharded by passage, in the queries' dtype.
     first: corpus row of the block's first passage.
     stop: corpus row from which on the block is padding.
     mesh: one axis over all devices.
-    tile: passages scored at a time; divides n.
-    group: as in `search_share`.
-
-  Returns:
-    Scores and rows [q, k], of the same order and sharding.
   """
   (axis,) = mesh.axis_names
 
@@ -229,10 +215,8 @@ def search_share(
     scores: float32 [q, k], descending, −inf at fills.
     rows: int32 [q, k], lower than the share's.
     queries: [q, H] in the share's dtype.
-    share: [n, H], n a multiple of `tile`.
-    first: corpus row of the share's first passage.
-    stop: corpus row from which on the share is padding.
-    tile: passages scored at a time, at most 2^31 / q.
+    share: [n, H]; its first passage has corpus row `first`, and from row `stop` on it is padding.
+    tile: passages scored at a time, at most 2^31 / q; divides n.
     group: passages a group, a divisor of `tile`; k groups at least a tile, unless 1.
 
   Returns:

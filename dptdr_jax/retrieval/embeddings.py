@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dptdr_jax.core import files, marks, remote, shards
+from dptdr_jax.core import files, remote, shards
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.team import SOLO, Team
 
@@ -24,7 +24,7 @@ _AGAIN = "Remove it and encode again: whole shards are kept"
 
 
 class Embeddings:
-  """Vectors that `write_vectors` or an `EmbeddingWriter` finished, memory-mapped.
+  """Vectors that `write_vectors` finished, memory-mapped.
 
   Attributes:
     directory: where they are.
@@ -90,75 +90,27 @@ def write_vectors(
     source: what the vectors depend on, as JSON has it; kept in the manifest.
     make: rows → their vectors, float [n, H].
     dtype: float32; or float16, which halves the disk and keeps about 3 digits.
-    shard_rows: rows a shard.
     team: the processes that take turns at the shards.
-    what: names the work in messages.
 
   Raises:
     InputError: a vector is not finite, or not in the range of float16; an id ends in NUL.
   """
-  about, arrays = _about(width, dtype, source), _arrays(width, dtype)
+  if dtype not in _DTYPES:
+    raise InputError(f"embeddings are stored as {' or '.join(_DTYPES)}", value=dtype)
+  about = {"format": _FORMAT, "kind": _KIND, "width": width, "dtype": dtype, "source": dict(source)}
   if team.is_main:
     _write_ids(pathlib.Path(directory, "ids.npy"), ids)  # before hours of work: some ids are refused
 
   def checked(rows: range) -> dict[str, np.ndarray]:
     return {"vectors": _stored(make(rows), rows, dtype)}
 
-  shards.share_out(directory, len(ids), shard_rows, arrays, checked, about=about, team=team, what=what,
+  shards.share_out(directory, len(ids), shard_rows, _arrays(width, dtype), checked, about=about, team=team, what=what,
                    shows=False)  # fmt: skip
   return Embeddings(directory)
 
 
-class EmbeddingWriter(shards.ShardWriter):
-  """Writes C vectors of H numbers shard by shard, in any order, for callers with a loop of their own."""
-
-  def __init__(
-    self, directory: files.Path, *, count: int, width: int, source: Mapping[str, Any], shard_rows: int = 100_000,
-    dtype: str = "float32",
-  ):  # fmt: skip
-    """Begins, or goes on with what an interrupted writer of the same arguments left; see `write_vectors`.
-
-    Args:
-      directory: empty or new, or what an EmbeddingWriter wrote: with other arguments its shards are replaced.
-      count: C.
-
-    Raises:
-      InputError: the directory holds something else.
-    """
-    super().__init__(directory, count, shard_rows, _arrays(width, dtype), _about(width, dtype, source))
-    self._dtype = dtype
-    marks.check_replaceable(directory, _is_ours)
-    self.begin()
-
-  def write(self, shard: int, vectors: np.ndarray) -> None:
-    """Writes one shard, atomically; float [len(rows(shard)), H].
-
-    Raises:
-      InputError: a vector is not finite, or not in the range of float16.
-    """
-    super().write(shard, {"vectors": _stored(vectors, self.rows(shard), self._dtype)})
-
-  def finish(self, ids: Sequence[str]) -> Embeddings:
-    """Writes the C ids and the manifest.
-
-    Raises:
-      InputError: an id ends in NUL.
-    """
-    if len(ids) != self.count:
-      raise ValueError(f"{len(ids)} ids for {self.count} vectors")
-    _write_ids(self.directory / "ids.npy", ids)
-    super().finish()
-    return Embeddings(self.directory)
-
-
 def _arrays(width: int, dtype: str) -> shards.Arrays:
   return {"vectors": (dtype, (width,))}
-
-
-def _about(width: int, dtype: str, source: Mapping[str, Any]) -> dict[str, Any]:
-  if dtype not in _DTYPES:
-    raise InputError(f"embeddings are stored as {' or '.join(_DTYPES)}", value=dtype)
-  return {"format": _FORMAT, "kind": _KIND, "width": width, "dtype": dtype, "source": dict(source)}
 
 
 def _stored(vectors: np.ndarray, rows: range, dtype: str) -> np.ndarray:
@@ -184,11 +136,3 @@ def _write_ids(path: pathlib.Path, ids: Sequence[str]) -> None:
         raise InputError("an id ends in NUL and would be read without it", path=path, value=ending[0],
                          fix="Rename it")  # fmt: skip
       stream.write(np.array([name.encode() for name in block], kind).tobytes())
-
-
-def _is_ours(directory: pathlib.Path) -> bool:
-  for name in (shards.MANIFEST, shards.PLAN):
-    if (directory / name).is_file():
-      about = files.read_json(directory / name)
-      return isinstance(about, dict) and about.get("kind") == _KIND
-  return False

@@ -37,8 +37,7 @@ def training_examples(
   """Yields the examples of a pool, by query row.
 
   Args:
-    pool: Q queries.
-    queries: their Q texts, by row.
+    queries: the texts of the pool's queries, by row.
     positives: positives(query row) → passage rows, none for a query that is not trained on.
     texts: see Texts; a negative with neither title nor text is left out.
   """
@@ -58,11 +57,6 @@ def write_original(path: Path, examples: Iterable[Example], *, separator: str = 
 
   A passage is one string, the input of the original's tokenizer. A query without a positive or without a negative is
   left out: the original would draw from an empty list and fail.
-
-  Args:
-    path: replaced if it exists.
-    examples: see training_examples.
-    separator: between a title and its text.
 
   Returns:
     Counts: "queries" written, those "without a positive" and "without a negative".
@@ -90,12 +84,6 @@ def write_ntuples(
 
   One line for each (query, positive), with the query's first n negatives. Its losses need the same columns in every
   line, so a query with fewer than n negatives is left out, as in sentence-transformers' own mining.
-
-  Args:
-    path: replaced if it exists.
-    examples: see training_examples.
-    num_negatives: n, at least 1.
-    separator: between a title and its text.
 
   Returns:
     Counts: "lines" and "queries" written, queries "without a positive" and with "too few negatives".

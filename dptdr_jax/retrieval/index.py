@@ -119,7 +119,7 @@ class Index:
       InputError: the index has no such parameter, or the value is not a whole number from 1.
     """
     for name, value in parameters.items():
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      if value < 1:
         raise InputError(f"search parameter {name} is not a whole number from 1", value=value)
       try:
         if name not in _PARAMETERS:
@@ -130,14 +130,10 @@ class Index:
                          fix="IVF has nprobe, HNSW has efSearch, Flat has none") from error  # fmt: skip
 
   def search(self, queries: np.ndarray, k: int) -> Run:
-    """Finds k passages for each query; equal scores are ordered by ascending row.
-
-    Args:
-      queries: float32 [Q, H].
-      k: depth; −1 fills where the index returns fewer passages (k beyond the corpus, few lists probed).
+    """Finds k passages for each query float32 [Q, H], equal scores by ascending row.
 
     Returns:
-      A run [Q, k].
+      A run [Q, k]; −1 fills where the index returns fewer passages (k beyond the corpus, few lists probed).
     """
     queries = checked_queries(queries, self.faiss.d)
     if k < 1:

@@ -11,7 +11,7 @@ import numpy as np
 from dptdr_jax.core import preemption, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import Path
-from dptdr_jax.retrieval.candidates import MAX_DEPTH, MAX_SOURCES, Pool, PoolWriter, query_blocks
+from dptdr_jax.retrieval.candidates import MAX_DEPTH, Pool, PoolWriter, query_blocks
 from dptdr_jax.retrieval.denoise import Denoiser, Rule
 from dptdr_jax.retrieval.qrels import Qrels
 from dptdr_jax.retrieval.runs import FILL, Run
@@ -37,8 +37,6 @@ class Source:
   def __post_init__(self):
     if not 0 <= self.first < self.depth <= MAX_DEPTH:
       raise InputError(f"a source's ranks must be 0 ≤ first < depth ≤ {MAX_DEPTH}", value=(self.first, self.depth))
-    if self.positive_scores is not None and self.positive_scores.shape != (len(self.run),):
-      raise ValueError(f"positive scores {self.positive_scores.shape} for a run of {len(self.run)} queries")
 
 
 def pool_from_runs(
@@ -47,12 +45,12 @@ def pool_from_runs(
   """Merges runs into a pool, leaves judged positives out and applies rules, in one pass over blocks of queries.
 
   A source contributes the candidates in its window of ranks. Its scores and ranks of other sources' candidates are
-  written too, as far as its run goes down to `depth`: margins and SimANS need scores. A query that no source answers
-  keeps its (empty) row. Memory beside the runs and what the rules take stays below 100 MB.
+  written too, as far as its run goes down to `depth`: margins and SimANS need scores. Memory beside the runs and what
+  the rules take stays below 100 MB.
 
   Args:
     directory: of the pool; one that is there is replaced.
-    sources: source name → its run and window; at most 16.
+    sources: source name → its run and window; at most MAX_SOURCES.
     positives: judgements of the Q queries; rows with a grade above 0 are left out.
     rules: applied in order, see `denoise`.
 
@@ -62,10 +60,6 @@ def pool_from_runs(
     sources that contributed them, and what the rules removed.
   """
   names, parts, num_queries = tuple(sources), list(sources.values()), len(positives)
-  if not 1 <= len(parts) <= MAX_SOURCES:
-    raise InputError(f"a pool takes 1 to {MAX_SOURCES} sources", value=len(parts))
-  if any(len(source.run) != num_queries for source in parts):
-    raise ValueError(f"runs of {[len(source.run) for source in parts]} queries, judgements of {num_queries}")
   width = sum(source.depth - source.first for source in parts)
   counts = {"candidates": 0, "positives removed": 0, "queries without a candidate": 0}
   unanswered = np.zeros(len(parts), np.int64)

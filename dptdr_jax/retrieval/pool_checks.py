@@ -1,64 +1,16 @@
-"""Checks of a pool before training on it: signs of a bad one, and what denoising does to known positives."""
+"""Signs of a bad pool, before anything is trained on it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from dptdr_jax.retrieval.candidates import Pool, Reason
+from dptdr_jax.retrieval.candidates import Pool
 
 # Shares above which a pool is suspicious; ours.
 ABOVE_POSITIVE = 0.5
 NOT_RETRIEVED = 0.5
 EMPTY = 0.01
 ONE_SOURCE = 0.95
-
-
-class HiddenStep(NamedTuple):
-  """How many hidden positives are left after a step of denoising.
-
-  Attributes:
-    after: "merge" (nothing is removed yet), or the name of the reason that was applied last.
-    hidden: share of all hidden pairs that are among the negatives.
-    others_lost: share of the other candidates that were removed.
-  """
-
-  after: str
-  hidden: float
-  others_lost: float
-
-
-def hidden_positives(pool: Pool, queries: np.ndarray, rows: np.ndarray) -> list[HiddenStep]:
-  """How many judged positives, held back when the pool was made, each reason removes, and at what cost.
-
-  Steps add up in the order of the reasons' codes. For one rule alone, denoise by it alone.
-
-  Args:
-    pool: merged and denoised without the hidden judgements.
-    queries, rows: int [J], the hidden (query, passage) pairs, none twice; J ≥ 1.
-
-  Returns:
-    The merged pool, then a step for each reason that removed a candidate.
-  """
-  hidden_keys = np.asarray(queries, np.int64) << 32 | np.asarray(rows, np.int64)
-  if not len(hidden_keys) or len(np.unique(hidden_keys)) < len(hidden_keys):
-    raise ValueError(f"{len(hidden_keys)} hidden pairs: there must be at least one, and none twice")
-  codes = max(Reason) + 1
-  counts = np.zeros((2, codes), np.int64)  # of others, of hidden ones
-  for block in pool.blocks():
-    rows_of, reasons = pool.rows[block], pool.reasons[block]
-    keys = np.arange(block.start, block.stop)[:, None] << 32 | rows_of.astype(np.int64)
-    hidden = (rows_of >= 0) & np.isin(keys, hidden_keys)
-    counts[0] += np.bincount(reasons[(rows_of >= 0) & ~hidden], minlength=codes)
-    counts[1] += np.bincount(reasons[hidden], minlength=codes)
-  (others, hidden_left), lost = counts.sum(1), 0
-  steps = [HiddenStep("merge", float(hidden_left / len(hidden_keys)), 0.0)]
-  for reason in Reason:
-    if reason != Reason.KEPT and counts[:, reason].any():
-      lost, hidden_left = lost + counts[0, reason], hidden_left - counts[1, reason]
-      steps.append(HiddenStep(reason.name, float(hidden_left / len(hidden_keys)), float(lost / max(1, others))))
-  return steps
 
 
 def suspicions(pool: Pool) -> list[str]:

@@ -6,8 +6,6 @@ import dataclasses
 
 import numpy as np
 
-from dptdr_jax.core.errors import InputError
-
 
 @dataclasses.dataclass(frozen=True)
 class Qrels:
@@ -23,11 +21,6 @@ class Qrels:
   rows: np.ndarray
   grades: np.ndarray
 
-  def __post_init__(self):
-    whole = len(self.offsets) and self.offsets[0] == 0 and self.offsets[-1] == len(self.rows) == len(self.grades)
-    if not whole or (np.diff(self.offsets) < 0).any():
-      raise ValueError(f"{len(self.rows)} rows and {len(self.grades)} grades do not fit these offsets")
-
   @classmethod
   def from_triples(cls, queries: np.ndarray, passages: np.ndarray, grades: np.ndarray, num_queries: int) -> Qrels:
     """Sorts judgements by query and passage.
@@ -37,15 +30,8 @@ class Qrels:
       passages: int [J], passage rows.
       grades: int [J]. Where a pair is judged twice the last one counts.
       num_queries: Q; a query without a judgement has an empty slice.
-
-    Raises:
-      InputError: a grade is beyond int32.
     """
     queries, passages, grades = np.asarray(queries), np.asarray(passages), np.asarray(grades)
-    if len(queries) and (queries.min() < 0 or queries.max() >= num_queries):
-      raise ValueError(f"query rows go from {queries.min()} to {queries.max()}, there are {num_queries} queries")
-    if len(grades) and np.abs(grades).max() >= 2**31:
-      raise InputError("a grade is beyond 32 bits", value=int(np.abs(grades).max()))
     order = np.lexsort((np.arange(len(queries)), passages, queries))
     queries, passages, grades = queries[order], passages[order], grades[order]
     last = np.ones(len(queries), bool)

@@ -1,7 +1,7 @@
 """Runs: which passages a search retrieved for each query, in memory by row and in files by id.
 
-Files are TREC's six columns (`qid Q0 pid rank score tag`) or MS MARCO's three (`qid pid rank`, tabs); gzip and a byte
-order mark are accepted when reading.
+Files are TREC's six columns (`qid Q0 pid rank score tag`), plain or gzip; for MS MARCO's evaluation also its three
+(`qid pid rank`, tabs), which are written alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -24,12 +23,13 @@ from dptdr_jax.core.team import SOLO, Team
 _log = logging.getLogger(__name__)
 
 FILL = -1  # in place of a passage row where a query has fewer than K passages
-_LINES = 1 << 16  # of a run file that are looked up at a time
+_BLOCK = 1 << 16  # lines of a run file that are looked up at a time
 _QUERIES = 256  # whose lines are written together
 _LARGEST = float(np.finfo(np.float32).max)
 _KIND = "run"
 
 Lookup = Callable[[Sequence[str]], np.ndarray]
+Line = Callable[[str, str, int, float], str]  # query id, passage id, rank, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,6 @@ class Run:
   rows: np.ndarray | shards.Column
   scores: np.ndarray | shards.Column
 
-  def __post_init__(self):
-    if self.rows.ndim != 2 or self.rows.shape != self.scores.shape:
-      raise ValueError(f"rows {self.rows.shape} and scores {self.scores.shape} must be equal [Q, K] shapes")
-
   @classmethod
   def empty(cls, num_queries: int, depth: int) -> Run:
     """A run of fills, to be filled query block by query block."""
@@ -55,13 +51,7 @@ class Run:
 
   @classmethod
   def ranked(cls, rows: np.ndarray, scores: np.ndarray, depth: int | None = None) -> Run:
-    """Puts passages into a run's order: score descending, then row ascending, fills last; cut to `depth`.
-
-    Args:
-      rows: int [Q, K'], any negative row is a fill.
-      scores: float [Q, K'], whatever the value at fills.
-      depth: K; default K'.
-    """
+    """Puts passages [Q, K'] into a run's order: score descending, then row ascending, fills last; cut to `depth`."""
     absent = rows < 0
     scores = np.where(absent, -np.inf, scores).astype(np.float32)
     rows = np.where(absent, FILL, rows).astype(np.int32)
@@ -112,12 +102,10 @@ def write_run(
 
   Args:
     directory: of this run alone.
-    count: Q.
-    depth: K.
+    count, depth: Q and K.
     search: queries → their run of depth K.
     size: queries a shard: the work that a kill may cost, against one reading of the corpus.
     team: the processes that take turns at the shards.
-    what: names the search in messages.
   """
 
   def make(queries: range) -> dict[str, np.ndarray]:
@@ -141,21 +129,23 @@ def write_trec(path: Path, run: Run, query_ids: Sequence[str], passage_ids: Sequ
 
   trec_eval reads scores, not ranks, and breaks ties by passage id: its figures differ from ours where scores tie.
   """
-  _write(path, run, query_ids, passage_ids, lambda rank: f"\0 Q0 %s {rank} %.9g {_escaped(tag)}\n", scored=True)
+
+  def line(query: str, passage: str, rank: int, score: float) -> str:
+    return f"{query} Q0 {passage} {rank} {score:.9g} {tag}\n"
+
+  _write(path, run, query_ids, passage_ids, line)
 
 
 def write_msmarco(path: Path, run: Run, query_ids: Sequence[str], passage_ids: Sequence[str]) -> None:
   """Writes MS MARCO's own format, `qid\\tpid\\trank`, atomically; ranks from 1."""
-  _write(path, run, query_ids, passage_ids, lambda rank: f"\0\t%s\t{rank}\n", scored=False)
+  _write(path, run, query_ids, passage_ids, lambda query, passage, rank, _: f"{query}\t{passage}\t{rank}\n")
 
 
 def read_trec(path: Path, query_rows: Lookup, passage_rows: Lookup, num_queries: int, depth: int | None = None) -> Run:
   """Reads a TREC run file. Its order is that of the scores, ties by row; ranks that contradict it are an error.
 
-  What is kept of a file of any length is `depth` passages a query.
-
   Args:
-    path: the file, plain or gzip.
+    path: the file, plain or gzip; a line takes 40 bytes of memory.
     query_rows: ids → rows of queries, int [n], −1 for an unknown one; passage_rows: the same for passages.
     num_queries: Q; a query that the file lacks has fills only; unknown queries are skipped, and the log says how many.
     depth: keeps the best `depth` of each query; default: the longest list in the file.
@@ -164,67 +154,32 @@ def read_trec(path: Path, query_rows: Lookup, passage_rows: Lookup, num_queries:
     InputError: with file and line, on a wrong column count, rank or score, an unknown passage, or one that is listed
       twice for a query; or if none of the file's queries is known.
   """
-
-  def parse(line: str) -> tuple[str, str, int, float]:
-    fields = line.split()
-    if len(fields) != 6:
-      raise _BadLine(f"{len(fields)} columns where a TREC run has 6 (qid Q0 pid rank score tag)", line)
-    return fields[0], fields[2], _rank(fields[3]), _score(fields[4])
-
-  return _read(path, parse, query_rows, passage_rows, num_queries, depth)
-
-
-def read_msmarco(
-  path: Path, query_rows: Lookup, passage_rows: Lookup, num_queries: int, depth: int | None = None
-) -> Run:
-  """Reads MS MARCO's own format. It has no scores: a passage's score here is −rank. Otherwise as `read_trec`."""
-
-  def parse(line: str) -> tuple[str, str, int, float]:
-    fields = line.rstrip("\n").split("\t")
-    if len(fields) != 3:
-      raise _BadLine(f"{len(fields)} columns where an MS MARCO run has 3 (qid, pid, rank, between tabs)", line)
-    rank = _rank(fields[2])
-    return fields[0], fields[1], rank, -float(rank)
-
-  return _read(path, parse, query_rows, passage_rows, num_queries, depth)
-
-
-class _BadLine(Exception):
-  """What is wrong with a line, and the value; the reader adds file and line number."""
+  parts, skipped, parsed = [(np.empty(0, np.int64),) * 5], set(), _lines(path)
+  while block := list(itertools.islice(parsed, _BLOCK)):
+    lines, queries, passages, ranks, scores = zip(*block, strict=True)
+    known, rows = query_rows(queries), passage_rows(passages)
+    if (rows < 0).any():
+      at = int(np.argmax(rows < 0))
+      raise InputError("unknown passage id", path=path, line=lines[at], value=passages[at])
+    skipped.update(queries[at] for at in np.flatnonzero(known < 0))
+    columns = known, rows.astype(np.int32), np.array(scores), np.array(ranks, np.int32), np.array(lines)
+    parts.append(tuple(column[known >= 0] for column in columns))
+  queries, rows, scores, ranks, lines = map(np.concatenate, zip(*parts, strict=True))
+  if skipped and not len(queries):
+    raise InputError("no query of this run is known here", path=path, value=min(skipped),
+                     fix="Name a run of these queries")  # fmt: skip
+  if skipped:
+    _log.info("%s: %d queries are unknown here and skipped", path, len(skipped))
+  _check_lists(queries, rows, scores, ranks, lines, path)
+  order, counts = np.lexsort((rows, -scores, queries)), np.bincount(queries, minlength=num_queries)
+  places = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+  run = Run.empty(num_queries, int(counts.max(initial=0)) if depth is None else depth)
+  order, places = order[places < run.depth], places[places < run.depth]
+  run.rows[queries[order], places], run.scores[queries[order], places] = rows[order], scores[order]
+  return run
 
 
-def _rank(text: str) -> int:
-  if not text.isascii() or not text.isdigit() or len(text) > 9:
-    raise _BadLine("rank is not a whole number from 0", text)
-  return int(text)
-
-
-def _score(text: str) -> float:
-  try:
-    score = float(text)
-  except ValueError:
-    raise _BadLine("score is not a number", text) from None
-  if not abs(score) <= _LARGEST:
-    raise _BadLine("score is not finite in float32", text)
-  return score
-
-
-def _escaped(text: str) -> str:
-  return text.replace("%", "%%")
-
-
-def _write(
-  path: Path, run: Run, query_ids: Sequence[str], passage_ids: Sequence[str], line: Callable[[int], str], *,
-  scored: bool,
-) -> None:  # fmt: skip
-  """Writes all lines of a query by one `%`, which is twice as fast as a line at a time.
-
-  Args:
-    line: rank → a format for the passage's id and, if `scored`, its score, with NUL in place of the query's id.
-  """
-  if len(query_ids) != len(run):
-    raise ValueError(f"{len(query_ids)} query ids for a run of {len(run)} queries")
-  formats = [line(rank) for rank in range(1, run.depth + 1)]
+def _write(path: Path, run: Run, query_ids: Sequence[str], passage_ids: Sequence[str], line: Line) -> None:
   with (
     progress.bar("write run", len(run), "query") as shown,
     atomic_path(path) as partial,
@@ -232,96 +187,57 @@ def _write(
   ):
     for start in range(0, len(run), _QUERIES):
       rows, scores = (array[start : start + _QUERIES] for array in (run.rows, run.scores))
-      distinct, place = np.unique(rows, return_inverse=True)
-      ids = np.array([passage_ids[row] if row >= 0 else "" for row in distinct.tolist()], object)
-      for query, count in enumerate((rows >= 0).sum(1).tolist()):
-        names = ids[place.reshape(rows.shape)[query, :count]].tolist()
-        fields = names
-        if scored:
-          fields = [None] * (2 * count)
-          fields[::2], fields[1::2] = names, scores[query, :count].tolist()
-        text = "".join(formats[:count]).replace("\0", _escaped(query_ids[start + query]))
-        stream.write(text % tuple(fields))
+      names = {row: passage_ids[row] for row in np.unique(rows).tolist() if row >= 0}
+      for query, ranked in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), start):
+        entries = enumerate(zip(*ranked, strict=True), 1)
+        stream.writelines(line(query_ids[query], names[row], rank, score) for rank, (row, score) in entries if row >= 0)
       shown.advance(len(rows))
 
 
-class _Entries(NamedTuple):
-  """Lines of a run file, or one query's list; arrays [n]."""
-
-  rows: np.ndarray
-  scores: np.ndarray  # float64, as the file has them
-  ranks: np.ndarray
-  lines: np.ndarray
-
-  def take(self, places: np.ndarray) -> _Entries:
-    return _Entries(*(column[places] for column in self))
-
-
-def _read(
-  path: Path, parse: Callable[[str], tuple[str, str, int, float]], query_rows: Lookup, passage_rows: Lookup,
-  num_queries: int, depth: int | None,
-) -> Run:  # fmt: skip
-  lists: dict[int, _Entries] = {}
-  skipped: set[str] = set()
-  with open_text(path) as stream:
-    parsed = _parsed(stream, path, parse)
-    while block := list(itertools.islice(parsed, _LINES)):
-      lines, queries, passages, ranks, scores = zip(*block, strict=True)
-      known, rows = query_rows(queries), passage_rows(passages)
-      if (rows < 0).any():
-        at = int(np.argmax(rows < 0))
-        raise InputError("unknown passage id", path=path, line=lines[at], value=passages[at])
-      skipped.update(queries[at] for at in np.flatnonzero(known < 0))
-      entries = _Entries(rows.astype(np.int32), np.array(scores), np.array(ranks), np.array(lines))
-      _add(lists, known[known >= 0], entries.take(known >= 0), depth, path)
-  if skipped and not lists:
-    raise InputError("no query of this run is known here", path=path, value=min(skipped),
-                     fix="Name a run of these queries")  # fmt: skip
-  if skipped:
-    _log.info("%s: %d queries are unknown here and skipped", path, len(skipped))
-  run = Run.empty(num_queries, max((len(one.rows) for one in lists.values()), default=0) if depth is None else depth)
-  for query, one in lists.items():
-    run.rows[query, : len(one.rows)], run.scores[query, : len(one.rows)] = one.rows, one.scores
-  return run
-
-
-def _parsed(stream: TextIO, path: Path, parse: Callable[[str], tuple]) -> Iterator[tuple[int, str, str, int, float]]:
+def _lines(path: Path) -> Iterator[tuple[int, str, str, int, float]]:
   """Yields (line number, query, passage, rank, score) of the lines that are not empty."""
   number = 0
+  with open_text(path) as stream:
+    try:
+      for number, line in enumerate(progress.track(stream, "read run", unit="line"), 1):
+        if not line.isspace():
+          # A byte order mark would become part of the first query's id.
+          yield number, *_fields(line.removeprefix("\ufeff") if number == 1 else line, path, number)
+    except (EOFError, zlib.error, UnicodeDecodeError, OSError) as error:
+      raise InputError(f"cannot be read any further ({error})", path=path, line=number + 1,
+                       fix="Fetch the file again") from error  # fmt: skip
+
+
+def _fields(line: str, path: Path, number: int) -> tuple[str, str, int, float]:
+  fields = line.split()
+  if len(fields) != 6:
+    what = f"{len(fields)} columns where a TREC run has 6 (qid Q0 pid rank score tag)"
+    raise InputError(what, path=path, line=number, value=line)
+  query, _, passage, rank, score, _ = fields
+  if not rank.isascii() or not rank.isdigit() or len(rank) > 9:
+    raise InputError("rank is not a whole number from 0", path=path, line=number, value=rank)
   try:
-    for line in progress.track(stream, "read run", unit="line"):
-      number += 1
-      if number == 1:
-        line = line.removeprefix("\ufeff")  # a byte order mark would become part of the first query's id
-      if not line.isspace():
-        yield number, *parse(line)
-  except _BadLine as error:
-    raise InputError(error.args[0], path=path, line=number, value=error.args[1]) from None
-  except (EOFError, zlib.error, UnicodeDecodeError, OSError) as error:
-    raise InputError(f"cannot be read any further ({error})", path=path, line=number + 1,
-                     fix="Fetch the file again") from error  # fmt: skip
+    value = float(score)
+  except ValueError:
+    raise InputError("score is not a number", path=path, line=number, value=score) from None
+  if not abs(value) <= _LARGEST:
+    raise InputError("score is not finite in float32", path=path, line=number, value=score)
+  return query, passage, int(rank), value
 
 
-def _add(lists: dict[int, _Entries], queries: np.ndarray, entries: _Entries, depth: int | None, path: Path) -> None:
-  """Adds entries to the lists of their queries, rows [E], and cuts these to `depth`."""
-  order = np.argsort(queries, kind="stable")
-  starts = np.flatnonzero(np.diff(queries[order], prepend=-1))
-  for of_query in np.split(order, starts[1:]) if len(order) else ():
-    query, own = int(queries[of_query[0]]), entries.take(of_query)
-    if query in lists:  # it is not in one piece, or goes on from the block before
-      own = _Entries(*map(np.concatenate, zip(lists[query], own, strict=True)))
-    _check_list(own, path)
-    lists[query] = own.take(np.lexsort((own.rows, -own.scores))[:depth])
-
-
-def _check_list(own: _Entries, path: Path) -> None:
+def _check_lists(
+  queries: np.ndarray, rows: np.ndarray, scores: np.ndarray, ranks: np.ndarray, lines: np.ndarray, path: Path
+) -> None:
   """Raises InputError for a passage that is listed twice, and where a later rank has the higher score."""
-  order = np.lexsort((own.lines, own.rows))
-  twice = order[1:][own.rows[order][1:] == own.rows[order][:-1]]
-  if len(twice):
-    raise InputError("passage is listed twice for its query", path=path, line=int(own.lines[twice].min()))
-  order = np.lexsort((-own.scores, own.ranks))
-  rises = order[1:][(np.diff(own.scores[order]) > 0) & (np.diff(own.ranks[order]) > 0)]
-  if len(rises):
-    raise InputError("the score is higher than that of an earlier rank", path=path, line=int(own.lines[rises].min()),
-                     fix="Number the ranks by descending score")  # fmt: skip
+
+  def first_line(order: np.ndarray, *conditions: np.ndarray) -> int | None:
+    wrong = np.all([np.diff(queries[order]) == 0, *conditions], axis=0)
+    return int(lines[order[1:][wrong]].min()) if wrong.any() else None
+
+  order = np.lexsort((lines, rows, queries))
+  if (line := first_line(order, np.diff(rows[order]) == 0)) is not None:
+    raise InputError("passage is listed twice for its query", path=path, line=line)
+  order = np.lexsort((-scores, ranks, queries))
+  if (line := first_line(order, np.diff(scores[order]) > 0, np.diff(ranks[order]) > 0)) is not None:
+    fix = "Number the ranks by descending score"
+    raise InputError("the score is higher than that of an earlier rank", path=path, line=line, fix=fix)

@@ -22,12 +22,9 @@ _MERGED = 4096  # queries merged at a time
 def search_exact(queries: np.ndarray, passages: Embeddings | np.ndarray, k: int) -> Run:
   """Finds the k passages of largest inner product for each query; each passage is read from disk once.
 
-  faiss searches the passages block by block, on all cores, for all queries; the best of a block are merged with the
-  best so far. Equal scores are ordered by ascending row, also across rank k. (Equal vectors have equal scores only if
-  the matrix product sums them in one order; the last bit may differ between blocks.)
-
-  Peak memory beside the queries: a block (200 MB for H = 384), twice the run (2 · 8 · Q · k bytes: the best so far and
-  those of the block), and up to 300 MB.
+  Equal scores are ordered by ascending row, also across rank k. (Equal vectors have equal scores only if the matrix
+  product sums them in one order; the last bit may differ between blocks.) Peak memory beside the queries: a block
+  (200 MB for H = 384), twice the run (2 · 8 · Q · k bytes), and up to 300 MB.
 
   Args:
     queries: float32 [Q, H].
@@ -63,10 +60,6 @@ def search_ties(search: Search, queries: np.ndarray, k: int, count: int) -> Run:
     search: a search over `count` passages.
     queries: float32 [Q, H].
     k: depth, at most `count`.
-    count: passages.
-
-  Returns:
-    A run [Q, k].
   """
   run = Run.empty(len(queries), k)
   _resolve(search, queries, np.arange(len(queries)), min(k + 1, count), count, run)
@@ -86,13 +79,7 @@ def _resolve(search: Search, queries: np.ndarray, of: np.ndarray, depth: int, co
 
 
 def merge(best: Run, other: Run, first_row: int) -> None:
-  """Merges the results of a later block into the best so far, in place.
-
-  Args:
-    best: [Q, K].
-    other: [Q, K'], of the same queries, rows relative to the block.
-    first_row: corpus row of the block's first passage, beyond every row of `best`.
-  """
+  """Merges the results of a later block, whose first passage has row `first_row`, into the best so far, in place."""
   for start in range(0, len(best), _MERGED):  # bounds the copies
     part = slice(start, start + _MERGED)
     scores = np.concatenate([best.scores[part], other.scores[part]], 1)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 
-import numpy as np
 import pytest
 from support import runs, tiny
 
 from dptdr_jax import Backbone, Retriever
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.retrieval.embeddings import EmbeddingWriter
 
 
 @pytest.fixture(scope="module")
@@ -132,20 +130,15 @@ def test_second_run_in_one_directory_is_refused(directory, tmp_path):
     small(directory, tmp_path / "work").run()
 
 
-def test_writers_refuse_folders_of_others(directory, theirs):
+def test_saved_retriever_replaces_no_folder_of_others(directory, theirs):
   before = contents(theirs)
   tiny.config(directory)
   retriever = Retriever.untuned(Backbone.load(directory / "backbone"), passage_length=32)
   with pytest.raises(InputError, match=f"^{theirs}: the directory holds something else"):
     retriever.save(theirs)
-  with pytest.raises(InputError, match=f"^{theirs}: the directory holds something else"):
-    EmbeddingWriter(theirs, count=1, width=2, source={})
   assert contents(theirs) == before
   retriever.save(theirs.parent / "saved")
   retriever.save(theirs.parent / "saved")
-  for _ in range(2):
-    writer = EmbeddingWriter(theirs.parent / "vectors", count=1, width=2, source={})
-    writer.write(0, np.zeros((1, 2), np.float32))
 
 
 def test_prune_removes_what_no_run_reaches_and_nothing_of_others(directory, tmp_path, capsys):

@@ -96,10 +96,11 @@ def test_manifest_counts_candidates_and_removed_positives(tmp_path):
 
 
 def test_query_that_a_source_lacks_stays_in_the_pool(tmp_path):
-  full = Run(np.array([[4, 5], [6, 7]], np.int32), np.array([[2, 1], [2, 1]], np.float32))
+  largest = 2**31 - 1  # a row that is no fill
+  full = Run(np.array([[4, 5], [largest, 0]], np.int32), np.array([[2, 1], [2, 1]], np.float32))
   sources = {"file": Source(Run.empty(2, 0), 9), "bm25": Source(full, 2)}
   pool = pool_from_runs(tmp_path / "p", sources, no_positives(2))
-  assert [pool.candidates(query).tolist() for query in range(2)] == [[4, 5], [6, 7]]
+  assert [pool.candidates(query).tolist() for query in range(2)] == [[4, 5], [largest, 0]]
   assert pool.manifest["unanswered"] == {"file": 2, "bm25": 0}
 
 
@@ -128,23 +129,10 @@ def test_reasons_remove_candidates():
     pool.candidate_scores(0, "b")
 
 
-def test_largest_row_is_not_taken_for_a_fill(tmp_path):
-  run = Run(np.array([[2**31 - 1, 0]], np.int32), np.array([[2, 1]], np.float32))
-  pool = pool_from_runs(tmp_path / "p", {"a": Source(run, 2)}, no_positives(1))
-  assert pool.candidates(0).tolist() == [2**31 - 1, 0]
-
-
-def test_bad_arguments_are_named(tmp_path):
-  source = Source(random_run(0, 4, 10, 5), 5)
-  with pytest.raises(InputError, match="1 to 16 sources: 17"):
-    pool_from_runs(tmp_path / "p", {str(i): source for i in range(17)}, no_positives(4))
-  for depth, first in ((40_000, 0), (5, 5)):
-    with pytest.raises(InputError, match=rf"first < depth ≤ 32767: \({first}, {depth}\)"):
-      Source(source.run, depth, first=first)
-  with pytest.raises(ValueError, match="positive scores"):
-    Source(source.run, 5, positive_scores=np.zeros(3))
-  with pytest.raises(ValueError, match="runs of"):
-    pool_from_runs(tmp_path / "p", {"a": Source(random_run(0, 3, 10, 5), 5)}, no_positives(4))
+@pytest.mark.parametrize(("depth", "first"), [(40_000, 0), (5, 5)])
+def test_impossible_ranks_are_named(depth, first):
+  with pytest.raises(InputError, match=rf"first < depth ≤ 32767: \({first}, {depth}\)"):
+    Source(random_run(0, 4, 10, 5), depth, first=first)
 
 
 @pytest.mark.parametrize("name", ["rows", "sources", "scores", "ranks", "reasons", "positive_scores"])

@@ -1,4 +1,4 @@
-"""Embeddings on disk: resumed, checked when opened, and never written into somebody else's directory."""
+"""Embeddings on disk: resumed, and checked when opened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.retrieval.embeddings import Embeddings, EmbeddingWriter, write_vectors
+from dptdr_jax.retrieval.embeddings import Embeddings, write_vectors
 
 SOURCE = {"retriever": "abc", "lengths": [32, 128]}
 IDS = [f"id {i} é" for i in range(23)]
@@ -19,28 +19,15 @@ def vectors() -> np.ndarray:
   return np.random.default_rng(0).normal(size=(23, 6)).astype(np.float32)
 
 
-def writer(path, **options) -> EmbeddingWriter:
-  return EmbeddingWriter(path, **{"count": 23, "width": 6, "source": SOURCE, "shard_rows": 10, **options})
-
-
-def write(path, vectors, **options) -> Embeddings:
-  some = writer(path, **options)
-  for shard in some.missing():
-    some.write(shard, vectors[some.rows(shard)])
-  return some.finish(IDS)
-
-
 def made(path, vectors, ids=IDS, **options) -> Embeddings:
   options = {"width": 6, "source": SOURCE, "shard_rows": 10, **options}
-  return write_vectors(path, ids=ids, make=lambda rows: vectors[rows.start : rows.stop], **options)
+  return write_vectors(path, ids=ids, make=lambda rows: vectors[rows], **options)
 
 
-def test_both_writers_write_what_the_reader_reads(tmp_path, vectors):
-  write(tmp_path / "loop", vectors), made(tmp_path / "made", vectors)
+def test_written_vectors_are_read(tmp_path, vectors):
+  made(tmp_path / "made", vectors)
   names = {"manifest.json", "ids.npy", *(f"vectors-0000{i}.npy" for i in range(3))}
-  for directory in tmp_path.iterdir():
-    assert {path.name for path in directory.iterdir()} == names
-    assert all(path.read_bytes() == (tmp_path / "loop" / path.name).read_bytes() for path in directory.iterdir())
+  assert {path.name for path in (tmp_path / "made").iterdir()} == names
   got = Embeddings(tmp_path / "made")
   assert (len(got), got.width, got.dtype, got.source) == (23, 6, "float32", SOURCE)
   assert got.ids() == IDS
@@ -58,7 +45,7 @@ def test_float16_is_read_as_float32(tmp_path, vectors):
   assert block.dtype == got.take(np.array([3])).dtype == np.float32
   np.testing.assert_allclose(block, vectors[:10], rtol=1e-3)
   with pytest.raises(InputError, match="float32 or float16"):
-    writer(tmp_path / "e", dtype="float64")
+    made(tmp_path / "e", vectors, dtype="float64")
 
 
 def test_no_texts_have_no_vectors(tmp_path, vectors):
@@ -67,52 +54,47 @@ def test_no_texts_have_no_vectors(tmp_path, vectors):
 
 
 def test_interrupted_writer_goes_on_with_missing_shards(tmp_path, vectors):
-  writer(tmp_path / "e").write(1, vectors[10:20])
+  asked = []
+
+  def make(rows):
+    asked.append(rows.start)
+    return vectors[rows]
+
+  vectors[13, 2], right = np.nan, vectors[13, 2]
+  with pytest.raises(InputError, match="passage row 13"):
+    write_vectors(tmp_path / "e", ids=IDS, width=6, source=SOURCE, make=make, shard_rows=10)
   with pytest.raises(InputError, match="nothing finished is here"):
     Embeddings(tmp_path / "e")
-  again = writer(tmp_path / "e")
-  assert again.missing() == [0, 2]
-  with pytest.raises(ValueError, match=r"shards \[0, 2\] are missing"):
-    again.finish(IDS)
-  assert np.array_equal(write(tmp_path / "e", vectors).take(np.arange(23)), vectors)
-  assert writer(tmp_path / "e").missing() == []
-  assert writer(tmp_path / "e", source={"retriever": "other"}).missing() == [0, 1, 2]
+  vectors[13, 2] = right
+  got = write_vectors(tmp_path / "e", ids=IDS, width=6, source=SOURCE, make=make, shard_rows=10)
+  assert np.array_equal(got.take(np.arange(23)), vectors) and asked == [0, 10, 10, 20]
+  write_vectors(tmp_path / "e", ids=IDS, width=6, source={"retriever": "other"}, make=make, shard_rows=10)
+  assert asked[4:] == [0, 10, 20], "vectors of another retriever are made again"
 
 
-def test_directory_of_others_is_refused_and_untouched(tmp_path):
-  for name, text in (("thesis.tex", "mine"), ("manifest.json", '{"kind": "bm25"}')):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / name).write_text(text)
-    with pytest.raises(InputError, match="holds something else"):
-      writer(tmp_path / name)
-    assert [(path.name, path.read_text()) for path in (tmp_path / name).iterdir()] == [(name, text)]
-
-
-@pytest.mark.parametrize(("bad", "dtype"), [(np.nan, "float32"), (np.inf, "float16"), (1e5, "float16")])
+@pytest.mark.parametrize(("bad", "dtype"), [(np.inf, "float32"), (np.inf, "float16"), (1e5, "float16")])
 def test_vector_that_dtype_cannot_hold_is_named(tmp_path, vectors, bad, dtype):
   vectors[13, 2] = bad
-  some = writer(tmp_path / "e", dtype=dtype)
   with pytest.raises(InputError, match="passage row 13"):
-    some.write(1, vectors[10:20])
-  assert some.missing() == [0, 1, 2]
-  with pytest.raises(InputError, match="passage row 13"):
-    made(tmp_path / "m", vectors, dtype=dtype)
+    made(tmp_path / "e", vectors, dtype=dtype)
 
 
-def test_full_disk_loses_nothing(tmp_path, vectors, monkeypatch):
-  some = writer(tmp_path / "e")
-  some.write(0, vectors[:10])
+def test_full_disk_leaves_whole_shards_alone(tmp_path, vectors, monkeypatch):
+  save, saved = np.save, []
 
   def full(stream, array):
+    saved.append(array)
+    if len(saved) < 2:
+      return save(stream, array)
     stream.write(b"half of it")
     raise OSError(28, "No space left on device")
 
   with monkeypatch.context() as patched:
     patched.setattr(np, "save", full)
     with pytest.raises(InputError, match="vectors-00001.npy: no space left on the disk"):
-      some.write(1, vectors[10:20])
-  assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["plan.json", "vectors-00000.npy"]
-  assert np.array_equal(write(tmp_path / "e", vectors).take(np.arange(23)), vectors)
+      made(tmp_path / "e", vectors)
+  assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["ids.npy", "plan.json", "vectors-00000.npy"]
+  assert np.array_equal(made(tmp_path / "e", vectors).take(np.arange(23)), vectors)
 
 
 def test_damage_names_the_file(tmp_path, vectors):

@@ -1,13 +1,12 @@
-"""Signs of a bad pool, and hidden positives, on small pools."""
+"""Signs of a bad pool, on small pools."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from dptdr_jax.retrieval import candidates
 from dptdr_jax.retrieval.candidates import Pool, Reason
-from dptdr_jax.retrieval.pool_checks import HiddenStep, hidden_positives, suspicions
+from dptdr_jax.retrieval.pool_checks import suspicions
 
 
 def pool_of(rows, sources=None, scores=None, reasons=None, positive_scores=None, names=("bm25", "dense")) -> Pool:
@@ -19,24 +18,6 @@ def pool_of(rows, sources=None, scores=None, reasons=None, positive_scores=None,
     np.full(wide, -1, np.int16), np.zeros(rows.shape, np.uint8) if reasons is None else np.array(reasons, np.uint8),
     np.array(np.zeros((len(rows), len(names))) if positive_scores is None else positive_scores, np.float32), names,
   )  # fmt: skip
-
-
-def test_hidden_positives_and_others_lost_by_each_reason(monkeypatch):
-  monkeypatch.setattr(candidates, "BLOCK_ENTRIES", 4)
-  text, margin = Reason.SAME_TEXT, Reason.RELATIVE_MARGIN
-  pool = pool_of(
-    [[1, 2, 3, 4], [1, 5, 6, -1], [2, 7, 8, 9]],
-    reasons=[[text, 0, margin, 0], [0, margin, margin, 0], [0, 0, 0, 0]],
-  )
-  # hidden: (0, 1) by text, (0, 3) by margin, (1, 1) by nothing, (2, 1) was never in the pool
-  steps = hidden_positives(pool, np.array([0, 0, 1, 2]), np.array([1, 3, 1, 1]))
-  assert steps == [
-    HiddenStep("merge", 3 / 4, 0), HiddenStep("SAME_TEXT", 2 / 4, 0), HiddenStep("RELATIVE_MARGIN", 1 / 4, 2 / 8)
-  ]  # fmt: skip
-  merged = pool_of([[1, 2]])
-  assert hidden_positives(merged, np.array([0]), np.array([2])) == [HiddenStep("merge", 1, 0)]
-  with pytest.raises(ValueError, match="none twice"):
-    hidden_positives(merged, np.array([0, 0]), np.array([2, 2]))
 
 
 def test_sound_pool_is_not_suspicious():
