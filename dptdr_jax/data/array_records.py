@@ -76,11 +76,8 @@ def _write_metadata(directory: pathlib.Path, kind: str, shards: list[int], size:
   )  # fmt: skip
 
 
-class TextRows(Sequence):
-  """Random access to what `write_rows` wrote: `rows[row]` → Passage or Query, `rows.take(rows)` → a list of them,
-  `rows.read(start)` streams.
-
-  Every record is checked against its hash as it is read.
+class TextRows:
+  """Random access to what `write_rows` wrote; every record is checked against its hash as it is read.
 
   Args:
     count: number of rows that there must be.
@@ -90,7 +87,7 @@ class TextRows(Sequence):
   """
 
   def __init__(self, directory: pathlib.Path, kind: str, count: int):
-    self._directory, self._decode, self._count = directory, _passage if kind == "corpus" else _query, count
+    self._directory, self._record, self._count = directory, _RECORDS[kind], count
     paths = sorted(str(path) for path in directory.glob(f"text-{kind}.array_record-*"))
     if not paths:
       raise InputError(f"no text-{kind}.array_record files", path=directory)
@@ -103,17 +100,13 @@ class TextRows(Sequence):
     return self._count
 
   def __getitem__(self, row: int) -> Passage | Query:
-    if not 0 <= row < self._count:
-      raise IndexError(f"row {row} of {self._count}")
-    return self._decode(self._checked(lambda: self._records[int(row)]))
+    return self.take([row])[0]
 
-  def take(self, rows: np.ndarray) -> list[Passage] | list[Query]:
+  def take(self, rows: Sequence[int] | np.ndarray) -> list[Passage] | list[Query]:
     """Returns some rows, in the order of `rows`; many at once are read faster than one by one."""
-    if len(rows) and not 0 <= min(rows) <= max(rows) < self._count:
-      raise IndexError(f"rows {min(rows)} to {max(rows)} of {self._count}")
     indices = [int(row) for row in rows]
     records = self._checked(lambda: self._records.__getitems__(indices)) if indices else []
-    return [self._decode(record) for record in records]
+    return [_decode(record, self._record) for record in records]
 
   def read(self, start: int = 0) -> Iterator[Passage | Query]:
     """Yields rows in order from `start`, read in blocks."""
@@ -136,12 +129,7 @@ def _encode(row: Passage | Query) -> bytes:
   return example.SerializeToString()
 
 
-def _passage(record: bytes) -> Passage:
+def _decode(record: bytes, of: type[Passage] | type[Query]) -> Passage | Query:
   feature = tf_example_pb2.Example.FromString(record).features.feature
-  return Passage(*(feature[name].bytes_list.value[0].decode() for name in Passage._fields))
-
-
-def _query(record: bytes) -> Query:
-  feature = tf_example_pb2.Example.FromString(record).features.feature
-  query_id, text = (feature[name].bytes_list.value[0].decode() for name in ("id", "text"))
-  return Query(query_id, text, tuple(answer.decode() for answer in feature["answers"].bytes_list.value))
+  values = {name: tuple(text.decode() for text in feature[name].bytes_list.value) for name in of._fields}
+  return of(*(texts if name == "answers" else texts[0] for name, texts in values.items()))

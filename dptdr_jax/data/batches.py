@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.groups import TrainGroups, generator
 from dptdr_jax.data.store import TokenStore
 
@@ -54,8 +53,6 @@ class GroupBatches(abc.ABC):
     num_hosts: int = 1,
     devices: int = 1,
   ):
-    if not len(query_rows):
-      raise InputError("no training query left")
     self._query_rows, self._groups, self._batch_size = np.asarray(query_rows, np.int64), groups, batch_size
     self._seed, self._stage = seed, stage
     self._host, self._num_hosts, self._multiple = host, num_hosts, math.lcm(devices, num_hosts)
@@ -103,9 +100,8 @@ class GroupBatches(abc.ABC):
 class TrainBatches(GroupBatches):
   """`batches[step]` → this host's slice of the global batch, queries and passages separate.
 
-  T is the bucket that the global batch needs, so that hosts agree on shapes.
-
-  A batch, of B global examples and G passages each, on host p of n (M = B·G; b = B / n, m = M / n, both after filling):
+  A batch, of B global examples and G passages each, on host p of n (M = B·G; b = B / n, m = M / n, both after filling;
+  T is the bucket that the global batch needs):
     query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
     targets int32 [B]: column of each query's positive in the global batch,
     blocked bool [B, M]: the query's positives, which must not count as its negatives; never the target,
@@ -117,7 +113,6 @@ class TrainBatches(GroupBatches):
     queries, passages: token stores.
     query_rows, groups, options: see GroupBatches.
     query_tokens, passage_tokens: length limits, special tokens included.
-    bucket: lengths are multiples of it.
   """
 
   def __init__(
@@ -129,24 +124,22 @@ class TrainBatches(GroupBatches):
     *,
     query_tokens: int,
     passage_tokens: int,
-    bucket: int = 16,
     **options: Any,
   ):
     super().__init__(query_rows, groups, **options)
     self._queries, self._passages = queries, passages
-    self._query_tokens, self._passage_tokens, self._bucket = query_tokens, passage_tokens, bucket
+    self._query_tokens, self._passage_tokens = query_tokens, passage_tokens
 
   def __getitem__(self, step: int) -> Batch:
     rows = self.rows(step)
     positives, size = self._groups.at(step).positives, self._groups.group_size
-    targets = np.arange(self._batch_size, dtype=np.int32) * size
-    query_width = self._queries.width(rows.queries, self._query_tokens, self._bucket)
-    width = self._passages.width(rows.passages.ravel(), self._passage_tokens, self._bucket)
+    targets, columns = np.arange(self._batch_size, dtype=np.int32) * size, rows.passages.ravel()
+    width = self._queries.width(rows.queries, self._query_tokens)
     mine = rows.queries[self.own(self._batch_size)[0]]
-    query_tokens, query_lengths = self._queries.batch(mine, self._query_tokens, width=query_width)
-    mine = rows.passages.ravel()[self.own(rows.passages.size)[0]]
-    passage_tokens, passage_lengths = self._passages.batch(mine, self._passage_tokens, width=width)
-    columns = rows.passages.ravel()
+    query_tokens, query_lengths = self._queries.batch(mine, self._query_tokens, width)
+    width = self._passages.width(columns, self._passage_tokens)
+    mine = columns[self.own(columns.size)[0]]
+    passage_tokens, passage_lengths = self._passages.batch(mine, self._passage_tokens, width)
     return {
       "query_tokens": query_tokens,
       "query_lengths": query_lengths,
@@ -164,9 +157,8 @@ def load_ahead(
   """Yields make(step) for start_step … stop_step − 1; threads prepare `ahead` of them in advance.
 
   Threads, not processes: at the paper's shape (64 × 30 passages of 128 tokens, 2 busy cores) they need 13–15 ms a
-  batch from the first one on, grain's worker processes 15–24 ms after 3–5 s of start, and a step takes far longer. The
-  batches depend on neither `workers` nor `ahead`. After an error or `close` each thread ends with its batch; nobody
-  waits for it, because it may itself wait for what happens after `close`.
+  batch, grain's worker processes 15–24 ms after 3–5 s of start, and a step takes far longer. After an error or `close`
+  nobody waits for a thread, because it may itself wait for what happens after `close`.
   """
   pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="batches")
   waiting: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
@@ -182,15 +174,12 @@ def load_ahead(
 
 
 def blocked(passages: np.ndarray, positives: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
-  """Marks passages that must not count as negatives of a query.
+  """Marks passages that must not count as negatives of a query: its positives except its target, bool [b, M].
 
   Args:
     passages: int64 [M], passage rows of the global batch.
     positives: for each of b queries, the rows of its known positives.
     targets: int [b], column of each query's positive.
-
-  Returns:
-    bool [b, M]: True at every positive of the query except its target.
   """
   result = np.stack([np.isin(passages, rows) for rows in positives])
   result[np.arange(len(positives)), targets] = False

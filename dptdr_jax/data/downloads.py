@@ -25,10 +25,7 @@ _BLOCK = 1 << 20
 
 
 class Download(NamedTuple):
-  """One file: its address, its size in bytes and its MD5, None if nobody recorded them.
-
-  `members` are the files of an archive that are read.
-  """
+  """One file: address, size in bytes and MD5, None if nobody recorded them; the members of an archive that are read."""
 
   url: str
   size: int | None = None

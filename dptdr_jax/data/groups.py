@@ -19,7 +19,6 @@ from dptdr_jax.core.errors import InputError
 _log = logging.getLogger(__name__)
 
 _PURPOSES = {"order": 0, "positive": 1, "negatives": 2, "fill": 3, "spans": 4, "sample": 5}
-STRATEGIES = ("window", "random", "top", "simans")
 
 
 class Negatives(Protocol):
@@ -52,18 +51,10 @@ class Sampling:
       1 / √(2a), 1 by default. For cosines, a = 200 makes it 0.05.
   """
 
-  strategy: str = "window"
+  strategy: Literal["window", "random", "top", "simans"] = "window"
   last: int | None = None
   a: float = 0.5
   b: float = 0.0
-
-  def __post_init__(self):
-    if self.strategy not in STRATEGIES:
-      raise InputError("unknown sampling of negatives", value=self.strategy, fix=f"Use {', '.join(STRATEGIES)}")
-    if self.last is not None and self.last < 1:
-      raise InputError("negatives are drawn from the first 1 or more of the list", value=self.last)
-    if not (0 <= self.a < np.inf and np.isfinite(self.b)):
-      raise InputError("SimANS needs a finite a ≥ 0 and a finite b", value=(self.a, self.b))
 
 
 def generator(seed: int, stage: str, purpose: str, epoch: int, item: int) -> np.random.Generator:
@@ -76,12 +67,10 @@ def generator(seed: int, stage: str, purpose: str, epoch: int, item: int) -> np.
 class TrainGroups:
   """Draws groups; by default as the original does.
 
-  The positive rotates with the epoch from a start drawn per query, or is always the first one. Negatives are chosen as
-  `sampling` says.
-
-  A query with fewer than G − 1 negatives gets all of them in every epoch, and random passages of the corpus, others in
-  each epoch. (The original repeats its negatives, which adds nothing to a loss that masks duplicates.) Positives are
-  never negatives, even if `negatives` names them. No row comes twice, unless the corpus is too small.
+  The positive rotates with the epoch from a start drawn per query, or is always the first one. A query with fewer than
+  G − 1 negatives gets all of them in every epoch, and random passages of the corpus, others in each epoch. (The
+  original repeats its negatives, which adds nothing to a loss that masks duplicates.) Positives are never negatives,
+  even if `negatives` names them. No row comes twice, unless the corpus is too small.
 
   Args:
     positives: positives(query_row) → int64 rows, at least one.
@@ -89,7 +78,6 @@ class TrainGroups:
     num_passages: C.
     group_size: G; 1: in-batch negatives alone.
     positive: "rotate" or "first".
-    sampling: see Sampling.
   """
 
   def __init__(
@@ -137,10 +125,8 @@ class TrainGroups:
     if self._negatives is not None:
       rows = self._negatives.rows(query_row)
       allowed = np.flatnonzero((rows >= 0) & ~(rows[:, None] == barred).any(axis=1))
-      allowed = allowed[
-        np.sort(np.unique(rows[allowed], return_index=True)[1])
-      ]  # a dataset's own negatives may come twice
-      allowed = allowed[: self._sampling.last]
+      # A dataset's own negatives may come twice.
+      allowed = allowed[np.sort(np.unique(rows[allowed], return_index=True)[1])][: self._sampling.last]
       negatives = rows[self._ordered(allowed, query_row, epoch, count)]
     if len(negatives) >= count:
       return negatives[:count]

@@ -25,9 +25,7 @@ class DuplicateId(DptdrError):
 
 
 class IdTable:
-  """Reads a table that `IdTableWriter` wrote; everything is memory-mapped.
-
-  `len(table)`, `table[row]` → id, `table.ids(rows)` → list of ids, `table.rows(ids)` → int64 rows, −1 where unknown.
+  """Reads a table that `IdTableWriter` wrote, memory-mapped: `len(table)`, `table[row]` → id.
 
   Raises:
     InputError: a file is missing or cut, or they do not belong together.
@@ -47,8 +45,6 @@ class IdTable:
     return len(self._ids)
 
   def __getitem__(self, row: int) -> str:
-    if not 0 <= row < len(self):
-      raise IndexError(f"row {row} of a table of {len(self)}")
     return self._ids[row].tobytes().decode()
 
   def ids(self, rows: Iterable[int]) -> list[str]:

@@ -27,12 +27,7 @@ def most_masked(width: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-  """Masking with a vocabulary.
-
-  Attributes:
-    mask_id: the mask token.
-    is_special: bool [V], ids that are never masked and never replace another one.
-  """
+  """Masking with a vocabulary: `is_special`, bool [V], are ids that are never masked and never replace another one."""
 
   mask_id: int
   is_special: np.ndarray

@@ -11,7 +11,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.batches import Batch, GroupBatches
 from dptdr_jax.data.groups import TrainGroups
 from dptdr_jax.data.ragged import Ragged
-from dptdr_jax.data.store import TokenStore
+from dptdr_jax.data.store import TokenStore, bucketed
 from dptdr_jax.data.tokenizer import PairTemplate, Tokenizer
 
 
@@ -134,7 +134,6 @@ class PairBatches(GroupBatches):
     queries, passages: token stores.
     query_rows, groups, options: see GroupBatches. The group size is 2 at least.
     form: how two texts become one sequence.
-    bucket: T is a multiple of it, or the pair's limit.
   """
 
   def __init__(
@@ -144,19 +143,16 @@ class PairBatches(GroupBatches):
     query_rows: np.ndarray,
     groups: TrainGroups,
     form: PairFormat,
-    *,
-    bucket: int = 16,
     **options: Any,
   ):
     super().__init__(query_rows, groups, **options)
     if groups.group_size < 2:
       raise InputError("pairs need a negative for every positive", value=groups.group_size)
-    self._queries, self._passages, self._form, self._bucket = queries, passages, form, bucket
+    self._queries, self._passages, self._form = queries, passages, form
 
   def __getitem__(self, step: int) -> Batch:
     rows, size = self.rows(step), self._groups.group_size
     pairs = Pairs(self._queries, self._passages, np.repeat(rows.queries, size), rows.passages.ravel(), self._form)
-    longest = int(pairs.lengths().max())
-    width = min(-(-longest // self._bucket) * self._bucket, self._form.pair_length)
+    width = bucketed(pairs.lengths().max(), self._form.pair_length)
     mine, real = self.own(len(pairs))
     return {**pairs.batch(mine, width), "relevant": mine % size == 0, "real": real}

@@ -21,7 +21,7 @@ import numpy as np
 from dptdr_jax.core import files, preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import ragged
-from dptdr_jax.data.formats import Format, check_split
+from dptdr_jax.data.formats import Format
 from dptdr_jax.data.ids import DuplicateId, IdTable, IdTableWriter
 from dptdr_jax.data.records import Passage, Query
 
@@ -35,7 +35,7 @@ class Corpus:
 
   Attributes:
     ids: IdTable, row ↔ id.
-    passages: TextRows: sequence of Passage with random access; `.take(rows)` reads many, `.read(start)` streams.
+    passages: TextRows of Passage: random access; `.take(rows)` reads many, `.read(start)` streams.
 
   Raises:
     InputError: a file is missing, cut or damaged, here or when a passage is read.
@@ -75,10 +75,10 @@ class Split:
     self.name = name
     self.ids = IdTable(directory / "ids")
     self.queries = TextRows(directory / "text", "queries", len(self))
-    self.judgements = ragged.RowLists(directory / "judgements", valued=True, count=len(self))
-    self.shared = ragged.RowLists(directory / "shared", count=len(self))
-    self.negatives = ragged.RowLists(directory / "negatives", count=len(self))
-    query_rows, _, grades = self.judgements.flat()
+    self.judgements = ragged.RowLists(directory / "judgements", len(self), valued=True)
+    self.shared = ragged.RowLists(directory / "shared", len(self))
+    self.negatives = ragged.RowLists(directory / "negatives", len(self))
+    query_rows, _, grades = self.judgements.triples()
     self.trainable = np.unique(query_rows[grades > 0])
 
   def __len__(self) -> int:
@@ -93,10 +93,10 @@ class Split:
     negatives."""
     return np.concatenate([self.positives(query_row), self.shared.rows(query_row)])
 
-  def check_trainable(self, path: str | pathlib.Path | None = None) -> None:
-    """Raises an InputError that names `path` (the judgements' file) if no query has a positive."""
+  def check_trainable(self) -> None:
+    """Raises an InputError if no query has a positive."""
     if not len(self.trainable):
-      raise InputError("no training query left: none has a positive", path=path)
+      raise InputError("no training query left: none has a positive")
 
 
 def write_corpus(data: Format, directory: str | pathlib.Path) -> None:
@@ -119,7 +119,6 @@ def write_split(data: Format, split: str, corpus: Corpus, directory: str | pathl
     InputError: a duplicate id, an unknown id in judgements or negatives, two grades for one pair, no query, and
       whatever the format finds.
   """
-  check_split(split)
   directory = pathlib.Path(directory)
   digests: list[bytes] = []
 
@@ -133,9 +132,9 @@ def write_split(data: Format, split: str, corpus: Corpus, directory: str | pathl
     fix = "A query counts if the split's qrels name it"
     raise InputError(f"no query in split {split}", path=data.files(split)[-1], fix=fix)
   rows, columns, grades = judged = _judgements(data, split, ids, corpus.ids)
-  _write_lists(directory / "judgements", len(ids), *judged)
-  _write_lists(directory / "shared", len(ids), *_shared(digests, *judged))
-  _write_lists(directory / "negatives", len(ids), *_negatives(data, split, ids, corpus.ids))
+  ragged.write_lists(directory / "judgements", len(ids), *judged)
+  ragged.write_lists(directory / "shared", len(ids), *_shared(digests, *judged))
+  ragged.write_lists(directory / "negatives", len(ids), *_negatives(data, split, ids, corpus.ids))
   trainable, skipped = len(np.unique(rows[grades > 0])), data.skipped.get(split, 0)
   files.write_json(directory / "counts.json", {"queries": len(ids), "trainable": trainable, "skipped": skipped})
 
@@ -197,14 +196,7 @@ def _digest(text: str) -> bytes:
 def _shared(
   digests: list[bytes], rows: np.ndarray, columns: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Query rows and passage rows of what is relevant to another query of the same text and not judged for this one.
-
-  A question that was asked twice has right answers that must not become negatives of either.
-
-  Args:
-    digests: of the queries' texts.
-    rows, columns, values: the judgements.
-  """
+  """Query rows and passage rows of what is relevant to another query of the same text and not judged for this one."""
   _, group, sizes = np.unique(np.array(digests, "S8"), return_inverse=True, return_counts=True)
   relevant = (values > 0) & (sizes[group[rows]] > 1)
   pairs = np.unique(np.stack([group[rows[relevant]], columns[relevant]], axis=1), axis=0)
@@ -228,8 +220,7 @@ def _negatives(data: Format, split: str, queries: IdTable, passages: IdTable) ->
     fix = "It is among the negatives of one query, which begin on this line"
     rows = _known(passages, passage_ids, "passage id in negatives", locate, np.repeat(places, counts), fix)
     parts.append((np.repeat(query_rows, counts).astype(np.int32), rows.astype(np.int32)))
-  query_rows, rows = map(np.concatenate, zip(*parts, strict=True))
-  return query_rows, rows
+  return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _known(
@@ -243,11 +234,6 @@ def _known(
     path, line = locate(int(places[first]))
     raise InputError(f"unknown {what}", path=path, line=line, value=ids[first], fix=fix)
   return rows
-
-
-def _write_lists(directory: pathlib.Path, count: int, *columns: np.ndarray) -> None:
-  files.remove(directory)
-  ragged.write_lists(directory, count, *columns)
 
 
 def _chunks(records: Iterator[T]) -> Iterator[tuple[int, list[T]]]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.shards import mapped
 
@@ -28,11 +29,7 @@ def gather(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndar
 
 
 def opened(path: pathlib.Path, kinds: str = "iu", length: int | None = None) -> np.ndarray:
-  """Opens a one-dimensional .npy file memory-mapped.
-
-  Args:
-    kinds: numpy's letters of the dtypes that are accepted; "iu": integers.
-    length: of the array; None: any.
+  """Opens a .npy file of so many whole numbers memory-mapped; `kinds` are numpy's letters of the dtypes.
 
   Raises:
     InputError: the file is missing or cut, or holds another kind of array.
@@ -108,48 +105,38 @@ def open_offsets(directory: pathlib.Path) -> np.ndarray:
   return offsets
 
 
-class RowLists:
-  """For every query row a list of passage rows, with a value for each where there are values; memory-mapped.
+class RowLists(Ragged):
+  """For every query row a list of passage rows, with a value for each where there are values; memory-mapped."""
 
-  `lists.rows(query_row)` → int64 [n], `lists.values(query_row)` → int64 [n], `len(lists)` → number of queries.
-  """
-
-  def __init__(self, directory: str | pathlib.Path, *, valued: bool = False, count: int | None = None):
+  def __init__(self, directory: pathlib.Path, count: int, *, valued: bool = False):
     """Opens what `write_lists` wrote.
 
     Args:
-      valued: there must be values.
-      count: number of queries; None: any.
+      count: number of queries that there must be.
+      valued: whether there are values.
 
     Raises:
       InputError: a file is missing or cut, or they do not belong together.
     """
-    directory = pathlib.Path(directory)
-    self._rows = Ragged.open(directory, "rows")
-    if count not in (None, len(self)):
+    offsets = open_offsets(directory)
+    super().__init__(opened(directory / "rows.npy", length=int(offsets[-1])), offsets)
+    if count != len(self):
       raise InputError(f"lists of {count} queries expected, not of {len(self)}", path=directory / "offsets.npy")
-    self._values = None
-    if valued:
-      self._values = Ragged(opened(directory / "values.npy", length=len(self._rows.flat)), self._rows.offsets)
-
-  def __len__(self) -> int:
-    return len(self._rows)
+    self._values = Ragged(opened(directory / "values.npy", length=len(self.flat)), offsets) if valued else None
 
   def rows(self, query_row: int) -> np.ndarray:
-    """Returns the passage rows of a query, in the order in which they were written."""
-    return self._rows[query_row].astype(np.int64)
+    """Returns the passage rows of a query, int64 [n], in the order in which they were written."""
+    return self[query_row].astype(np.int64)
 
   def values(self, query_row: int) -> np.ndarray:
-    """Returns the value of each passage row (the grade of a judgement)."""
-    if self._values is None:
-      raise ValueError("these lists have no values")
+    """Returns the value of each passage row (the grade of a judgement), int64 [n]."""
     return self._values[query_row].astype(np.int64)
 
-  def flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def triples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns all lists, one after the other: query rows, passage rows and values (1 without values), int64 each."""
-    queries = np.repeat(np.arange(len(self), dtype=np.int64), self._rows.lengths)
+    queries = np.repeat(np.arange(len(self), dtype=np.int64), self.lengths)
     values = np.ones_like(queries) if self._values is None else self._values.flat.astype(np.int64)
-    return queries, self._rows.flat.astype(np.int64), values
+    return queries, self.flat.astype(np.int64), values
 
 
 def write_lists(
@@ -158,11 +145,12 @@ def write_lists(
   """Writes pairs (queries[i], rows[i]) grouped by query, the order within a query kept.
 
   Args:
-    directory: made here.
+    directory: removed first, with what a killed writer left there.
     count: number of query rows.
     queries, rows: int [n].
     values: int [n]; None: the lists have no values.
   """
+  files.remove(directory)
   directory.mkdir(parents=True)
   order = np.argsort(queries, kind="stable")
   Ragged(rows[order].astype(np.int32), offsets_of(np.bincount(queries, minlength=count))).save(directory, "rows")

@@ -42,7 +42,6 @@ class Padded:
     return np.full(len(self._ids), self.limit, np.int64)
 
   def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    """As in Lists."""
     return {"tokens": self._ids[places], "lengths": self._lengths[places]}
 
 
@@ -57,6 +56,5 @@ class Stored:
     return self._store.lengths_of(self._rows, self.limit)
 
   def batch(self, places: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    """As in Lists."""
-    tokens, lengths = self._store.batch(self._rows[places], self.limit, width=width)
+    tokens, lengths = self._store.batch(self._rows[places], self.limit, width)
     return {"tokens": tokens, "lengths": lengths}

@@ -6,23 +6,17 @@ tokens of text and at least s = SHORTEST, a passage of n tokens gives:
   n ≥ both   Each span aims at S tokens, or with probability `short_share` at a random length from s on. Both lie
              anywhere in the passage.
   n < both   ('cut') The passage is cut in two at a random place, within a quarter of its length around the ratio of
-             the two aimed lengths, so that a short span stays short. If n ≤ S, nothing is lost; on MS MARCO (about
-             70 tokens a passage, spans of 126) this is the usual case. If a half is longer than S, it gives S tokens;
-             then both spans lie anywhere in the passage, and up to a quarter of the text is in neither.
+             the two aimed lengths, so that a short span stays short: the usual case on MS MARCO. A half longer than S
+             gives S tokens; then both spans lie anywhere, and up to a quarter of the text is in neither.
   n < 2 · s  ('twins') Halves would say nothing about each other ('The' | 'Beatles'): both spans are the whole
              passage, and only masks and dropout tell them apart (SimCSE, arXiv 2104.08821).
   n = 0      ('empty') The tokenizer makes nothing of the text: never drawn.
 
-`SpanBatches.counts` says how many passages are of which kind. Spans begin and end with whole words: an end within a
-word moves inwards (unless the span would be part of one word), so a span may be a word shorter than drawn. Where two
-spans meet, their common border moves, and no word is lost.
+Spans begin and end with whole words: an end within a word moves inwards (unless the span would be part of one word).
+Where two spans meet, their common border moves, and no word is lost.
 
-With `overlap` each span is drawn by itself anywhere in the passage (Contriever, arXiv 2112.09118), so that both may
-contain what the passage says only once. A passage no longer than the aimed length is the span itself: choose spans well
-below the length of the passages (70 tokens on MS MARCO), because shorter passages give the same text twice ('twins').
-
-With `neighbours` k > 1 passages are drawn k in a row in the corpus' order. If this order means something (paragraphs of
-an article), a batch holds passages that differ in more than their topic.
+With `overlap` each span is drawn by itself anywhere in the passage (Contriever, arXiv 2112.09118). A passage no longer
+than the aimed length is then the span itself, twice ('twins'): choose spans well below the length of the passages.
 """
 
 from __future__ import annotations
@@ -39,7 +33,7 @@ from dptdr_jax.data import ragged
 from dptdr_jax.data.batches import Batch, load_ahead
 from dptdr_jax.data.groups import generator
 from dptdr_jax.data.masking import Masking
-from dptdr_jax.data.store import TokenStore
+from dptdr_jax.data.store import TokenStore, bucketed
 
 STAGE = "pretrain"
 SHORTEST = 8  # fewest tokens of text in a span, before its ends move to whole words
@@ -96,8 +90,8 @@ class SpanBatches:
     lengths: see SpanLengths.
     masking: None: spans are not masked.
     batch_size: S, even.
-    neighbours: k, passages drawn in a row; 1: each by itself. Where the rows begin changes from epoch to epoch.
-    bucket: T is a multiple of it, or the limit.
+    neighbours: k, passages drawn in a row in the corpus' order; 1: each by itself. Where the rows begin changes from
+      epoch to epoch.
     host, num_hosts: which slice.
   """
 
@@ -110,11 +104,10 @@ class SpanBatches:
     batch_size: int,
     seed: int,
     neighbours: int = 1,
-    bucket: int = 16,
     host: int = 0,
     num_hosts: int = 1,
   ):
-    self._stores, self._lengths, self._masking, self._bucket = list(stores), lengths, masking, bucket
+    self._stores, self._lengths, self._masking = list(stores), lengths, masking
     self._full = lengths.text(stores[0].num_special)
     if batch_size % (2 * num_hosts) or batch_size < 4:
       raise InputError("a batch has two pairs of spans at least, and as many for each host", value=batch_size,
@@ -146,8 +139,7 @@ class SpanBatches:
 
   def position(self, step: int) -> list[dict[str, int]]:
     """Returns where each corpus' stream is before a step: epoch and passage within it."""
-    done = self._advanced(step)
-    places = [divmod(int(count), len(kept)) for count, kept in zip(done, self._kept, strict=True)]
+    places = [divmod(int(count), len(kept)) for count, kept in zip(self._advanced(step), self._kept, strict=True)]
     return [{"epoch": epoch, "passage": place} for epoch, place in places]
 
   def draw(self, step: int) -> Drawn:
@@ -166,17 +158,15 @@ class SpanBatches:
       epochs.append(epoch)
     return Drawn(*(np.concatenate(part) for part in (corpora, rows, epochs)))
 
-  def tokens(self, step: int) -> int:
-    """Returns the tokens of the global batch of a step, special tokens included, padding not."""
-    lengths = self._spans(step)[2]
-    return int(lengths.sum())
-
   def __getitem__(self, step: int) -> Batch:
-    drawn, tokens, lengths, starts, random = self._spans(step)
+    drawn, random = self.draw(step), generator(self._seed, STAGE, "spans", 0, step)
+    totals, word_starts = self._whole(drawn)
+    first, count = cut(totals, self._lengths, self._full, random)
+    first, count = (part.ravel() for part in _to_words(first, count, totals, word_starts, self._full))
+    tokens, lengths, starts = self._gather(drawn, first, count, totals, word_starts)
     batch = {"tokens": tokens, "lengths": lengths}
     if self._masking is not None:
-      content = starts >= 0
-      masked = self._masking.apply(tokens, starts > 0, content, random)
+      masked = self._masking.apply(tokens, starts > 0, starts >= 0, random)
       batch["tokens"], batch["positions"], batch["labels"] = masked
     batch = {name: value[self._mine] for name, value in batch.items()}
     batch["groups"] = np.repeat(self._groups(drawn), 2)
@@ -185,17 +175,6 @@ class SpanBatches:
   def load(self, start_step: int, stop_step: int, workers: int = 2) -> Iterator[Batch]:
     """Yields the batches of start_step … stop_step − 1, prepared in threads; see `batches.load_ahead`."""
     return load_ahead(self.__getitem__, start_step, stop_step, workers)
-
-  def _spans(self, step: int) -> tuple[Drawn, np.ndarray, np.ndarray, np.ndarray, np.random.Generator]:
-    """The global batch of a step before masking: its passages, `_gather`'s arrays, and the generator for masks."""
-    drawn = self.draw(step)
-    random = generator(self._seed, STAGE, "spans", 0, step)
-    totals, word_starts = self._whole(drawn)
-    first, count = cut(totals, self._lengths, self._full, random)
-    first, count = (part.ravel() for part in _to_words(first, count, totals, word_starts, self._full))
-    owner = np.repeat(np.arange(len(drawn.rows)), 2)
-    width = self._width(int(count.max()))
-    return drawn, *self._gather(drawn, owner, first, count, totals, word_starts, width), random
 
   def _groups(self, drawn: Drawn) -> np.ndarray:
     """A number for each different text that is drawn, int32 [n]."""
@@ -214,10 +193,6 @@ class SpanBatches:
     random = generator(self._seed, f"{STAGE}/{corpus}", "order", epoch, 0)
     return shuffled(len(self._kept[corpus]), self._neighbours, random)
 
-  def _width(self, longest: int) -> int:
-    needed = longest + self._stores[0].num_special
-    return min(-(-needed // self._bucket) * self._bucket, self._lengths.tokens)
-
   def _whole(self, drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each passage int64 [n], and where words start in them, one passage after the other."""
     totals, parts = [], []
@@ -227,8 +202,10 @@ class SpanBatches:
       parts.append(store.words(rows))
     return np.concatenate(totals), np.concatenate(parts)
 
-  def _gather(self, drawn, owner, first, count, totals, word_starts, width):
+  def _gather(self, drawn, first, count, totals, word_starts):
     """Tokens [S, T], lengths [S], and int8 [S, T]: 1 where a word starts, 0 within one, −1 outside of the text."""
+    owner = np.repeat(np.arange(len(drawn.rows)), 2)
+    width = bucketed(count.max() + self._stores[0].num_special, self._lengths.tokens)
     tokens, lengths = [], []
     for corpus, store in enumerate(self._stores):
       here = drawn.corpora[owner] == corpus
@@ -289,13 +266,7 @@ def shuffled(count: int, neighbours: int, random: np.random.Generator) -> np.nda
 def _to_words(
   first: np.ndarray, count: np.ndarray, totals: np.ndarray, word_starts: np.ndarray, full: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Moves ends of spans to where words start, as the module's docstring says.
-
-  Args:
-    first, count: the result of `cut`.
-    totals, full: see `cut`.
-    word_starts: bool, all passages one after the other.
-  """
+  """Moves ends of the spans of `cut` to where words start (bool, all passages one after the other)."""
   offsets = ragged.offsets_of(totals)
   places = np.arange(len(word_starts))
   beyond = len(word_starts)

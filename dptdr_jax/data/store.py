@@ -23,6 +23,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import ragged
 from dptdr_jax.data.tokenizer import Tokenizer
 
+_BUCKET = 16
 _BATCH = 4096  # texts a call of the tokenizer: enough to keep its threads busy, 20 MB of encodings
 _COUNTED = 1 << 24  # tokens counted at a time
 _NOTED = 1 << 16  # texts between two states of progress.json
@@ -61,21 +62,17 @@ class TokenStore(ragged.Ragged):
     content = np.minimum(self.lengths_at(rows), self._room(max_tokens))
     return content + self.num_special
 
-  def width(self, rows: np.ndarray, max_tokens: int, bucket: int = 16) -> int:
-    """Returns the smallest multiple of `bucket`, at most `max_tokens`, that all of `rows` fit into."""
-    longest = int(self.lengths_of(rows, max_tokens).max(initial=1))
-    return min(-(-longest // bucket) * bucket, max_tokens)
+  def width(self, rows: np.ndarray, max_tokens: int) -> int:
+    """Returns the bucket, see `bucketed`, that all of `rows` fit into."""
+    return bucketed(self.lengths_of(rows, max_tokens).max(initial=1), max_tokens)
 
-  def batch(
-    self, rows: np.ndarray, max_tokens: int, bucket: int = 16, width: int | None = None
-  ) -> tuple[np.ndarray, np.ndarray]:
+  def batch(self, rows: np.ndarray, max_tokens: int, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Gathers rows, cuts them on the right, wraps them in special tokens and pads them on the right.
 
     Args:
       rows: int [n].
       max_tokens: limit of a row, special tokens included.
-      bucket: T is a multiple of it, or `max_tokens`.
-      width: T itself, if several hosts must agree on it; from `width` over all of their rows.
+      width: T, if several hosts must agree on it: from `width` over all of their rows.
 
     Returns:
       tokens int32 [n, T] and lengths int32 [n], special tokens included.
@@ -83,9 +80,8 @@ class TokenStore(ragged.Ragged):
     rows = np.asarray(rows, np.int64)
     if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
       raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
-    width = width or self.width(rows, max_tokens, bucket)
     content = self.lengths_of(rows, max_tokens) - self.num_special
-    return self._wrapped(self.heads(rows, content), content, width)
+    return self._wrapped(self.heads(rows, content), content, width or self.width(rows, max_tokens))
 
   def words(self, rows: np.ndarray) -> np.ndarray:
     """Returns bool, one row's tokens after the other's: where the tokenizer starts a word."""
@@ -134,6 +130,11 @@ class TokenStore(ragged.Ragged):
     return room
 
 
+def bucketed(longest: int, limit: int) -> int:
+  """Returns the width of a batch: a multiple of 16, so that there are few shapes, or the limit."""
+  return min(-(-int(longest) // _BUCKET) * _BUCKET, limit)
+
+
 def write_token_store(
   texts: Callable[[int], Iterator[str]],
   count: int,
@@ -147,10 +148,7 @@ def write_token_store(
 
   Args:
     texts: texts(row) yields the texts from that row on.
-    count: the number of texts.
-    tokenizer: its hash is stored.
-    path: directory of the store. If it has files, they are from a killed run with the same arguments; a finished
-      store is only opened.
+    path: directory of the store. If it has files, they are from a run with the same arguments.
     max_tokens: texts are cut to so many tokens, special tokens not counted.
     words: also store where words start, as the tokenizer's own encodings say; takes a fifth longer.
   """

@@ -28,9 +28,9 @@ class Tokenizer:
   """A fast tokenizer from a directory in Hugging Face layout, without its own truncation and padding.
 
   Attributes:
-    backend: the `tokenizers.Tokenizer`, with neither truncation nor padding.
+    backend: the `tokenizers.Tokenizer`.
     prefix, suffix: special ids before and after one text, such as (cls,) and (sep,).
-    cls_id, sep_id, pad_id, mask_id: their ids; mask_id is None if the vocabulary has none.
+    pad_id, mask_id: of the special tokens of these names; mask_id is None if the vocabulary has none.
     vocab_size: the number of ids, added tokens included.
     hash: SHA-256 of tokenizer.json's content without truncation and padding.
   """
@@ -48,7 +48,6 @@ class Tokenizer:
     self.hash = hashlib.sha256(text.encode()).hexdigest()
     self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
     self.prefix, self.suffix = self._wrapping()
-    self.cls_id, self.sep_id = self.prefix[0], self.suffix[-1]
     self.pad_id = self._special("pad")
     if self.pad_id is None:
       raise InputError("the tokenizer has no padding token", path=directory, fix="Name it in tokenizer_config.json")
@@ -57,7 +56,7 @@ class Tokenizer:
   @property
   def separator(self) -> str:
     """The separator token as text: the original puts it between title and text."""
-    return self.backend.id_to_token(self.sep_id)
+    return self.backend.id_to_token(self.suffix[-1])
 
   def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
     """Returns token ids without special tokens, cut on the right to `max_tokens`."""

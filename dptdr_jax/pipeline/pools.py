@@ -16,12 +16,12 @@ from dptdr_jax.settings import Train
 
 def qrels(split: Split) -> Qrels:
   """A split's judgements as the measures take them."""
-  return Qrels.from_triples(*split.judgements.flat(), len(split))
+  return Qrels.from_triples(*split.judgements.triples(), len(split))
 
 
 def barred(split: Split) -> Qrels:
   """What must not become a query's negative: the judgements, and what is relevant to another query of its text."""
-  lists = [split.judgements.flat(), split.shared.flat()]
+  lists = [split.judgements.triples(), split.shared.triples()]
   return Qrels.from_triples(*(np.concatenate(part) for part in zip(*lists, strict=True)), len(split))
 
 

@@ -5,7 +5,6 @@ import threading
 import numpy as np
 import pytest
 
-from dptdr_jax.core.errors import InputError
 from dptdr_jax.data.batches import TrainBatches, blocked, load_ahead, repeated
 from dptdr_jax.data.groups import TrainGroups
 from dptdr_jax.data.store import write_token_store
@@ -76,7 +75,6 @@ def test_every_epoch_has_every_query_once_and_batches_straddle(make):
 
 
 def test_batch_is_a_function_of_seed_stage_and_step(make):
-  _same(make()[11], make()[11])
   first = make().rows(0)
   assert any((make(seed=seed).rows(0).queries != first.queries).any() for seed in (6, 7))
   assert any((make(stage=stage).rows(0).queries != first.queries).any() for stage in ("train2", "train3"))
@@ -85,9 +83,8 @@ def test_batch_is_a_function_of_seed_stage_and_step(make):
   _same(backwards[3], make()[3])
 
 
-@pytest.mark.parametrize(("workers", "ahead"), [(1, 1), (3, 8)])
-def test_loader_gives_the_same_with_any_workers(make, workers, ahead):
-  loaded = list(make().load(5, 25, workers=workers, ahead=ahead))
+def test_loader_gives_the_same_with_any_workers(make):
+  loaded = list(make().load(5, 25, workers=3, ahead=8))
   assert len(loaded) == 20
   for step, batch in enumerate(loaded, start=5):
     _same(batch, make()[step])
@@ -106,15 +103,6 @@ def test_loader_ends_its_threads_and_passes_errors_on(make):
     list(make(query_rows=np.array([6, 7])).load(0, 3))
 
 
-@pytest.mark.parametrize("num_hosts", [2, 4])
-def test_slices_of_all_hosts_are_the_batch(make, num_hosts):
-  for step in (0, 1, 6):
-    slices = [make(host=host, num_hosts=num_hosts)[step] for host in range(num_hosts)]
-    whole = {name: slices[-1][name] for name in WHOLE}
-    shared = {name: np.concatenate([part[name] for part in slices]) for name in slices[0] if name not in whole}
-    _same(shared | whole, make()[step])
-
-
 def test_blocked_by_hand():
   #                    q0's      q1's      q2's
   passages = np.array([0, 8, 9, 1, 8, 5, 5, 3, 0])
@@ -130,26 +118,8 @@ def test_blocked_by_hand():
   np.testing.assert_array_equal(repeated(passages), np.array([0, 0, 0, 0, 1, 0, 1, 0, 1], bool))
 
 
-def test_blocked_never_holds_the_target_and_counts_every_passage_once(make):
-  for step in range(20):
-    rows, batch = make().rows(step), make()[step]
-    flat = rows.passages.ravel()
-    for row, query in enumerate(rows.queries):
-      target = batch["targets"][row]
-      is_open = ~batch["blocked"][row] & (~batch["repeated"] | (np.arange(len(flat)) == target))
-      open_columns = np.flatnonzero(is_open)
-      assert target in open_columns
-      assert len(set(flat[open_columns])) == len(open_columns)
-      assert not set(flat[open_columns]) & (set(POSITIVES[query]) - {rows.passages[row, 0]})
-
-
-def test_no_training_query_is_an_error(make):
-  with pytest.raises(InputError, match="no training query left"):
-    make(query_rows=np.empty(0, np.int64))
-
-
-@pytest.mark.parametrize(("num_hosts", "devices"), [(3, 3), (3, 9), (1, 8), (2, 16)])
-def test_rows_that_devices_cannot_share_evenly_are_filled_up(make, num_hosts, devices):
+@pytest.mark.parametrize(("num_hosts", "devices"), [(2, 2), (4, 4), (3, 3), (3, 9), (1, 8), (2, 16)])
+def test_slices_of_all_hosts_are_the_batch_filled_up_for_their_devices(make, num_hosts, devices):
   whole, slices = make()[1], [make(host=host, num_hosts=num_hosts, devices=devices)[1] for host in range(num_hosts)]
   for name in ("query_tokens", "query_lengths", "passage_tokens", "passage_lengths"):
     assert len({part[name].shape for part in slices}) == 1

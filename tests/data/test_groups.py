@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.data.groups import STRATEGIES, Sampling, TrainGroups, generator
+from dptdr_jax.data.groups import Sampling, TrainGroups, generator
 
 POSITIVES = {0: [10, 11, 12], 1: [20]}
 
@@ -89,14 +89,6 @@ def test_tiny_corpus_repeats_rows_but_never_a_positive():
     _groups(None, 2, positives={0: [0, 1]}, num_passages=2).group(0, 0)
 
 
-def test_streams_depend_on_every_word_of_their_key():
-  keys = [(1, "a", "order", 0, 0), (2, "a", "order", 0, 0), (1, "b", "order", 0, 0), (1, "a", "fill", 0, 0),
-          (1, "a", "order", 1, 0), (1, "a", "order", 0, 1)]  # fmt: skip
-  draws = [tuple(generator(*key).integers(2**62, size=4)) for key in keys]
-  assert len({value for draw in draws for value in draw}) == 24
-  assert draws == [tuple(generator(*key).integers(2**62, size=4)) for key in keys]
-
-
 def _draws(epochs, group_size, **sampling):
   groups = _groups(Scored(), group_size, sampling=Sampling(**sampling))
   return np.array([groups.group(0, epoch)[1:] for epoch in range(epochs)])
@@ -110,12 +102,6 @@ def test_top_and_random_keep_to_their_range():
   assert set(counts) == {100, 101, 102, 103} and all(110 < count < 190 for count in counts.values())
   window = _draws(2, 3, strategy="window", last=4)
   assert sorted(window.ravel().tolist()) == [100, 101, 102, 103]
-
-
-def test_range_with_too_few_is_filled_at_random():
-  drawn = _draws(20, 5, strategy="random", last=2)
-  assert all({100, 101} <= set(group) and len(set(group)) == 4 for group in drawn.tolist())
-  assert len({tuple(sorted(group)) for group in drawn.tolist()}) > 15
 
 
 def test_simans_draws_by_the_formula():
@@ -155,7 +141,7 @@ def test_simans_without_scores_is_random_in_the_same_range(caplog):
   ]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["window", "random", "top", "simans"])
 def test_every_strategy_is_a_function_of_its_key(strategy):
   def make(**options):
     return _groups(Scored(), 4, sampling=Sampling(strategy), **options)
@@ -170,13 +156,3 @@ def test_every_strategy_is_a_function_of_its_key(strategy):
   assert differ == [strategy != "top"] * 2
   epochs = {tuple(expected[0, epoch][1:]) for epoch in range(6)}
   assert len(epochs) == 1 if strategy == "top" else len(epochs) > 3
-
-
-def test_bad_sampling_is_named():
-  with pytest.raises(InputError, match="unknown sampling of negatives: 'hard'. Use window, random, top, simans"):
-    Sampling("hard")
-  with pytest.raises(InputError, match="from the first 1 or more of the list: 0"):
-    Sampling(last=0)
-  for options in ({"a": -1.0}, {"b": np.nan}):
-    with pytest.raises(InputError, match="finite a ≥ 0"):
-      Sampling("simans", **options)

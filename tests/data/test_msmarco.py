@@ -3,6 +3,7 @@
 import pytest
 
 from dptdr_jax.core.errors import InputError
+from dptdr_jax.data.formats import msmarco
 from dptdr_jax.data.formats.msmarco import MsMarco
 from dptdr_jax.data.records import Judgement, Negatives, Passage, Query
 
@@ -60,12 +61,13 @@ def test_titles_are_joined_in_the_collections_order(directory, write):
     list(MsMarco(directory, titles=True).passages())
 
 
-def test_triples_are_grouped_and_limited(directory, write):
+def test_triples_are_grouped_and_limited(directory, write, monkeypatch):
   triples = ["121352\t3\t0", "121352\t3\t1", "121352\t3\t1", "121352\t3\t2", "634306\t5\t7", "121352\t3\t4"]
   write("m/qidpidtriples.train.full.2.tsv.gz", triples)
-  found = list(MsMarco(directory, negatives_per_query=3).negatives("train"))
-  assert found == [Negatives("121352", ("0", "1", "2")), Negatives("634306", ("7",))]
-  assert list(MsMarco(directory).negatives("train"))[-1] == Negatives("121352", ("4",))
+  first = [Negatives("121352", ("0", "1", "2")), Negatives("634306", ("7",))]
+  assert list(MsMarco(directory).negatives("train")) == [*first, Negatives("121352", ("4",))]
+  monkeypatch.setattr(msmarco, "_NEGATIVES", 3)
+  assert list(MsMarco(directory).negatives("train")) == first
   assert list(MsMarco(directory).negatives("dev")) == []
   assert MsMarco(directory).files("train")[-1].name == "qidpidtriples.train.full.2.tsv.gz"
 
@@ -74,11 +76,8 @@ def test_triples_are_grouped_and_limited(directory, write):
   ("name", "kind", "line", "what"),
   [
     ("collection.tsv", "passages", "no tab here", "2 columns expected, 1 found"),
-    ("collection.tsv", "passages", "1\ta\tb", "2 columns expected, 3 found"),
     ("collection.tsv", "passages", "1\t ", "empty text"),
     ("qrels.train.tsv", "judgements", "1\t0\t2", "4 columns expected, 3 found"),
-    ("qrels.train.tsv", "judgements", "1\t0\t2\tx", "a grade must be a whole number"),
-    ("queries.train.tsv", "queries", "634306", "2 columns expected, 1 found"),
     ("queries.train.tsv", "queries", "634306\t", "empty text"),
   ],
 )

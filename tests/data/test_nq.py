@@ -103,12 +103,11 @@ def test_missing_files_are_named(tmp_path):
     NaturalQuestions(tmp_path).splits()
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
-def test_json_array_streams_in_any_block_size(write, monkeypatch, size):
+@pytest.mark.parametrize("at_once", [1, 3, 4096])
+def test_json_array_streams_in_blocks_of_any_size(write, monkeypatch, at_once):
   value = [{"text": 'quotes " and \\ and é ☃ \U0001f600', "n": [1, -2.5e3, True, None]}, {}, {"a": {"b": ["c"]}}]
   path = write("a.json", json.dumps(value, indent=1, ensure_ascii=False).encode())
-  blocks = lines._blocks
-  monkeypatch.setattr(lines, "_blocks", lambda path: blocks(path, size))
+  monkeypatch.setattr(lines, "_AT_ONCE", at_once)
   found = list(read_json_array(path))
   assert [entry for _, entry in found] == value
   assert [line for line, _ in found] == [2, 11, 12]

@@ -12,7 +12,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.data import array_records, prepare
 from dptdr_jax.data.formats.beir import Beir
 from dptdr_jax.data.formats.msmarco import MsMarco
-from dptdr_jax.data.prepare import Corpus, Split, write_corpus, write_split
+from dptdr_jax.data.prepare import Corpus, Split, write_corpus
 from dptdr_jax.data.records import Passage
 from dptdr_jax.data.spans import SpanBatches, SpanLengths
 from dptdr_jax.data.store import write_token_store
@@ -29,11 +29,6 @@ def test_round_trip(beir, prepare_all):
   assert list(passages.read(4)) == list(data.passages())[4:]
   assert passages.take(np.array([4, 0, 4])) == [passages[row] for row in (4, 0, 4)]
   assert passages.take(np.array([], int)) == []
-  for wrong in ([6], [0, -1]):
-    with pytest.raises(IndexError):
-      passages.take(np.array(wrong))
-  with pytest.raises(IndexError):
-    passages[6]
   assert list(train.queries.read()) == list(data.queries("train"))
   assert dev.queries[0] == next(data.queries("dev")) and dev.queries[0].answers == ("one", "eins")
   assert corpus.ids.ids(train.positives(0)) == ["d1", "d2"]
@@ -41,8 +36,6 @@ def test_round_trip(beir, prepare_all):
   np.testing.assert_array_equal(train.judgements.values(0), [1, 2, 0])
   np.testing.assert_array_equal(train.positives(1), [0])
   assert len(train) == 2 and train.negatives.rows(0).size == 0
-  with pytest.raises(ValueError, match="no values"):
-    train.negatives.values(0)
 
 
 def test_counts_and_trainable_rows(beir, write, prepare_all, tmp_path):
@@ -54,8 +47,8 @@ def test_counts_and_trainable_rows(beir, write, prepare_all, tmp_path):
   counts = json.loads((tmp_path / "p/train/counts.json").read_text())
   assert counts == {"queries": 3, "trainable": 1, "skipped": 0}
   write("beir/qrels/train.tsv", [HEADER, "q0\td1\t0"])
-  with pytest.raises(InputError, match=r"train\.tsv: no training query left: none has a positive"):
-    prepare_all(Beir(beir))[1]["train"].check_trainable(beir / "qrels/train.tsv")
+  with pytest.raises(InputError, match="no training query left: none has a positive"):
+    prepare_all(Beir(beir))[1]["train"].check_trainable()
 
 
 def test_preparing_prints_nothing_and_leaves_no_temporary_files(
@@ -176,13 +169,6 @@ def test_bad_input_names_its_place(beir, write, prepare_all, name, content, mess
   write(f"beir/{name}", content)
   with pytest.raises(InputError, match=message):
     prepare_all(Beir(beir))
-
-
-@pytest.mark.parametrize("split", ["", "..", "a/b", "a\\b"])
-def test_split_cannot_leave_its_directory(beir, prepare_all, tmp_path, split):
-  corpus = prepare_all(Beir(beir))[0]
-  with pytest.raises(InputError, match="a split cannot have this name"):
-    write_split(Beir(beir), split, corpus, tmp_path)
 
 
 def test_writers_replace_what_a_killed_attempt_left(beir, prepare_all, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def test_batches_equal_transformers(minilm, tmp_path):
   store = _write(Tokenizer(minilm), tmp_path / "s")
   assert len(store) == 100 and store.flat.dtype == np.uint16
   rows = np.array([99, 0, 17, 17, 42])
-  tokens, lengths = store.batch(rows, 64, bucket=16)
+  tokens, lengths = store.batch(rows, 64)
   assert tokens.dtype == lengths.dtype == np.int32
   expected = theirs([TEXTS[row] for row in rows], padding="longest", pad_to_multiple_of=16, return_tensors="np")
   np.testing.assert_array_equal(tokens, expected["input_ids"])

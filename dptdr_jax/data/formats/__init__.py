@@ -65,6 +65,10 @@ class Format(abc.ABC):
     path, line, _ = next(itertools.islice(self.records(kind, split), index, None))
     return path, line
 
+  def _has(self, *names: str) -> bool:
+    """Whether one of these files is here, as it is or gzipped."""
+    return any((self.directory / (name + suffix)).is_file() for name in names for suffix in ("", ".gz"))
+
   def _bare(self, kind: Kind, split: str | None) -> Iterator[Any]:
     for _, _, record in self.records(kind, split):
       yield record
@@ -78,11 +82,7 @@ def in_order(splits: Iterable[str], directory: pathlib.Path) -> tuple[str, ...]:
   """
   names = set(splits)
   for name in names:
-    check_split(name, directory)
+    if name in ("", ".", "..") or any(letter in name for letter in "/\\\0"):
+      what = "a split cannot have this name"
+      raise InputError(what, path=directory, value=name, fix="Rename or remove its file")
   return tuple(sorted(names, key=lambda name: (name != "train", name)))
-
-
-def check_split(name: str, path: pathlib.Path | None = None) -> None:
-  """Raises an InputError if a split cannot have a directory of its name: '', '.', '..', a separator or a NUL in it."""
-  if name in ("", ".", "..") or any(letter in name for letter in "/\\\0"):
-    raise InputError("a split cannot have this name", path=path, value=name, fix="Rename or remove its file")

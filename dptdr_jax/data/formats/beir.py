@@ -43,7 +43,6 @@ class Beir(Format):
     self._empty_text = empty_text
 
   def splits(self) -> tuple[str, ...]:
-    """Names of the files in qrels/, training first."""
     qrels = self.directory / "qrels"
     names = [path.name for ending in ("*.tsv", "*.tsv.gz") for path in qrels.glob(ending)]
     if not names:
@@ -51,13 +50,11 @@ class Beir(Format):
     return in_order((name.removesuffix(".gz").removesuffix(".tsv") for name in names), qrels)
 
   def files(self, split: str | None = None) -> list[pathlib.Path]:
-    """Files of the corpus or of a split."""
     if split is None:
       return [find_file(self.directory, "corpus.jsonl")]
     return [find_file(self.directory, "queries.jsonl"), self._qrels(split)]
 
   def records(self, kind: Kind, split: str | None) -> Iterator[Located]:
-    """Yields (path, line, record) of one kind."""
     if kind == "passages":
       yield from self._passages()
     elif kind == "queries":

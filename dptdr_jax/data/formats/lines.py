@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+import itertools
 import json
 import pathlib
 import re
@@ -14,6 +14,7 @@ from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.files import open_text
 
 _ELEMENT_LIMIT = 1 << 26  # characters of one element of a JSON array; more is a sign of a broken file
+_AT_ONCE = 4096  # lines of a JSON array
 _SPACES = re.compile(r"[ \t\r\n]*")
 
 
@@ -57,95 +58,54 @@ def read_columns(path: str | pathlib.Path, count: int, separator: str | None = "
 
 
 def read_json_array(path: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yields (line, object) of a file that is one JSON array of objects; holds one object and one block at a time."""
-  blocks, buffer = _blocks(path), _Buffer(path)
-  expected = "["
-  while True:
-    while not buffer.skip_spaces() and (block := next(blocks, "")):
-      buffer.add(block)
-    mark = buffer.peek()
-    if not mark or mark not in expected:
-      raise InputError(f"broken JSON (one of {expected!r} expected)", path=path, line=buffer.line, value=buffer.shown())
-    if mark == "]":
-      return
-    if mark == "{":
-      line = buffer.line
-      while (value := buffer.take_object()) is None:
-        block = next(blocks, "")
-        if not block:
-          raise InputError("broken JSON (the file ends within an object)", path=path, line=line)
-        buffer.add(block)
+  """Yields (line, object) of a file that is one JSON array of objects; holds some thousand lines at a time."""
+  decoder, text, at, line, expected = json.JSONDecoder(), "", 0, 1, "["
+  for block in itertools.chain(_blocks(path), [""]):
+    text, at = text[at:] + block, 0
+    while True:
+      start = _SPACES.match(text, at).end()  # type: ignore[union-attr]
+      line, at = line + text.count("\n", at, start), start
+      if at == len(text):
+        break
+      if text[at] not in expected:
+        what = f"broken JSON (one of {expected!r} expected)"
+        raise InputError(what, path=path, line=line, value=text[at : at + 40])
+      if text[at] == "]":
+        return
+      if text[at] != "{":
+        at, expected = at + 1, "{]" if text[at] == "[" else "{"
+        continue
+      try:
+        value, end = decoder.raw_decode(text, at)
+      except (ValueError, RecursionError) as error:
+        is_cut_off = _is_cut_off(error, text)
+        if is_cut_off and block and len(text) - at < _ELEMENT_LIMIT:
+          break
+        if is_cut_off and not block:
+          raise InputError("broken JSON (the file ends within an object)", path=path, line=line) from error
+        place = getattr(error, "pos", at)
+        line, shown = line + text.count("\n", at, place), text[max(at, place - 20) : place + 20]
+        raise InputError(f"broken JSON ({_reason(error)})", path=path, line=line, value=shown) from error
       yield line, value
-      expected = ",]"
-    else:
-      buffer.take(1)
-      expected = "{]" if mark == "[" else "{"
+      line, at, expected = line + text.count("\n", at, end), end, ",]"
+  raise InputError(f"broken JSON (one of {expected!r} expected)", path=path, line=line, value="")
 
 
-class _Buffer:
-  """A window onto a text that arrives in blocks; counts lines."""
-
-  def __init__(self, path: str | pathlib.Path):
-    self.path, self.text, self.at, self.line = path, "", 0, 1
-    self._decoder = json.JSONDecoder()
-
-  def add(self, block: str) -> None:
-    self.text, self.at = self.text[self.at :] + block, 0
-
-  def take(self, count: int) -> None:
-    self.line += self.text.count("\n", self.at, self.at + count)
-    self.at += count
-
-  def skip_spaces(self) -> bool:
-    """Goes to the next character that is not white space; False if the text so far has none."""
-    end = _SPACES.match(self.text, self.at).end()  # type: ignore[union-attr]
-    self.take(end - self.at)
-    return self.at < len(self.text)
-
-  def peek(self) -> str:
-    return self.text[self.at : self.at + 1]
-
-  def shown(self) -> str:
-    return self.text[self.at : self.at + 40]
-
-  def take_object(self) -> dict[str, Any] | None:
-    """Decodes the object that starts here; None if it continues in the next block."""
-    try:
-      value, end = self._decoder.raw_decode(self.text, self.at)
-    except json.JSONDecodeError as error:
-      # Cut off by the block's end, or broken? A cut is at the very end, or in a string that never closes.
-      cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 16
-      if cut_off and len(self.text) - self.at < _ELEMENT_LIMIT:
-        return None
-      line = self.line + self.text.count("\n", self.at, error.pos)
-      value = self.text[max(self.at, error.pos - 20) : error.pos + 20]
-      raise InputError(f"broken JSON ({error.msg})", path=self.path, line=line, value=value) from error
-    except (ValueError, RecursionError) as error:
-      raise InputError(f"broken JSON ({_reason(error)})", path=self.path, line=self.line, value=self.shown()) from error
-    self.take(end - self.at)
-    return value
+def _blocks(path: str | pathlib.Path) -> Iterator[str]:
+  lines = read_lines(path)
+  while some := list(itertools.islice(lines, _AT_ONCE)):
+    yield "".join(text if line == 1 else f"\n{text}" for line, text in some)
 
 
-def _reason(error: ValueError | RecursionError) -> str:
+def _is_cut_off(error: Exception, text: str) -> bool:
+  """Whether JSON only lacks what follows: it is broken at the very end, or in a string that never closes."""
+  if not isinstance(error, json.JSONDecodeError):
+    return False
+  return error.msg.startswith("Unterminated string") or error.pos >= len(text) - 16
+
+
+def _reason(error: Exception) -> str:
   return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _blocks(path: str | pathlib.Path, size: int = 1 << 22) -> Iterator[str]:
-  """Yields a UTF-8 text file in blocks of about `size` bytes."""
-  decoder = codecs.getincrementaldecoder("utf-8-sig")()
-  line, raw = 1, b""
-  with open_text(path) as stream:
-    try:
-      while raw := stream.buffer.read(size):
-        if text := decoder.decode(raw):  # a block may end within a character
-          yield text
-        line += raw.count(b"\n")
-      decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-      line += error.object.count(b"\n", 0, error.start)
-      raise InputError("not UTF-8", path=path, line=line, value=error.object[error.start : error.start + 8]) from error
-    except (EOFError, zlib.error, OSError) as error:
-      raise InputError(f"broken gzip ({error})", path=path, line=line, fix="Download or pack it again") from error
 
 
 def text_of(value: object, what: str, path: pathlib.Path, line: int) -> str:

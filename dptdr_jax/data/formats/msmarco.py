@@ -23,6 +23,7 @@ _SPLITS = {
   "dl19": (("msmarco-test2019-queries.tsv", "2019qrels-pass.txt"),),
   "dl20": (("msmarco-test2020-queries.tsv", "2020qrels-pass.txt"),),
 }
+_NEGATIVES = 100  # read of a training query's official BM25 negatives; there are up to 1,000
 _TRIPLES = "qidpidtriples.train.full.2.tsv"
 
 
@@ -35,30 +36,25 @@ class MsMarco(Format):
   Args:
     directory: holds collection.tsv, queries.*.tsv, qrels.*.tsv and, if there are any, titles and negatives.
     titles: read titles from para.title.txt (`pid\\ttitle`, in the collection's order): the title-augmented corpus.
-    negatives_per_query: how many of a training query's official BM25 negatives are read (there are up to 1,000).
   """
 
-  def __init__(self, directory: str | pathlib.Path, *, titles: bool = False, negatives_per_query: int = 100):
+  def __init__(self, directory: str | pathlib.Path, *, titles: bool = False):
     super().__init__(directory)
-    self._titles, self._negatives_per_query = titles, negatives_per_query
+    self._titles = titles
 
   def splits(self) -> tuple[str, ...]:
-    """Those of train, dev, dl19 and dl20 whose qrels are here."""
-    splits = tuple(split for split in _SPLITS if self._pair(split) is not None)
+    splits = tuple(split for split in _SPLITS if self._has(self._pair(split)[1]))
     if not splits:
       raise InputError("no qrels here (qrels.train.tsv, qrels.dev.small.tsv, …)", path=self.directory)
     return splits
 
   def files(self, split: str | None = None) -> list[pathlib.Path]:
-    """Files of the corpus or of a split."""
-    if split is None:
-      names = ("collection.tsv", "para.title.txt") if self._titles else ("collection.tsv",)
-      return [find_file(self.directory, name) for name in names]
-    files = [self._queries_file(split), self._qrels_file(split)]
-    return files + ([find_file(self.directory, _TRIPLES)] if split == "train" and self._has(_TRIPLES) else [])
+    names = ["collection.tsv", *(["para.title.txt"] if self._titles else [])]
+    if split is not None:
+      names = [*self._pair(split), *([_TRIPLES] if split == "train" and self._has(_TRIPLES) else [])]
+    return [find_file(self.directory, name) for name in names]
 
   def records(self, kind: Kind, split: str | None) -> Iterator[Located]:
-    """Yields (path, line, record) of one kind."""
     if kind == "passages":
       yield from self._passages()
     elif kind == "queries":
@@ -68,18 +64,9 @@ class MsMarco(Format):
     elif split == "train" and self._has(_TRIPLES):
       yield from self._negatives()
 
-  def _has(self, name: str) -> bool:
-    return any((self.directory / (name + suffix)).is_file() for suffix in ("", ".gz"))
-
-  def _pair(self, split: str) -> tuple[str, str] | None:
-    return next((pair for pair in _SPLITS.get(split, ()) if self._has(pair[1])), None)
-
-  def _queries_file(self, split: str) -> pathlib.Path:
-    pair = self._pair(split)
-    return find_file(self.directory, pair[0] if pair else _SPLITS[split][0][0])
-
-  def _qrels_file(self, split: str) -> pathlib.Path:
-    return find_file(self.directory, *(pair[1] for pair in _SPLITS[split]))
+  def _pair(self, split: str) -> tuple[str, str]:
+    """The names of the queries and of the qrels."""
+    return next((pair for pair in _SPLITS[split] if self._has(pair[1])), _SPLITS[split][0])
 
   def _passages(self) -> Iterator[Located]:
     path = find_file(self.directory, "collection.tsv")
@@ -92,7 +79,7 @@ class MsMarco(Format):
       titles.finish()
 
   def _queries(self, split: str) -> Iterator[Located]:
-    path = self._queries_file(split)
+    path = find_file(self.directory, self._pair(split)[0])
     judged = {judgement.query_id for judgement in self.judgements(split)}
     count = 0
     for line, (query_id, text) in read_columns(path, 2):
@@ -103,7 +90,7 @@ class MsMarco(Format):
     self.skipped[split] = count
 
   def _judgements(self, split: str) -> Iterator[Located]:
-    path = self._qrels_file(split)
+    path = find_file(self.directory, self._pair(split)[1])
     for line, (query_id, _, passage_id, grade) in read_columns(path, 4, separator=None):
       yield path, line, Judgement(query_id, passage_id, grade_of(grade, path, line))
 
@@ -112,7 +99,7 @@ class MsMarco(Format):
     path = find_file(self.directory, _TRIPLES)
     taken: collections.Counter[str] = collections.Counter()
     for query_id, lines in itertools.groupby(read_columns(path, 3), key=lambda entry: entry[1][0]):
-      first, room = 0, self._negatives_per_query - taken[query_id]
+      first, room = 0, _NEGATIVES - taken[query_id]
       chosen: dict[str, None] = {}
       for line, (_, _, passage_id) in lines:
         first = first or line

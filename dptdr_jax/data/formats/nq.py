@@ -33,34 +33,23 @@ class NaturalQuestions(Format):
   """
 
   def splits(self) -> tuple[str, ...]:
-    """Those of train, dev and test that have a file here."""
-    splits = tuple(split for split in ("train", "dev", "test") if self._file(split) is not None)
+    splits = tuple(split for split in ("train", "dev", "test") if self._has(*_names(split)))
     if not splits:
       raise InputError("neither biencoder-nq-SPLIT.json nor nq-SPLIT.qa.csv is here", path=self.directory)
     return splits
 
   def files(self, split: str | None = None) -> list[pathlib.Path]:
-    """Files of the corpus or of a split."""
-    return [find_file(self.directory, "psgs_w100.tsv") if split is None else self._split_file(split)]
+    return [find_file(self.directory, *(["psgs_w100.tsv"] if split is None else _names(split)))]
 
   def records(self, kind: Kind, split: str | None) -> Iterator[Located]:
-    """Yields (path, line, record) of one kind."""
     if kind == "passages":
       yield from self._passages()
       return
-    path = self._split_file(str(split))
+    path = find_file(self.directory, *_names(str(split)))
     if ".qa.csv" not in path.name:
       yield from self._biencoder(kind, str(split), path)
     elif kind == "queries":
       yield from _questions(str(split), path)
-
-  def _file(self, split: str) -> pathlib.Path | None:
-    names = (f"biencoder-nq-{split}.json", f"nq-{split}.qa.csv")
-    candidates = (self.directory / (name + suffix) for name in names for suffix in ("", ".gz"))
-    return next((path for path in candidates if path.is_file()), None)
-
-  def _split_file(self, split: str) -> pathlib.Path:
-    return self._file(split) or find_file(self.directory, f"biencoder-nq-{split}.json", f"nq-{split}.qa.csv")
 
   def _passages(self) -> Iterator[Located]:
     path = find_file(self.directory, "psgs_w100.tsv")
@@ -88,6 +77,10 @@ class NaturalQuestions(Format):
       elif negatives := _passage_ids(entry, "hard_negative_ctxs", path, line):
         yield path, line, Negatives(query_id, tuple(dict.fromkeys(negatives)))
     self.skipped[split] = skipped
+
+
+def _names(split: str) -> tuple[str, str]:
+  return f"biencoder-nq-{split}.json", f"nq-{split}.qa.csv"
 
 
 def _passage_ids(entry: dict[str, Any], key: str, path: pathlib.Path, line: int) -> list[str]:

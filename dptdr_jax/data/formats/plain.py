@@ -76,17 +76,14 @@ class TextFolder(Format):
   """
 
   def records(self, kind: Kind, split: str | None) -> Iterator[Located]:
-    """Yields (path, line, record); there are only passages."""
     for path in self.files() if kind == "passages" else ():
       for passage in PlainText(path).read():
         yield path, int(passage.id), passage._replace(id=f"{path.name}:{passage.id}")
 
   def splits(self) -> tuple[str, ...]:
-    """None."""
     return ()
 
   def files(self, split: str | None = None) -> list[pathlib.Path]:
-    """The files of the corpus; an InputError if there are none."""
     paths = sorted(path for path in self.directory.iterdir() if path.is_file() and path.name.endswith(_TEXT + _JSON))
     if not paths:
       raise InputError("no text in this folder", path=self.directory, fix=f"Files end in {', '.join(_TEXT + _JSON)}")
