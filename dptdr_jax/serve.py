@@ -1,8 +1,9 @@
-"""`python -m dptdr_jax.serve --workdir=DIR` or `--backbone=PATH --state=DIR [--task=NAME=RETRIEVER_DIR …]`.
+"""`python -m dptdr_jax.serve --workdir=DIR` or `--backbone=PATH --state=STATE [--task=NAME=RETRIEVER_DIR …]`.
 
 Serves many retrieval tasks on one backbone over HTTP: what a run has trained, with its corpus, at once; or any
-retrievers of one backbone, which can also be added while it runs. See docs/guides/serving.md. On SIGTERM it answers
-what it has accepted and exits with status 0.
+retrievers of one backbone, which can also be added while it runs. STATE is a directory of one server, or the URL of a
+PostgreSQL database that several share. See docs/guides/serving.md. On SIGTERM it answers what it has accepted and exits
+with status 0.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def _options() -> server.Options:
   numbers = {name: given[name.replace("_", "-")].value
              for name in ("slots", "prompt_length", "max_tokens", "batch_tokens", "queued_tokens")}  # fmt: skip
   return server.Options(
-    workdir=given.workdir, backbone=given.backbone, state=given.state, tasks=tuple((one[0], one[2]) for one in tasks),
-    host=given.host, port=given.port, keys=given["api-key-file"].value, allow=tuple(given.allow),
-    compute_dtype=given["compute-dtype"].value, **numbers,
+    workdir=given.workdir, backbone=given.backbone, state=given.state, cache=given.cache,
+    tasks=tuple((one[0], one[2]) for one in tasks), host=given.host, port=given.port, keys=given["api-key-file"].value,
+    allow=tuple(given.allow), compute_dtype=given["compute-dtype"].value, **numbers,
   )  # fmt: skip
 
 
@@ -37,7 +38,9 @@ def define() -> None:
   """Defines the flags: not on import, where two commands in one process would clash."""
   flags.DEFINE_string("workdir", "", "Directory of a finished run: its last retriever and its corpus are served.")
   flags.DEFINE_string("backbone", "", "Directory, hub id or package:NAME; needs --state.")
-  flags.DEFINE_string("state", "", "Directory of tasks and documents. Default: WORKDIR/serve.")
+  flags.DEFINE_string("state", "", "Directory of tasks and documents, or postgresql://USER@HOST/DATABASE, which "
+                      "several servers may share. Default: WORKDIR/serve.")  # fmt: skip
+  flags.DEFINE_string("cache", "", "With a database: where copies and compiled programs are kept. Default: temporary.")
   flags.DEFINE_multi_string("task", [], "NAME=RETRIEVER_DIR: added or replaced at the start. May be repeated.")
   flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; another one needs --api-key-file.")
   flags.DEFINE_integer("port", 8000, "Port.", lower_bound=1, upper_bound=65535)

@@ -1,11 +1,12 @@
-"""Which tasks a server has: a manifest in the state directory, and copies of their retrievers, checked before use.
+"""Which tasks a server has: a manifest, and copies of their retrievers, checked before use.
 
-STATE/tasks.json is written as a whole; STATE/retrievers/CONTENT holds the files of a retriever, CONTENT being their
-hash. A name in the manifest is never a path.
+In a state directory STATE/tasks.json is the manifest, written as a whole; `postgres_catalog` has it in a database.
+retrievers/CONTENT holds the files of a retriever, CONTENT being their hash. A name in the manifest is never a path.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -54,6 +55,10 @@ class Entry:
   approximate: bool = False
   imported: str = ""
 
+  def fields(self) -> dict[str, Any]:
+    """All but the name, as the manifest has them."""
+    return {field: value for field, value in dataclasses.asdict(self).items() if field != "name"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -70,33 +75,50 @@ class Loaded:
 
 
 class Catalog:
-  """The tasks in a state directory. Not thread-safe."""
+  """The tasks of a server, and the files of their retrievers in a local directory. Not thread-safe.
 
-  def __init__(self, state: files.Path, backbone: Backbone):
-    """Reads the manifest.
+  Where the manifest is, and whether other servers change it, a subclass says.
 
-    Raises:
-      InputError: it is damaged, or its tasks are on another backbone.
-    """
-    self._path, self._home = pathlib.Path(state, "tasks.json"), pathlib.Path(state, "retrievers")
-    self._backbone = backbone
+  Attributes:
+    shared: other servers change it as well.
+  """
+
+  shared = False
+
+  def __init__(self, home: pathlib.Path, backbone: Backbone):
+    self._home, self._backbone = home, backbone
     self._entries: dict[str, Entry] = {}
-    if self._path.exists():
-      about = files.read_json(self._path)
-      with files.fields_of(self._path):
-        if about["format"] != _FORMAT:
-          raise InputError("tasks of another version", path=self._path, fix="Name another --state")
-        if about["backbone"] != backbone.hash:
-          raise InputError(f"its tasks are on another backbone than {backbone.path}", path=self._path,
-                           fix="Name their backbone, or another --state")  # fmt: skip
-        self._entries = {name: Entry(check_name(name), **fields) for name, fields in about["tasks"].items()}
 
   def __iter__(self) -> Iterator[Entry]:
-    return iter(self._entries.values())
+    return iter(tuple(self._entries.values()))
 
   def get(self, name: str) -> Entry | None:
     """The task of a name."""
     return self._entries.get(name)
+
+  def version(self) -> int:
+    """A number that another server's change makes larger."""
+    return 0
+
+  def refresh(self) -> int:
+    """Reads what other servers changed; returns the version that was read."""
+    return 0
+
+  def changing(self) -> contextlib.AbstractContextManager[None]:
+    """While inside, no other server changes tasks or follows changes. `put` and `remove` are called inside."""
+    return contextlib.nullcontext()
+
+  def reading(self) -> contextlib.AbstractContextManager[None]:
+    """While inside, no other server changes tasks."""
+    return contextlib.nullcontext()
+
+  def _write(self, entries: Mapping[str, Entry]) -> None:
+    """Writes the manifest."""
+    raise NotImplementedError
+
+  def _fetch(self, content: str, directory: pathlib.Path) -> None:
+    """Writes the files of a retriever, which are not here yet, into a directory."""
+    raise InputError("the files of a task are missing", path=self._home / content, fix="Put the task again")
 
   def load(self, entry: Entry) -> Loaded:
     """Reads the files of a task.
@@ -105,6 +127,9 @@ class Catalog:
       InputError: they are missing or damaged.
     """
     home = self._home / entry.content
+    if not home.is_dir():
+      with files.atomic_directory(home) as partial:
+        self._fetch(entry.content, partial)
     weight = _weight(home / "search.json") if (home / "search.json").exists() else None
     cross = None
     if (home / "cross_encoder").is_dir():
@@ -150,16 +175,36 @@ class Catalog:
     self._entries = entries
 
   def sweep(self) -> None:
-    """Removes retrievers that no task has."""
+    """Removes local files of retrievers that no task has."""
     needed = {entry.content for entry in self._entries.values()}
     for path in self._home.glob("*") if self._home.is_dir() else ():
       if path.name not in needed:
         files.remove(path)
 
+
+class DirectoryCatalog(Catalog):
+  """The tasks in a state directory."""
+
+  def __init__(self, state: files.Path, backbone: Backbone):
+    """Reads the manifest.
+
+    Raises:
+      InputError: it is damaged, or its tasks are on another backbone.
+    """
+    super().__init__(pathlib.Path(state, "retrievers"), backbone)
+    self._path = pathlib.Path(state, "tasks.json")
+    if self._path.exists():
+      about = files.read_json(self._path)
+      with files.fields_of(self._path):
+        if about["format"] != _FORMAT:
+          raise InputError("tasks of another version", path=self._path, fix="Name another --state")
+        if about["backbone"] != backbone.hash:
+          raise InputError(f"its tasks are on another backbone than {backbone.path}", path=self._path,
+                           fix="Name their backbone, or another --state")  # fmt: skip
+        self._entries = {name: Entry(check_name(name), **fields) for name, fields in about["tasks"].items()}
+
   def _write(self, entries: Mapping[str, Entry]) -> None:
-    listed = {name: dataclasses.asdict(entry) for name, entry in sorted(entries.items())}
-    for fields in listed.values():
-      del fields["name"]
+    listed = {name: entry.fields() for name, entry in sorted(entries.items())}
     files.write_json(self._path, {"format": _FORMAT, "backbone": self._backbone.hash, "tasks": listed})
 
 

@@ -20,6 +20,10 @@ class StorageError(DptdrError):
   """The store cannot be read or written: a full disk, a damaged file, a lost connection."""
 
 
+class StorageUnavailable(StorageError):
+  """The store does not answer now: a lost connection, a timeout. Try again (503)."""
+
+
 class Busy(DptdrError):
   """Too many searches and writes are waiting for a thread (429)."""
 

@@ -70,6 +70,9 @@ class Encoding:
         done, _ = concurrent.futures.wait(self._under_way, 0.5, concurrent.futures.FIRST_COMPLETED)
         for future in done:
           self._take(future, *self._under_way.pop(future))
+      except DptdrError as error:
+        log.warning("encoding documents: %s", error)
+        time.sleep(1.0)
       except Exception:  # whatever it is, the other tasks' documents still have to be encoded
         log.exception("encoding documents")
         time.sleep(1.0)
@@ -87,7 +90,13 @@ class Encoding:
         if self._not_before.get(name, 0.0) > time.monotonic():
           continue
         self._not_before.pop(name, None)
-        if taken := collection.take_pending(_BATCH):
+        try:
+          taken = collection.take_pending(_BATCH)
+        except (StorageError, UnknownTask) as error:  # a database that is away; a task that another server removed
+          log.info("%s: no documents are read: %s", name, error)
+          self._not_before[name] = time.monotonic() + _RETRY_S
+          continue
+        if taken:
           self._submit(name, collection, taken)
           sent = True
           with self._changed:  # to the end of the line

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from dptdr_jax.core.errors import DptdrError, InputError
-from dptdr_jax.serving.collections import Busy, StorageError
+from dptdr_jax.serving.collections import Busy, StorageError, StorageUnavailable
 from dptdr_jax.serving.limits import DeadlineExceeded, Overloaded, TooLarge, Unavailable, UnknownTask
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ def of(error: DptdrError) -> JSONResponse:
     return answer(error.status, str(error), error.code, error.param, **headers)
   if isinstance(error, StorageError):
     log.error("storage: %s", error)
+    if isinstance(error, StorageUnavailable):
+      return answer(503, "the database does not answer. Try again in a few seconds", "storage_unavailable",
+                    **{"retry-after": "5"})  # fmt: skip
     full = "full" in str(error)
     return answer(507 if full else 500, "the disk is full" if full else "the documents cannot be read or written",
                   "disk_full" if full else "storage")  # fmt: skip

@@ -16,7 +16,7 @@ import Stemmer
 
 from dptdr_jax.serving.collections import Ranked
 
-_K1, _B = 0.9, 0.4  # of `Bm25.build`
+K1, B = 0.9, 0.4  # of `Bm25.build`
 _CHUNK = 4096  # texts tokenized at a time
 
 
@@ -98,7 +98,7 @@ class Bm25Index:
         kept = live[places]
         places, counts = places[kept], counts[kept].astype(np.float64)
         idf = np.log1p((len(self) - len(places) + 0.5) / (len(places) + 0.5))
-        norms = _K1 * (1 - _B + _B * lengths[places] / mean)
+        norms = K1 * (1 - B + B * lengths[places] / mean)
         scores[places] += (idf * counts / (counts + norms)).astype(np.float32)
     if rows is not None:
       allowed = np.zeros(len(scores), bool)

@@ -10,7 +10,7 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dptdr_jax.serving.collections import Progress
+from dptdr_jax.serving.collections import Progress, StorageError
 from dptdr_jax.serving.engine import BatchReport, Encoded, Engine
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -97,7 +97,8 @@ class _Live(Collector):
     yield CounterMetricFamily("dptdr_compilations", "Programs compiled since the server was ready.",
                               engine.compilations)  # fmt: skip
     states = GaugeMetricFamily("dptdr_documents", "Documents by state.", labels=["task", "state"])
-    for name, progress in self._progress().items():
-      for state in ("encoded", "pending", "failed", "truncated"):
-        states.add_metric([name, state], getattr(progress, state))
+    with contextlib.suppress(StorageError):  # a database that is away hides its own numbers alone
+      for name, progress in self._progress().items():
+        for state in ("encoded", "pending", "failed", "truncated"):
+          states.add_metric([name, state], getattr(progress, state))
     yield states

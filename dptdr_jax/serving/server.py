@@ -10,6 +10,7 @@ import pathlib
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import marks, progress
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.retriever import Retriever
-from dptdr_jax.serving import api, catalog
+from dptdr_jax.serving import api, catalog, state
 from dptdr_jax.serving.auth import Keys
 from dptdr_jax.serving.engine import Engine
 from dptdr_jax.serving.from_run import FinishedRun
@@ -43,7 +44,8 @@ class Options:
   Attributes:
     workdir: of a finished run, which is served.
     backbone: as `Backbone.load` takes it.
-    state: directory of tasks and documents; default: WORKDIR/serve.
+    state: directory of tasks and documents, or the URL of a database; default: WORKDIR/serve.
+    cache: with a database, directory for copies of retrievers and compiled programs; default: a temporary one.
     tasks: name → directory of a retriever.
     keys: file of keys, see `auth.Keys`.
     allow: directories and URLs below which clients may name retrievers.
@@ -53,6 +55,7 @@ class Options:
   workdir: str = ""
   backbone: str = ""
   state: str = ""
+  cache: str = ""
   tasks: tuple[tuple[str, str], ...] = ()
   host: str = "127.0.0.1"
   port: int = 8000
@@ -70,7 +73,9 @@ class Options:
     if bool(self.workdir) == bool(self.backbone):
       raise InputError("one of --workdir and --backbone is needed")
     if self.backbone and not self.state:
-      raise InputError("--backbone needs --state, the directory of tasks and documents")
+      raise InputError("--backbone needs --state, the directory of tasks and documents, or a database")
+    if self.cache and not state.is_database(self.state):
+      raise InputError("--cache is for --state=postgresql://…: a state directory has it inside")
     if not self.keys and self.host not in _LOCAL:
       raise InputError("without --api-key-file the server is for this machine alone", value=f"--host={self.host}",
                        fix="Add --api-key-file, or leave --host out")  # fmt: skip
@@ -100,29 +105,37 @@ def run(options: Options) -> None:
   address = _bound(options.host, options.port)
   workdir = pathlib.Path(options.workdir).expanduser()
   finished = FinishedRun.of(workdir) if options.workdir else None
-  state = pathlib.Path(options.state).expanduser() if options.state else workdir / "serve"
-  _keep_programs(state)
-  service = _service(options, finished, state)
-  try:
+  with contextlib.ExitStack() as stack:
+    directory = _directory(options, stack)
+    _keep_programs(directory)
+    service = _service(options, finished, directory)
+    stack.callback(address.close)
+    stack.callback(service.stop)
     for name, directory in options.tasks:
       service.put(name, catalog.files_of(pathlib.Path(directory).expanduser()))
     if finished is not None:
       service.put(finished.name, finished.files())
     _serve(options, keys, service, finished, address)
-  finally:
-    service.stop()
-    address.close()
 
 
-def _keep_programs(state: pathlib.Path) -> None:
-  """Compiled programs are kept in the state directory, unless JAX is told another place."""
-  marks.claim(state, "server")  # before JAX writes to it
+def _directory(options: Options, stack: contextlib.ExitStack) -> pathlib.Path:
+  """The state, or what a server on a database keeps on its own disk."""
+  if not state.is_database(options.state):
+    return pathlib.Path(options.state or pathlib.Path(options.workdir, "serve")).expanduser()
+  if options.cache:
+    return pathlib.Path(options.cache).expanduser()
+  return pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dptdr-cache-")))
+
+
+def _keep_programs(directory: pathlib.Path) -> None:
+  """Compiled programs are kept in the server's directory, unless JAX is told another place."""
+  marks.claim(directory, "server")  # before JAX writes to it
   if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(state.absolute() / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(directory.absolute() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _service(options: Options, finished: FinishedRun | None, state: pathlib.Path) -> Service:
+def _service(options: Options, finished: FinishedRun | None, directory: pathlib.Path) -> Service:
   if finished is not None:
     backbone = Retriever.load(finished.retriever, compute_dtype=options.compute_dtype).backbone
   else:
@@ -133,7 +146,8 @@ def _service(options: Options, finished: FinishedRun | None, state: pathlib.Path
     backbone, slots=options.slots, prompt_length=options.prompt_length, max_tokens=options.max_tokens,
     batch_tokens=options.batch_tokens or None, limits=limits, on_batch=metrics.batch,
   )  # fmt: skip
-  return Service(engine, state, metrics=metrics, allowed=options.allow)
+  opened = state.open_state(options.state, directory, backbone)
+  return Service(engine, opened, metrics=metrics, allowed=options.allow)
 
 
 class _Server(uvicorn.Server):

@@ -9,26 +9,26 @@ import logging
 import pathlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 
-from dptdr_jax.core import lock, marks
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.serving import documents as given_documents
 from dptdr_jax.serving import lexical
 from dptdr_jax.serving import search as rankings
-from dptdr_jax.serving.catalog import Catalog, Entry, Loaded
-from dptdr_jax.serving.collections import Busy, Collection, Documents, Progress, Ranked, StaleModel
+from dptdr_jax.serving.catalog import Entry, Loaded
+from dptdr_jax.serving.collections import Busy, Collection, Progress, Ranked, StaleModel, StorageError
 from dptdr_jax.serving.documents import Document
-from dptdr_jax.serving.embedded import EmbeddedDocuments
 from dptdr_jax.serving.encoding import Encoding
 from dptdr_jax.serving.engine import Encoded, Engine
+from dptdr_jax.serving.following import Following
 from dptdr_jax.serving.limits import UnknownTask
 from dptdr_jax.serving.metrics import Metrics
 from dptdr_jax.serving.reranking import Reranker
+from dptdr_jax.serving.state import State
 from dptdr_jax.serving.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -74,39 +74,29 @@ class Found:
 
 
 class Service:
-  """One backbone, its tasks and their documents, in a state directory that no other process may use meanwhile."""
+  """One backbone, its tasks and their documents. Other servers may share the state: their changes are followed."""
 
-  def __init__(
-    self, engine: Engine, state: pathlib.Path, *, metrics: Metrics, documents: Documents | None = None,
-    allowed: Sequence[str] = (),
-  ):  # fmt: skip
-    """Opens the state and adds its tasks to the engine.
+  def __init__(self, engine: Engine, state: State, *, metrics: Metrics, allowed: Sequence[str] = ()):
+    """Adds the tasks of the state to the engine; closes the state at the end.
 
     Args:
-      documents: default: embedded in the state directory.
       allowed: directories and URLs below which clients may name retrievers.
 
     Raises:
-      InputError: another process uses the state, or it is damaged.
+      InputError: a task is damaged, or cannot be served.
     """
-    marks.claim(state, "server")
-    self._exit = contextlib.ExitStack()
-    try:
-      self._exit.enter_context(lock.exclusive(state))
-      self.engine, self.metrics, self.allowed = engine, metrics, tuple(allowed)
-      self._catalog = Catalog(state, engine.backbone)
-      self._documents = documents or EmbeddedDocuments(state / "documents.sqlite")
-      self._exit.callback(self._documents.close)
-    except BaseException:
-      self._exit.close()
-      raise
+    self.engine, self.metrics, self.allowed = engine, metrics, tuple(allowed)
+    self._catalog, self._documents, self._exit = state.catalog, state.documents, state.exit
     self._encoding = Encoding(engine, metrics.documents)
     self._served: dict[str, Served] = {}
     self._changing = threading.Lock()
     self._threads, self._calls = ThreadPoolExecutor(_THREADS, "search"), 0  # those that wait or run
-    for entry in self._catalog:
-      self._serve(self._catalog.load(entry))
-    self._catalog.sweep()
+    self._following = Following(self._catalog, self._catch_up)
+    with self._catalog.reading():
+      self._catalog.refresh()
+      for entry in self._catalog:
+        self._serve(self._catalog.load(entry))
+      self._catalog.sweep()
     metrics.show(engine, self.progress)
 
   def start(self) -> None:
@@ -117,17 +107,21 @@ class Service:
     lexical.tokenize(["warm"])  # its library compiles something for itself
     self.engine.warm()
     self._encoding.start()
+    self._following.start()
     self._threads.submit(self._drop_orphans)
 
   def _drop_orphans(self) -> None:
     """Removes documents whose task was removed by a process that was killed in between."""
-    needed = {entry.collection for entry in self._catalog}
-    for name in self._documents.names():
-      if name not in needed and name not in {entry.collection for entry in self._catalog}:
-        self._documents.drop(name)
+    with self._changing, self._catalog.changing():
+      self._catalog.refresh()
+      needed = {entry.collection for entry in self._catalog}
+      for name in self._documents.names():
+        if name not in needed:
+          self._documents.drop(name)
 
   def stop(self, timeout: float = 20.0) -> None:
     """Answers what was accepted, and closes the state."""
+    self._following.stop()
     self._encoding.stop(timeout / 2)
     self.engine.stop(timeout / 2)
     self._threads.shutdown(wait=True, cancel_futures=True)
@@ -158,14 +152,15 @@ class Service:
     Raises:
       InputError: see `Catalog.prepare`, or a prompt that the engine cannot serve; the former task stays.
     """
-    with self._changing:
+    with self._exclusively():
       former = self._catalog.get(name)
       loaded = self._catalog.prepare(name, given, approximate)
-      if former == loaded.entry:
+      if former == loaded.entry and name in self._served:
         return self._served[name], True
       try:
-        served = self._serve(loaded)
+        self.engine.add(name, loaded.retriever)  # before anybody else sees the task: it may be refused
         self._catalog.put(loaded.entry)
+        served = self._open(loaded)
       except BaseException:
         self._restore(name, former)
         raise
@@ -175,9 +170,46 @@ class Service:
       self._threads.submit(served.reranker.warm)
     return served, former is not None
 
+  @contextlib.contextmanager
+  def _exclusively(self) -> Iterator[None]:
+    """While inside, nobody else changes tasks, here or in another server, and all earlier changes are followed."""
+    with self._changing, self._catalog.changing():
+      self._catalog.refresh()
+      self._follow(())
+      yield
+
+  def _catch_up(self, names: Sequence[str]) -> int:
+    """Follows the changes of other servers; tasks of some names are opened again in any case."""
+    with self._changing, self._catalog.reading():
+      version = self._catalog.refresh()
+      self._follow(names)
+      return version
+
+  def _follow(self, names: Sequence[str]) -> None:
+    for name in [name for name in self._served if self._catalog.get(name) is None]:
+      self._withdraw(name)
+    for entry in self._catalog:
+      served = self._served.get(entry.name)
+      if served is not None and entry.name not in names:
+        served.entry = dataclasses.replace(served.entry, imported=entry.imported)
+        if served.entry == entry:
+          continue
+      try:
+        served = self._serve(self._catalog.load(entry))
+      except InputError as error:  # such as a prompt that another server's engine is large enough for
+        log.error("the task %s cannot be served: %s", entry.name, error)
+        self._withdraw(entry.name)
+      else:
+        if served.reranker:
+          self._threads.submit(served.reranker.warm)
+    self._catalog.sweep()
+
   def _serve(self, loaded: Loaded) -> Served:
+    self.engine.add(loaded.entry.name, loaded.retriever)
+    return self._open(loaded)
+
+  def _open(self, loaded: Loaded) -> Served:
     entry = loaded.entry
-    self.engine.add(entry.name, loaded.retriever)
     width, model = self.engine.backbone.config.hidden_size, loaded.retriever.hash
     collection = self._documents.open(entry.collection, width=width, model=model, approximate=entry.approximate)
     reranker = Reranker(loaded.cross_encoder) if loaded.cross_encoder else None
@@ -186,13 +218,26 @@ class Service:
     return served
 
   def _restore(self, name: str, former: Entry | None) -> None:
-    if former is not None:
-      self._serve(self._catalog.load(former))
-    else:
-      self._served.pop(name, None)
-      self._encoding.forget(name)
-      with contextlib.suppress(UnknownTask):
-        self.engine.remove(name)
+    """After a task that could not be put. What the state does not answer now is followed later."""
+    with contextlib.suppress(StorageError):
+      if former is None:
+        self._withdraw(name)
+        if self._catalog.get(name) is not None:
+          self._catalog.remove(name)
+      else:
+        loaded = self._catalog.load(former)
+        self.engine.add(name, loaded.retriever)
+        if self._catalog.get(name) != former:
+          self._catalog.put(former)
+        self._open(loaded)
+
+  def _withdraw(self, name: str) -> None:
+    """Serves a task no more."""
+    self._served.pop(name, None)
+    self._encoding.forget(name)
+    with contextlib.suppress(UnknownTask):
+      self.engine.remove(name)
+    self.metrics.forget(name)
 
   def remove(self, name: str) -> None:
     """Removes a task and its documents.
@@ -200,15 +245,12 @@ class Service:
     Raises:
       UnknownTask: there is none of this name.
     """
-    with self._changing:
+    with self._exclusively():
       served = self.served(name)
       self._catalog.remove(name)
-      del self._served[name]
-      self._encoding.forget(name)
-      self.engine.remove(name)
+      self._withdraw(name)
       self._catalog.sweep()
     self._documents.drop(served.entry.collection)
-    self.metrics.forget(name)
 
   # Documents.
 
@@ -223,7 +265,7 @@ class Service:
 
   def imported(self, name: str, what: str) -> None:
     """Notes what was imported as a whole into a task's documents."""
-    with self._changing:
+    with self._exclusively():
       served = self.served(name)
       served.entry = dataclasses.replace(served.entry, imported=what)
       self._catalog.put(served.entry)
@@ -289,12 +331,12 @@ class Service:
       async with _timed(seconds, "bm25"):
         ranked.append(await self.run(served.collection.bm25, query, depth, checked))
     best = ranked[0] if len(ranked) == 1 else self._fused(served, *ranked)
-    hits = await self.run(self._hits, served, best, max(k, RERANKED_DEPTH) if mode == "reranked" else k)
+    hits, progress = await self.run(self._hits, served, best, max(k, RERANKED_DEPTH) if mode == "reranked" else k)
     if mode == "reranked":
       async with _timed(seconds, "rerank"):
         hits = (await self.run(self._reranked, served.reranker, query, hits))[:k]
     seconds["total"] = time.monotonic() - started
-    return Found(hits, seconds, served.collection.progress(), truncated)
+    return Found(hits, seconds, progress, truncated)
 
   async def _nearest(
     self, name: str, query: str, depth: int, filters: dict[str, str], deadline: float | None, truncate: bool,
@@ -310,6 +352,7 @@ class Service:
           ranked = await self.run(collection.nearest, encoded.vectors[0], task.hash, depth, filters)
         return ranked, int(encoded.cut[0])
       except StaleModel:  # between the new task in the engine and in its collection
+        self._following.wake(name)
         await asyncio.sleep(0.01)
 
   def _fused(self, served: Served, vector: Ranked, bm25: Ranked) -> Ranked:
@@ -317,10 +360,11 @@ class Service:
       return rankings.reciprocal_rank([vector, bm25])
     return rankings.weighted(vector, bm25, served.weight)
 
-  def _hits(self, served: Served, ranked: Ranked, k: int) -> list[Hit]:
+  def _hits(self, served: Served, ranked: Ranked, k: int) -> tuple[list[Hit], Progress]:
     rows, scores = ranked.rows[:k].tolist(), ranked.scores[:k].tolist()
     documents = served.collection.documents(rows)
-    return [Hit(score, documents[row]) for row, score in zip(rows, scores, strict=True) if row in documents]
+    hits = [Hit(score, documents[row]) for row, score in zip(rows, scores, strict=True) if row in documents]
+    return hits, served.collection.progress()
 
   def _reranked(self, reranker: Reranker, query: str, hits: list[Hit]) -> list[Hit]:
     if not hits:

@@ -65,13 +65,15 @@ class DeleteRequest(BaseModel):
 @router.get("/tasks", dependencies=[READ], tags=["tasks"], summary="All tasks")
 async def tasks(request: Request) -> dict[str, Any]:
   """All tasks, with the progress of their documents."""
-  return {"tasks": [_about(request, served) for served in request.app.state.service.tasks()]}
+  service: Service = request.app.state.service
+  return {"tasks": await service.run(lambda: [_about(service, served) for served in service.tasks()])}
 
 
 @router.get("/tasks/{name}", dependencies=[READ], tags=["tasks"], summary="One task")
 async def task(request: Request, name: str) -> dict[str, Any]:
   """One task, with the progress of its documents."""
-  return _about(request, request.app.state.service.served(name))
+  service: Service = request.app.state.service
+  return await service.run(_about, service, service.served(name))
 
 
 @router.put(
@@ -102,7 +104,8 @@ async def put(request: Request, name: str) -> JSONResponse:
     served, replaced = await service.run(_put_place, service, name, place, given.index)
   else:
     raise Refused(415, "send multipart/form-data with the files, or application/json with path or url", "media_type")
-  return JSONResponse(_about(request, served) | {"replaced": replaced}, 200 if replaced else 201)
+  about = await service.run(_about, service, served)
+  return JSONResponse(about | {"replaced": replaced}, 200 if replaced else 201)
 
 
 def _put_place(service: Service, name: str, place: str, index: str) -> tuple[Served, bool]:
@@ -161,7 +164,7 @@ async def upsert(request: Request, name: str) -> dict[str, Any]:
     stored = len(given)
   else:
     stored = await _upsert_lines(request, service, name)
-  return {"stored": stored, **_progress(service.served(name).collection.progress())}
+  return {"stored": stored, **_progress(await service.run(service.served(name).collection.progress))}
 
 
 async def _upsert_lines(request: Request, service: Service, name: str) -> int:
@@ -208,7 +211,8 @@ def _line(line: bytes, number: int) -> list[Document]:
 @router.get("/tasks/{name}/documents", dependencies=[READ], tags=["documents"], summary="How far encoding is")
 async def progress(request: Request, name: str) -> dict[str, Any]:
   """How many documents a task has, and how many are encoded."""
-  return _progress(request.app.state.service.served(name).collection.progress())
+  service: Service = request.app.state.service
+  return _progress(await service.run(service.served(name).collection.progress))
 
 
 @router.get("/tasks/{name}/documents/{document:path}", dependencies=[READ], tags=["documents"], summary="One document")
@@ -261,8 +265,8 @@ def _progress(progress: Progress) -> dict[str, int]:
   return {name: getattr(progress, name) for name in names}
 
 
-def _about(request: Request, served: Served) -> dict[str, Any]:
-  known = request.app.state.service.engine.task(served.entry.name)
+def _about(service: Service, served: Served) -> dict[str, Any]:
+  known = service.engine.task(served.entry.name)
   return {
     "name": served.entry.name, "hash": known.hash, "content": served.entry.content,
     "query_length": known.settings.query_length, "passage_length": known.settings.passage_length,

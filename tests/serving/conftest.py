@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from support import tiny
+from support import postgres, tiny
 
 from dptdr_jax import Backbone, Retriever
 from dptdr_jax.models import prompts
@@ -15,6 +15,13 @@ DEEP = PromptSpec("deep", 4, position_shift=4)
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory):
   return Backbone.load(tiny.backbone(tmp_path_factory.mktemp("backbone")))
+
+
+@pytest.fixture(scope="session")
+def database():
+  """A PostgreSQL server for all tests of a process."""
+  with postgres.started() as server:
+    yield server
 
 
 @pytest.fixture(scope="session")

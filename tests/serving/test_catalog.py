@@ -10,7 +10,7 @@ from support import server, tiny
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.serving import catalog
-from dptdr_jax.serving.catalog import Catalog
+from dptdr_jax.serving.catalog import DirectoryCatalog
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def models(tmp_path_factory):
 
 
 def put(state, backbone, name, directory, cross=None):
-  opened = Catalog(state, backbone)
+  opened = DirectoryCatalog(state, backbone)
   loaded = opened.prepare(name, catalog.files_of(directory, cross), False)
   opened.put(loaded.entry)
   return loaded
@@ -39,18 +39,18 @@ def test_manifest_is_read_again_and_a_replaced_task_keeps_its_documents(models, 
   directory, backbone = models
   first = put(tmp_path, backbone, "one", directory / "a")
   put(tmp_path, backbone, "two", directory / "a", directory / "cross")
-  again = Catalog(tmp_path, backbone)
+  again = DirectoryCatalog(tmp_path, backbone)
   assert [entry.name for entry in again] == ["one", "two"] and again.get("one") == first.entry
   assert again.load(first.entry).retriever.hash == first.retriever.hash
   assert again.load(again.get("two")).cross_encoder is not None
   replaced = put(tmp_path, backbone, "one", directory / "b")
   assert replaced.entry.collection == first.entry.collection and replaced.entry.content != first.entry.content
-  opened = Catalog(tmp_path, backbone)
+  opened = DirectoryCatalog(tmp_path, backbone)
   opened.sweep()
   assert len(list((tmp_path / "retrievers").iterdir())) == 2
   opened.remove("one")
   opened.sweep()
-  assert [entry.name for entry in Catalog(tmp_path, backbone)] == ["two"]
+  assert [entry.name for entry in DirectoryCatalog(tmp_path, backbone)] == ["two"]
   assert len(list((tmp_path / "retrievers").iterdir())) == 1
 
 
@@ -112,13 +112,13 @@ def test_state_of_another_backbone_or_a_damaged_manifest_is_refused(models, tmp_
   directory, backbone = models
   put(tmp_path, backbone, "one", directory / "a")
   with pytest.raises(InputError, match="on another backbone"):
-    Catalog(tmp_path, Backbone.load(directory / "backbone2"))
+    DirectoryCatalog(tmp_path, Backbone.load(directory / "backbone2"))
   path = tmp_path / "tasks.json"
   whole = path.read_text()
   for damaged in (whole[:50], "[]", whole.replace("content", "contents"), whole.replace('"one"', '"../one"')):
     path.write_text(damaged)
     with pytest.raises(InputError):
-      Catalog(tmp_path, backbone)
+      DirectoryCatalog(tmp_path, backbone)
 
 
 def test_only_places_that_the_operator_allows_are_read(models, tmp_path):

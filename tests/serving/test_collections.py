@@ -1,5 +1,6 @@
-"""Documents in the state directory: rankings equal the library's, nothing stale is served, nothing accepted is lost."""
+"""Documents on disk and in PostgreSQL: rankings equal the library's, nothing stale is served, nothing accepted is lost."""
 
+import functools
 import json
 
 import numpy as np
@@ -28,9 +29,30 @@ def vectors(count: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float32)
 
 
-def opened(path, model="m", approximate=False):
-  store = EmbeddedDocuments(path / "documents.sqlite")
-  return store, store.open("c", width=WIDTH, model=model, approximate=approximate)
+@pytest.fixture(params=["embedded", "postgres"])
+def opened(request, tmp_path):
+  """Opens the documents of one implementation, again with each call."""
+  exact = request.param == "embedded"
+  if exact:
+    make = functools.partial(EmbeddedDocuments, tmp_path / "documents.sqlite")
+  else:
+    make = in_postgres(request.getfixturevalue("database"))
+
+  def again(model="m", approximate=False):
+    store = make()
+    return store, store.open("c", width=WIDTH, model=model, approximate=approximate)
+
+  # SQL sums in another order.
+  again.equal = functools.partial(np.testing.assert_allclose, rtol=0 if exact else 1e-6, atol=0 if exact else 1e-6)
+  return again
+
+
+def in_postgres(server):
+  from dptdr_jax.serving.postgres import Database
+  from dptdr_jax.serving.postgres_documents import PostgresDocuments
+
+  url = server.url(server.new())
+  return lambda: PostgresDocuments(Database(url, WIDTH))
 
 
 def encode_all(collection, model="m", seed=0) -> dict[str, np.ndarray]:
@@ -44,8 +66,8 @@ def names(collection, ranked) -> list[str]:
   return [one.id for one in collection.documents(ranked.rows.tolist()).values()]
 
 
-def test_bm25_scores_and_ranks_equal_the_library_after_changes(tmp_path):
-  store, collection = opened(tmp_path)
+def test_bm25_scores_and_ranks_equal_the_library_after_changes(opened, tmp_path):
+  store, collection = opened()
   collection.upsert([document(row) for row in range(120)])
   collection.upsert([document(row, seed=1) for row in range(10, 40)])  # replaced: now last
   collection.delete([f"d{row}" for row in range(0, 120, 7)])
@@ -56,17 +78,17 @@ def test_bm25_scores_and_ranks_equal_the_library_after_changes(tmp_path):
     run, own = library.search([query], 20), collection.bm25(query, 20, {})
     known = run.rows[0] >= 0
     assert names(collection, own) == [kept[row].id for row in run.rows[0][known]]
-    np.testing.assert_array_equal(own.scores, run.scores[0][known])
+    opened.equal(own.scores, run.scores[0][known])
   store.close()
-  store, collection = opened(tmp_path)  # made again of the file
+  store, collection = opened()  # made again of the file
   assert names(collection, collection.bm25("merge sort", 5, {})) == [
     kept[row].id for row in library.search(["merge sort"], 5).rows[0]
   ]
   store.close()
 
 
-def test_nearest_equals_exact_search_after_changes_and_a_restart(tmp_path):
-  store, collection = opened(tmp_path)
+def test_nearest_equals_exact_search_after_changes_and_a_restart(opened):
+  store, collection = opened()
   collection.upsert([document(row) for row in range(50)])
   made = encode_all(collection)
   collection.upsert([document(row, seed=1) for row in range(5)])
@@ -80,15 +102,15 @@ def test_nearest_equals_exact_search_after_changes_and_a_restart(tmp_path):
     run = search_exact(query[None], np.stack([made[name] for name in left]), 10)
     own = collection.nearest(query, "m", 10, {})
     assert names(collection, own) == [left[row] for row in run.rows[0]]
-    np.testing.assert_array_equal(own.scores, run.scores[0])
+    opened.equal(own.scores, run.scores[0])
     if not again:
       store.close()
-      store, collection = opened(tmp_path)
+      store, collection = opened()
   store.close()
 
 
-def test_filters_are_equalities_of_values_with_their_types(tmp_path):
-  store, collection = opened(tmp_path)
+def test_filters_are_equalities_of_values_with_their_types(opened):
+  store, collection = opened()
   collection.upsert([document(row) for row in range(40)])
   encode_all(collection)
   query = vectors(1, 9)[0]
@@ -107,8 +129,8 @@ def test_filters_are_equalities_of_values_with_their_types(tmp_path):
   store.close()
 
 
-def test_vector_that_arrives_late_is_not_stored_for_another_text(tmp_path):
-  store, collection = opened(tmp_path)
+def test_vector_that_arrives_late_is_not_stored_for_another_text(opened):
+  store, collection = opened()
   collection.upsert([document(0), document(1)])
   taken = collection.take_pending(10)
   assert [one.document.id for one in taken] == ["d0", "d1"] and collection.take_pending(10) == []
@@ -120,8 +142,8 @@ def test_vector_that_arrives_late_is_not_stored_for_another_text(tmp_path):
   store.close()
 
 
-def test_other_fields_keep_the_vector_and_another_title_does_not(tmp_path):
-  store, collection = opened(tmp_path)
+def test_other_fields_keep_the_vector_and_another_title_does_not(opened):
+  store, collection = opened()
   collection.upsert([document(0)])
   encode_all(collection)
   assert collection.upsert([Document("d0", document(0).text, document(0).title, {"topic": "new"})]) == 0
@@ -131,8 +153,8 @@ def test_other_fields_keep_the_vector_and_another_title_does_not(tmp_path):
   store.close()
 
 
-def test_replaced_retriever_serves_no_vector_of_the_former_and_reuses_its_own(tmp_path):
-  store, collection = opened(tmp_path)
+def test_replaced_retriever_serves_no_vector_of_the_former_and_reuses_its_own(opened):
+  store, collection = opened()
   collection.upsert([document(row) for row in range(6)])
   encode_all(collection)
   query = vectors(1)[0]
@@ -150,21 +172,21 @@ def test_replaced_retriever_serves_no_vector_of_the_former_and_reuses_its_own(tm
   store.close()
 
 
-def test_document_that_cannot_be_encoded_is_counted_and_not_tried_again(tmp_path):
-  store, collection = opened(tmp_path)
+def test_document_that_cannot_be_encoded_is_counted_and_not_tried_again(opened):
+  store, collection = opened()
   collection.upsert([document(0), document(1)])
   first, second = collection.take_pending(2)
   collection.store("m", [Made(first.row, None, error="no text")])
   collection.give_back([second.row])
   assert collection.progress() == Progress(2, 0, 1, 0)
   store.close()
-  store, collection = opened(tmp_path)
+  store, collection = opened()
   assert [one.row for one in collection.take_pending(10)] == [second.row]
   store.close()
 
 
-def test_given_vectors_are_stored_with_their_documents(tmp_path):
-  store, collection = opened(tmp_path)
+def test_given_vectors_are_stored_with_their_documents(opened):
+  store, collection = opened()
   given = vectors(8)
   assert collection.upsert([document(row) for row in range(8)], given) == 0
   assert names(collection, collection.nearest(given[3], "m", 1, {})) == ["d3"]
@@ -173,8 +195,8 @@ def test_given_vectors_are_stored_with_their_documents(tmp_path):
   store.close()
 
 
-def test_collections_do_not_see_each_other_and_a_dropped_one_is_gone(tmp_path):
-  store, first = opened(tmp_path)
+def test_collections_do_not_see_each_other_and_a_dropped_one_is_gone(opened):
+  store, first = opened()
   second = store.open("d", width=WIDTH, model="m", approximate=False)
   first.upsert([document(0)])
   second.upsert([document(0, seed=1), document(1)])
@@ -185,8 +207,9 @@ def test_collections_do_not_see_each_other_and_a_dropped_one_is_gone(tmp_path):
   store.close()
 
 
-def test_failed_write_changes_nothing_and_the_next_one_succeeds(tmp_path):
-  store, collection = opened(tmp_path)
+def test_full_disk_changes_nothing_and_the_next_write_succeeds(tmp_path):
+  store = EmbeddedDocuments(tmp_path / "documents.sqlite")
+  collection = store.open("c", width=WIDTH, model="m", approximate=False)
   collection.upsert([document(0)])
   pages = store._writer.execute("PRAGMA page_count").fetchone()[0]
   store._writer.execute(f"PRAGMA max_page_count = {pages + 1}")  # as a full disk does
@@ -196,8 +219,8 @@ def test_failed_write_changes_nothing_and_the_next_one_succeeds(tmp_path):
   store._writer.execute("PRAGMA max_page_count = 1000000")
   collection.upsert([document(1)])
   store.close()
-  store, collection = opened(tmp_path)
-  assert collection.progress().documents == 2
+  store = EmbeddedDocuments(tmp_path / "documents.sqlite")
+  assert store.open("c", width=WIDTH, model="m", approximate=False).progress().documents == 2
   store.close()
 
 
