@@ -1,4 +1,4 @@
-"""Documents on disk and in PostgreSQL: rankings equal the library's, nothing stale is served, nothing accepted is lost."""
+"""Documents on disk and in PostgreSQL: rankings equal the library's, nothing stale is served or lost."""
 
 import functools
 import json
