@@ -31,10 +31,12 @@ _PARAMETERS = {  # of a connection: whatever the network does, no call hangs
   "tcp_user_timeout": 15_000, "application_name": "dptdr_jax",
 }  # fmt: skip
 # Seconds that a statement may take; what a failed disk or a standby would lose is not acknowledged; compiling a plan
-# takes longer than most of them. In a filtered graph search goes on until enough documents pass the filter.
+# takes longer than most of them. In a filtered graph search goes on until enough documents pass the filter. Without
+# `fastupdate` a search never reads a list of what has still to be put into the index of the filters.
 _SESSION = """
 SET statement_timeout = '20s'; SET lock_timeout = '15s'; SET idle_in_transaction_session_timeout = '60s';
-SET synchronous_commit = on; SET jit = off; SET client_encoding = 'UTF8'; SET client_min_messages = warning;
+SET synchronous_commit = on; SET jit = off; SET work_mem = '64MB';
+SET client_encoding = 'UTF8'; SET client_min_messages = warning;
 SET hnsw.iterative_scan = strict_order; SET hnsw.max_scan_tuples = 200000; SET hnsw.scan_mem_multiplier = 4
 """
 _TABLES = """
@@ -53,7 +55,8 @@ CREATE TABLE IF NOT EXISTS dptdr_documents (
   collection integer NOT NULL, "row" bigint NOT NULL, id text COLLATE "C" NOT NULL, content json NOT NULL,
   pairs jsonb NOT NULL, length integer NOT NULL, PRIMARY KEY ("row", collection), UNIQUE (id, collection))
   PARTITION BY LIST (collection);
-CREATE INDEX IF NOT EXISTS dptdr_documents_pairs ON dptdr_documents USING gin (pairs jsonb_path_ops);
+CREATE INDEX IF NOT EXISTS dptdr_documents_pairs ON dptdr_documents USING gin (pairs jsonb_path_ops)
+  WITH (fastupdate = off);
 CREATE TABLE IF NOT EXISTS dptdr_vectors (
   collection integer NOT NULL, "row" bigint NOT NULL, model text NOT NULL, vector vector({width}),
   cut integer NOT NULL, error text NOT NULL, PRIMARY KEY ("row", collection)) PARTITION BY LIST (collection);
