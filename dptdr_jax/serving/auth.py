@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from fastapi import Request
 
@@ -58,10 +58,12 @@ def _hash(key: str) -> bytes:
   return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-def needs(role: str) -> Callable[[Request], None]:
+def needs(role: str) -> Callable[[Request], Awaitable[None]]:
   """A dependency that refuses requests without a key of this role: 'read' or 'admin'."""
 
-  def check(request: Request) -> None:
+  # No plain function: FastAPI calls those in a thread, whose library may be imported by the first request at the very
+  # moment when another thread imports grain, which replaces Python's import meanwhile.
+  async def check(request: Request) -> None:
     given = request.app.state.keys.role(request.headers.get("authorization", ""))
     if not given:
       raise Refused(401, "a valid key is needed: Authorization: Bearer KEY", "invalid_api_key")

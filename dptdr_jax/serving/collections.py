@@ -77,7 +77,10 @@ class Progress:
 
 
 class Collection(Protocol):
-  """The documents of one task. Thread-safe; what a method wrote is on the disk when it returns."""
+  """The documents of one task. Thread-safe; what a method wrote is on the disk when it returns.
+
+  Any method may raise StorageError, or UnknownTask where another server has removed the task.
+  """
 
   def upsert(self, documents: Sequence[Document]) -> int:
     """Adds documents, or replaces those of the same id; returns how many now wait for a vector."""

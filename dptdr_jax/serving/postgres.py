@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,7 +91,7 @@ class Database:
       conninfo_to_dict(url)
     except psycopg.Error:  # its text may show a part of the password
       raise InputError("not a valid URL of a database", fix="Use postgresql://USER@HOST/DATABASE") from None
-    self.width = width
+    self.width, self._checking = width, threading.Lock()
     try:
       with psycopg.connect(url, **_PARAMETERS, autocommit=True) as connection:
         _set_up(connection, width)
@@ -159,9 +160,17 @@ class Database:
     self._pool.close()
 
   def _drop_broken(self) -> None:
-    """After a lost connection the others are likely lost, too: the next calls shall not have to find out."""
-    with contextlib.suppress(psycopg.Error):
-      self._pool.check()
+    """After a lost connection the others are likely lost, too: the next calls shall not have to find out.
+
+    In a thread: where the network swallows everything, each connection takes seconds to be found broken.
+    """
+
+    def check() -> None:
+      with self._checking, contextlib.suppress(psycopg.Error):
+        self._pool.check()
+
+    if not self._checking.locked():
+      threading.Thread(target=check, name="connections", daemon=True).start()
 
 
 def partition(kind: str, number: int) -> sql.Identifier:

@@ -134,6 +134,7 @@ class PostgresCollection:
       self._approximate = approximate
       if (former, was_approximate) == (model, approximate):
         return
+      cursor.execute("SET LOCAL statement_timeout = '6h'; SET LOCAL maintenance_work_mem = '512MB'")
       if former != model:
         cursor.execute(self._sql("DELETE FROM {pending}"))
         cursor.execute(self._sql("""INSERT INTO {pending} (collection, "row") SELECT collection, "row"
@@ -152,7 +153,6 @@ class PostgresCollection:
     graph = sql.Identifier(f"dptdr_graph_{self._number}")
     cursor.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(graph))
     if model is not None:
-      cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL maintenance_work_mem = '512MB'")
       cursor.execute(self._sql(
         "CREATE INDEX {graph} ON {vectors} USING hnsw (vector vector_ip_ops) WITH (m = {m}, ef_construction = {ef}) "
         "WHERE model = {model}", graph=graph, m=sql.Literal(_NEIGHBOURS), ef=sql.Literal(_EF_CONSTRUCTION),
