@@ -87,10 +87,7 @@ class Database:
       InputError: no valid URL, no pgvector, or a database of another width or version.
       OutageError: no connection.
     """
-    try:
-      conninfo_to_dict(url)
-    except psycopg.Error:  # its text may show a part of the password
-      raise InputError("not a valid URL of a database", fix="Use postgresql://USER@HOST/DATABASE") from None
+    _check_url(url)
     self.width, self._checking = width, threading.Lock()
     try:
       with psycopg.connect(url, **_PARAMETERS, autocommit=True) as connection:
@@ -176,6 +173,18 @@ class Database:
 def partition(kind: str, number: int) -> sql.Identifier:
   """The name of a collection's partition."""
   return sql.Identifier(f"dptdr_{kind}_{number}")
+
+
+def _check_url(url: str) -> None:
+  """Raises InputError for a URL whose errors would show a part of the password as a host, a port or a database."""
+  try:
+    parts = conninfo_to_dict(url)
+  except psycopg.Error:
+    parts = {"port": "?"}
+  named = (str(parts.get(name) or "") for name in ("host", "dbname"))
+  if any("@" in part for part in named) or not str(parts.get("port") or "0").replace(",", "").isdigit():
+    raise InputError("not a valid URL of a database", fix="Use postgresql://USER@HOST/DATABASE, and in a password "
+                     "%40 for @, %2F for /, %3A for : and %25 for %")  # fmt: skip
 
 
 def _configure(connection: psycopg.Connection) -> None:

@@ -70,7 +70,9 @@ def test_database_that_cannot_be_used_is_refused_in_one_line_without_the_passwor
     Database(database.url(f"{latin}1"), WIDTH)
   for url, error in (
     ("postgresql://me:secret@127.0.0.1:1/x", OutageError),
-    ("postgresql://me:s/ecret@x:y/", InputError),
+    ("postgresql://me:s/ecret@x:1/y", InputError),
+    ("postgresql://me:s@ecret@x/y", InputError),
+    ("postgresql://me:secret/@x/y", InputError),
     ("postgresql://me:secret@/missing?nonsense=1", InputError),
   ):
     with pytest.raises(error) as caught:
