@@ -261,9 +261,12 @@ def pair(database, directory, backbone):
   """Two servers on one database."""
   name = database.new()
   flags = [f"--backbone={directory / 'backbone'}", f"--state={database.url(name)}", f"--allow={directory}"]
-  started = [server.Server([*flags, *server.FLAGS]) for _ in range(2)]
+  started = []
   try:
-    yield name, *(one.wait() for one in started)
+    for _ in range(2):  # the second loads what the first has compiled
+      started.append(server.Server([*flags, *server.FLAGS]))
+      started[-1].wait()
+    yield name, *started
   finally:
     for one in started:
       one.client.close()
