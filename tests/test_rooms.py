@@ -13,6 +13,7 @@ DOORS = {
   "__init__": {"retriever", "reranker"},
   "main": COMMAND | {"runtime"},
   "plan": COMMAND | {"training", "models", "runtime"},
+  "serve": {"serving", "core"},
   "ablate": COMMAND, "compare": COMMAND, "negatives": COMMAND,
   "serve": {"serving", "core"},
   "pipeline": {"pipeline", "reporting", "settings", "training"} | FACE | BELOW,
