@@ -106,16 +106,26 @@ def run(options: Options) -> None:
   workdir = pathlib.Path(options.workdir).expanduser()
   finished = FinishedRun.of(workdir) if options.workdir else None
   with contextlib.ExitStack() as stack:
-    directory = _directory(options, stack)
-    _keep_programs(directory)
-    service = _service(options, finished, directory)
     stack.callback(address.close)
-    stack.callback(service.stop)
-    for name, directory in options.tasks:
-      service.put(name, catalog.files_of(pathlib.Path(directory).expanduser()))
-    if finished is not None:
-      service.put(finished.name, finished.files())
+    service = open_service(options, finished, stack)
     _serve(options, keys, service, finished, address)
+
+
+def open_service(options: Options, finished: FinishedRun | None, stack: contextlib.ExitStack) -> Service:
+  """The service of some options with their tasks, not started; `stack` stops it.
+
+  Raises:
+    InputError: what cannot be served.
+  """
+  directory = _directory(options, stack)
+  _keep_programs(directory)
+  service = _service(options, finished, directory)
+  stack.callback(service.stop)
+  for name, place in options.tasks:
+    service.put(name, catalog.files_of(pathlib.Path(place).expanduser()))
+  if finished is not None:
+    service.put(finished.name, finished.files())
+  return service
 
 
 def _directory(options: Options, stack: contextlib.ExitStack) -> pathlib.Path:
@@ -204,4 +214,4 @@ def _serve(
     os._exit(0)
 
 
-__all__ = ["Options", "run"]
+__all__ = ["Options", "open_service", "run"]
