@@ -77,7 +77,7 @@ def cross_logits(
     trainable: see the module's docstring; its keys say which head it is.
     tokens: [B, T] int32, pairs padded on the right. lengths: [B] int32.
     segments: [B, T] int8: 1 for tokens of the query, 2 for tokens of the passage, 0 elsewhere.
-    options: keys, batch_key, dropout, compute_dtype, attention, as in `represent`.
+    options: keys, dropout, compute_dtype, attention, as in `represent`.
 
   Returns:
     [B] float32. The head is always float32. 'match' needs the last layer's vectors of all tokens; for 'first' that

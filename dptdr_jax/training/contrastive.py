@@ -67,9 +67,9 @@ def loss_and_gradient(
     tokens = batch[f"{side}_tokens"]
     count = tokens.shape[0]
     cache = GradientCache(functools.partial(_encode, model, side), mesh, chunk_count(count, mesh.size, chunk, side))
-    row_key, batch_key = jax.random.split(jax.random.fold_in(key, number))
+    row_key = jax.random.split(jax.random.fold_in(key, number))[0]
     rows = (tokens, batch[f"{side}_lengths"], jnp.arange(count))
-    encoded, pullback = cache.encode(state.trainable, (backbone, row_key, batch_key), rows)
+    encoded, pullback = cache.encode(state.trainable, (backbone, row_key), rows)
     vectors.append(encoded)
     pullbacks.append(pullback)
 
@@ -86,6 +86,5 @@ def loss_and_gradient(
 
 
 def _encode(model: BiEncoder, side: str, trainable: Any, frozen: tuple, inputs: tuple) -> dict[str, jax.Array]:
-  (backbone, row_key, batch_key), (tokens, lengths, rows) = frozen, inputs
-  keys = row_keys(row_key, rows)
-  return {"vectors": model.encode(side, trainable, backbone, tokens, lengths, keys=keys, batch_key=batch_key)}
+  (backbone, row_key), (tokens, lengths, rows) = frozen, inputs
+  return {"vectors": model.encode(side, trainable, backbone, tokens, lengths, keys=row_keys(row_key, rows))}

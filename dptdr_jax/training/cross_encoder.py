@@ -60,12 +60,11 @@ class CrossModel:
     segments: jax.Array,
     *,
     keys: jax.Array | None = None,
-    batch_key: jax.Array | None = None,
   ) -> jax.Array:
-    """Pairs [B, T], lengths [B], segments [B, T] → logits [B] float32; with keys [B] and batch_key dropout is on."""
+    """Pairs [B, T], lengths [B], segments [B, T] → logits [B] float32; with keys [B] dropout is on."""
     return cross_logits(
       self.encoder, self.prompt, backbone, trainable, tokens, lengths, segments,
-      keys=keys, batch_key=batch_key, dropout=self.dropout, compute_dtype=self.compute_dtype,
+      keys=keys, dropout=self.dropout, compute_dtype=self.compute_dtype,
     )  # fmt: skip
 
 
@@ -107,16 +106,15 @@ def loss_and_gradient(
   keyed by the pair's row in the global batch.
   """
   count = batch["tokens"].shape[0]
-  row_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+  row_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))[0]
   inputs = {name: batch[name] for name in _READ}
   inputs |= {"weights": balanced(batch["relevant"], batch["real"]), "rows": jnp.arange(count)}
   chunks = chunk_count(count, mesh.size, chunk, "pair")
 
   def weighed(trainable, frozen, part):
-    backbone, row_key, batch_key = frozen
+    backbone, row_key = frozen
     arguments = (part[name] for name in ("tokens", "lengths", "segments"))
-    keys = row_keys(row_key, part["rows"])
-    logits = model.logits(trainable, backbone, *arguments, keys=keys, batch_key=batch_key)
+    logits = model.logits(trainable, backbone, *arguments, keys=row_keys(row_key, part["rows"]))
     return weighted_loss(logits, part["relevant"], part["weights"])
 
   def on_device(trainable, frozen, inputs):
@@ -128,7 +126,7 @@ def loss_and_gradient(
     return sum_chunks(of_chunk, zero, inputs, chunks, mesh)[0]
 
   run = on_data(on_device, mesh, (WHOLE, WHOLE, ROWS), WHOLE)
-  loss, accuracy, gradient = run(state.trainable, (backbone, row_key, batch_key), inputs)
+  loss, accuracy, gradient = run(state.trainable, (backbone, row_key), inputs)
   return loss, {"accuracy": accuracy}, gradient
 
 

@@ -46,7 +46,6 @@ class BiEncoder:
     lengths: jax.Array,
     *,
     keys: jax.Array | None = None,
-    batch_key: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes texts of one side.
 
@@ -55,7 +54,7 @@ class BiEncoder:
       trainable: as in `TrainState`.
       backbone: the frozen weights; not read where `trainable` has its own.
       tokens: [B, T] int32. lengths: [B] int32.
-      keys: [B], one per example, and batch_key, one for all: with them dropout is on.
+      keys: [B], one per example: with them dropout is on.
 
     Returns:
       [B, H] float32.
@@ -63,7 +62,7 @@ class BiEncoder:
     prompt = trainable.get("prompt", trainable.get(side))
     return represent(
       self.encoder, self.prompt, trainable.get("backbone", backbone), prompt, tokens, lengths,
-      pooling=self.pooling, normalize=self.normalize, keys=keys, batch_key=batch_key, dropout=self.dropout,
+      pooling=self.pooling, normalize=self.normalize, keys=keys, dropout=self.dropout,
       compute_dtype=self.compute_dtype, attention=self.attention, remat=self.remat,
     )  # fmt: skip
 

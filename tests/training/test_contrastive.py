@@ -79,10 +79,10 @@ def test_gradient_is_that_of_the_plain_loss():
   def loss(trainable):
     vectors = []
     for number, side in enumerate(("query", "passage")):
-      row_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 0), number))
+      row_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 0), number))[0]
       tokens, lengths = batch[f"{side}_tokens"], batch[f"{side}_lengths"]
-      options = {"keys": row_keys(row_key, jnp.arange(len(tokens))), "batch_key": batch_key}
-      vectors.append(DEEP.encode(side, trainable, backbone(), tokens, lengths, **options))
+      keys = row_keys(row_key, jnp.arange(len(tokens)))
+      vectors.append(DEEP.encode(side, trainable, backbone(), tokens, lengths, keys=keys))
     options = {"temperature": 0.5, "both_directions": True}
     return contrastive_loss(*vectors, *(batch[name] for name in WHOLE), **options)[0]
 

@@ -119,10 +119,10 @@ def test_gradient_is_that_of_the_plain_loss():
   state, batch = make_state(), make_batch()
 
   def loss(trainable):
-    row_key, batch_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
+    row_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))[0]
     keys = row_keys(row_key, jnp.arange(len(batch["tokens"])))
     arguments = (trainable, backbone(), batch["tokens"], batch["lengths"], batch["segments"])
-    logits = MODEL.logits(*arguments, keys=keys, batch_key=batch_key)
+    logits = MODEL.logits(*arguments, keys=keys)
     return weighted_loss(logits, batch["relevant"], balanced(batch["relevant"], batch["real"]))[0]
 
   expected_loss, expected = jax.jit(jax.value_and_grad(loss))(state.trainable)
