@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from dptdr_jax.core.errors import DptdrError, InputError
@@ -45,45 +45,21 @@ def find_file(directory: Path, *names: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[pathlib.Path]:
-  """Yields a path beside `path` to write to; moved onto `path` at the end, removed after an error.
+  """Yields a path beside `path` for a file or directory; it replaces `path` at the end, and is removed after an error.
 
   Raises:
     InputError: the disk is full.
   """
   target = pathlib.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(f"{target.name}.partial")
-  if partial.is_symlink():
-    partial.unlink()  # else what it names would be written to
-  try:
-    yield partial
-    sync(partial)
-    rename(partial, target)
-  except BaseException as error:
-    partial.unlink(missing_ok=True)
-    raise_if_full(error, target)
-    raise
-
-
-@contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
-  """Yields an empty directory beside `path`; it takes the place of `path` at the end, removed after an error.
-
-  Raises:
-    InputError: the disk is full.
-  """
-  target = pathlib.Path(path)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(f"{target.name}.partial")
+  partial, replaced = (target.with_name(f"{target.name}.{state}") for state in ("partial", "replaced"))
   remove(partial)
-  partial.mkdir()
   try:
     yield partial
-    for child in partial.rglob("*"):
-      if child.is_file():
-        sync(child)
-    if target.exists():  # a directory cannot be renamed onto one that is not empty
-      replaced = target.with_name(f"{target.name}.replaced")
+    for written in (partial, *partial.rglob("*")):
+      if written.is_file():
+        sync(written)
+    if partial.is_dir() and target.exists():  # a directory cannot be renamed onto one that is not empty
       remove(replaced)
       rename(target, replaced)
       rename(partial, target)
@@ -94,6 +70,14 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
     remove(partial)
     raise_if_full(error, target)
     raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
+  """As `atomic_path`, with a directory that is there and empty."""
+  with atomic_path(path) as partial:
+    partial.mkdir()
+    yield partial
 
 
 def raise_if_full(error: BaseException, path: Path) -> None:
@@ -159,6 +143,14 @@ def read_json(path: Path) -> Any:
       raise InputError("not UTF-8", path=path, line=line, value=error.object[error.start : error.start + 8]) from error
 
 
+def fields_in(path: Path) -> dict[str, Any]:
+  """The fields of a JSON object; none where the file is missing, broken, or holds something else."""
+  with contextlib.suppress(InputError):
+    fields = read_json(path)
+    return fields if isinstance(fields, dict) else {}
+  return {}
+
+
 @contextlib.contextmanager
 def fields_of(path: Path) -> Iterator[None]:
   """Turns an error about a field that is missing, or unknown, into an InputError that names the JSON file."""
@@ -172,6 +164,30 @@ def sha256(path: Path) -> str:
   """SHA-256 of a file's bytes, in hexadecimal."""
   with open(path, "rb") as stream:
     return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def listing(directory: pathlib.Path, skips: Callable[[pathlib.Path], bool] = lambda child: False) -> dict[str, list]:
+  """{name: [size, SHA-256]} of the files below a directory, without links and without the children that it skips."""
+  children = [child for child in sorted(directory.iterdir()) if not skips(child)]
+  paths = [path for child in children for path in (child, *sorted(child.rglob("*")))]
+  return {
+    path.relative_to(directory).as_posix(): [path.stat().st_size, sha256(path)]
+    for path in paths
+    if path.is_file() and not path.is_symlink()
+  }
+
+
+def difference(directory: pathlib.Path, listed: Mapping[str, Sequence], verify: bool = True) -> str:
+  """How files differ from what `listing` said, '' where they don't: in size, with `verify` in their bytes too."""
+  for name, (size, checksum) in listed.items():
+    path = directory / name
+    if not path.is_file():
+      return f"{name} is lost"
+    if path.stat().st_size != size:
+      return f"{name} has {path.stat().st_size} bytes, {size} were written"
+    if verify and sha256(path) != checksum:
+      return f"the bytes of {name} have changed"
+  return ""
 
 
 def sha256_of(content: bytes) -> str:

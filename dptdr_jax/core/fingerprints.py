@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 from collections.abc import Iterable
@@ -21,11 +20,8 @@ class Fingerprints:
   def __init__(self, path: files.Path, verify: bool = False):
     self._path, self._verify = pathlib.Path(path), verify
     self._seen: dict[str, str] = {}
-    self._known: dict[str, list] = {}
-    with contextlib.suppress(InputError):
-      known = files.read_json(path)
-      if isinstance(known, dict):
-        self._known = {name: row for name, row in known.items() if isinstance(row, list) and len(row) == 3}
+    known = files.fields_in(path)
+    self._known = {name: row for name, row in known.items() if isinstance(row, list) and len(row) == 3}
 
   def of(self, paths: Iterable[files.Path]) -> dict[str, str]:
     """Returns {path: SHA-256}.

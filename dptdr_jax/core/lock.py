@@ -28,12 +28,12 @@ def exclusive(directory: Path) -> Iterator[None]:
   Raises:
     InputError: another process holds it; says which, where and since when.
   """
-  path = pathlib.Path(directory, "lock")
-  with _opened(path) as stream:
-    if not _taken(stream, path):
-      raise InputError(f"another run is at work in this directory ({_holder(path)})", path=directory,
-                       fix="Wait for it, stop it, or name another --workdir")  # fmt: skip
-    _sign(stream)
+
+  def refuse(holder: str) -> None:
+    raise InputError(f"another run is at work in this directory ({holder})", path=directory,
+                     fix="Wait for it, stop it, or name another --workdir")  # fmt: skip
+
+  with held(pathlib.Path(directory, "lock"), on_wait=refuse):
     yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -36,13 +35,7 @@ def claim(directory: files.Path, kind: str) -> None:
 
 def has(directory: files.Path, kind: str) -> bool:
   """Whether a directory carries our mark of this kind."""
-  path = pathlib.Path(directory, NAME)
-  if not path.is_file():
-    return False
-  with contextlib.suppress(InputError):
-    about = files.read_json(path)
-    return isinstance(about, dict) and about.get("kind") == kind
-  return False
+  return files.fields_in(pathlib.Path(directory, NAME)).get("kind") == kind
 
 
 def check_replaceable(directory: files.Path, is_ours: Callable[[pathlib.Path], bool]) -> None:

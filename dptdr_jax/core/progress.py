@@ -15,28 +15,16 @@ import tqdm
 T = TypeVar("T")
 
 
-class Bar:
-  """A progress bar; `advance(n)` counts n more, `note(...)` shows figures behind it."""
-
-  def __init__(self, description: str, total: int | None, unit: str, initial: int):
-    self.description, self.done = description, initial
-    self._tqdm = tqdm.tqdm(
-      desc=description, total=total, unit=unit, initial=initial, file=sys.stderr, dynamic_ncols=True,
-      mininterval=0.5 if sys.stderr.isatty() else 15.0, unit_scale=unit not in ("step", "shard"),
-    )  # fmt: skip
+class Bar(tqdm.tqdm):
+  """A progress bar."""
 
   def advance(self, n: int = 1) -> None:
     """Counts n more."""
-    self.done += n
-    self._tqdm.update(n)
+    self.update(n)
 
   def note(self, **figures: object) -> None:
     """Shows figures behind the bar."""
-    self._tqdm.set_postfix(figures, refresh=False)
-
-  def close(self) -> None:
-    """Ends the bar's line."""
-    self._tqdm.close()
+    self.set_postfix(figures, refresh=False)
 
 
 class Silent:
@@ -47,19 +35,16 @@ class Silent:
 
 
 @contextlib.contextmanager
-def bar(description: str, total: int | None = None, unit: str = "item", initial: int = 0) -> Iterator[Bar]:
-  """A progress bar for the length of a `with` block."""
-  shown = Bar(description, total, unit, initial)
-  try:
+def bar(description: str, total: int | None = None, unit: str = "item", initial: int = 0) -> Iterator[Bar | Silent]:
+  """A progress bar for the length of a `with` block; without a description nothing is shown."""
+  if not description:
+    yield Silent()
+    return
+  with Bar(
+    desc=description, total=total, unit=unit, initial=initial, file=sys.stderr, dynamic_ncols=True,
+    mininterval=0.5 if sys.stderr.isatty() else 15.0, unit_scale=unit not in ("step", "shard"),
+  ) as shown:  # fmt: skip
     yield shown
-  finally:
-    shown.close()
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[Silent]:
-  """A bar that shows nothing, for work that is over before anyone looks."""
-  yield Silent()
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "item") -> Iterator[T]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dptdr_jax.core import files, marks, preemption, progress
+from dptdr_jax.core import files, lock, marks, preemption, progress
 from dptdr_jax.core.errors import DptdrError, InputError, OutageError
 
 _log = logging.getLogger(__name__)
@@ -32,12 +31,12 @@ T = TypeVar("T")
 
 _KIND = "dptdr_jax directory"  # of the mark in a directory that `written` replaces as a whole
 _LATER = "Run it again when the remote can be reached"
-PATIENCE_S = 300.0  # pauses between attempts, in all, before an error is raised
+_PATIENCE_S = 300.0  # pauses between attempts, in all, before an error is raised
 _PART = 16  # files per call: some file systems transfer several at a time
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-# Fields that identify a content, as file systems name them; the first one present is used.
-_CHECKSUMS = ("etag", "ETag", "md5Hash", "crc32c", "checksum")
-_TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+# Fields that identify a content, as file systems name them, checksums before times; the first one present is used.
+_VERSIONS = ("etag", "ETag", "md5Hash", "crc32c", "checksum")
+_VERSIONS += ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
 # Errors that trying again does not mend.
 _PERMANENT = (
   FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, NotImplementedError,
@@ -175,11 +174,8 @@ def _wait(seconds: float) -> None:
     time.sleep(min(left, _POLL_S))
 
 
-def insist(
-  action: Callable[[], T], what: str, *, fix: str = _LATER, patience_s: float = PATIENCE_S,
-  pause: Callable[[float], None] = _wait,
-) -> T:  # fmt: skip
-  """Calls `action` and returns its result; retries after 1, 2, 4 … 60 seconds, until the pauses add up to `patience_s`.
+def insist(action: Callable[[], T], what: str, *, fix: str = _LATER) -> T:
+  """Calls `action` and returns its result; retries after 1, 2, 4 … 60 seconds, until the pauses add up to 5 minutes.
 
   Raises:
     InputError: it failed for a reason that a retry does not mend (no permission, no such bucket, a full disk).
@@ -196,12 +192,12 @@ def insist(
       message = f"{what} failed ({error or type(error).__name__})"
       if isinstance(error, _PERMANENT):
         raise InputError(message, fix=fix) from error
-      if spent + wait > patience_s:
+      if spent + wait > _PATIENCE_S:
         message = f"{message}, retried for {spent:g} s"
         raise (InputError(message, fix=fix) if _is_permanent(error) else OutageError(f"{message}. {fix}")) from error
       preemption.check(message)
       _log.warning("%s, next attempt in %g s", message, wait)
-      pause(wait)
+      _wait(wait)
       spent, wait = spent + wait, min(2 * wait, 60.0)
 
 
@@ -329,21 +325,14 @@ def _cache() -> pathlib.Path:
 def _version(url: str, entries: dict[str, dict[str, Any]]) -> str:
   known = []
   for name, entry in sorted(entries.items()):
-    fields = [[field for field in fields if entry.get(field) is not None] for fields in (_CHECKSUMS, _TIMES)]
-    chosen = (fields[0] or fields[1])[:1]
-    known.append([name, entry.get("size"), *(str(entry[field]) for field in chosen)])
+    version = [str(entry[field]) for field in _VERSIONS if entry.get(field) is not None]
+    known.append([name, entry.get("size"), *version[:1]])
   return hashlib.sha256(json.dumps([url, known]).encode()).hexdigest()[:32]
 
 
 def _fetch(directory: RemoteDirectory, url: str, entries: dict[str, dict[str, Any]], place: pathlib.Path) -> bool:
   """Downloads files into `place`, which is complete or absent; False: it was there. A lock admits one process."""
-  place.parent.mkdir(parents=True, exist_ok=True)
-  with open(place.with_name(f"{place.name}.lock"), "w") as stream:
-    try:
-      fcntl.flock(stream, fcntl.LOCK_EX)
-    except OSError as error:
-      fix = "Set DPTDR_CACHE to a directory on a local disk"
-      raise InputError("the cache's file system has no locks", path=place.parent, fix=fix) from error
+  with lock.held(place.with_name(f"{place.name}.lock")):
     if place.exists():
       return False
     with files.atomic_directory(place) as partial:

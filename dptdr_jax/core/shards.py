@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dptdr_jax.core import files, preemption, progress
+from dptdr_jax.core import files, preemption
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.team import SOLO, Team
 
@@ -30,8 +30,7 @@ Arrays = Mapping[str, tuple[str, tuple[int, ...]]]
 
 def share_out(
   directory: files.Path, count: int, size: int, arrays: Arrays, make: Callable[[range], Mapping[str, np.ndarray]], *,
-  about: Mapping[str, Any] | None = None, team: Team = SOLO, what: str = "encode", unit: str = "text",
-  shows: bool = True,
+  about: Mapping[str, Any] | None = None, team: Team = SOLO, what: str = "encode",
 ) -> Shards:  # fmt: skip
   """Makes the shards that are missing or damaged; the processes of `team` take turns at them.
 
@@ -44,9 +43,7 @@ def share_out(
     arrays: see Arrays.
     make: rows → {name: array with as many rows}, for the names of `arrays`; stored in the dtypes of `arrays`.
     about: more entries of manifest.json.
-    what: names the work in the progress bar and in messages.
-    unit: what a row is, for the progress bar.
-    shows: False where `make` has a progress bar of its own.
+    what: names the work in messages.
 
   Returns:
     The reader, in every process.
@@ -58,13 +55,10 @@ def share_out(
   if team.is_main:
     writer.begin()
   missing = team.first_says(writer.missing)[team.index :: team.count]
-  rows = sum(len(writer.rows(shard)) for shard in missing)
-  with progress.bar(what, rows, unit) if shows and missing else progress.silent() as bar:
-    for done, shard in enumerate(missing, 1):
-      writer.write(shard, make(writer.rows(shard)))
-      bar.advance(len(writer.rows(shard)))
-      _log.info("%s: shard %d of %d is in %s", what, shard + 1, writer.num_shards, writer.directory)
-      preemption.check(f"{what} stopped after {done} of {len(missing)} shards in {writer.directory}")
+  for done, shard in enumerate(missing, 1):
+    writer.write(shard, make(writer.rows(shard)))
+    _log.info("%s: shard %d of %d is in %s", what, shard + 1, writer.num_shards, writer.directory)
+    preemption.check(f"{what} stopped after {done} of {len(missing)} shards in {writer.directory}")
   team.barrier(f"{what}: all shards")
   if team.is_main:
     writer.finish()
@@ -96,7 +90,7 @@ class ShardWriter:
 
   def begin(self) -> None:
     """Writes plan.json, and removes the shards that were cut in another way. For one process, before all others."""
-    if self._plan in (_read(self.directory / MANIFEST), _read(self.directory / PLAN)):
+    if self._plan in (files.fields_in(self.directory / MANIFEST), files.fields_in(self.directory / PLAN)):
       return
     self.directory.mkdir(parents=True, exist_ok=True)
     ours = re.compile(rf"({'|'.join(map(re.escape, self._arrays))})-\d+\.npy")
@@ -196,14 +190,17 @@ class Column:
 
   def __getitem__(self, index: Any) -> np.ndarray:
     first, *others = index if isinstance(index, tuple) else (index,)
-    if isinstance(first, slice):
-      start, stop, step = first.indices(len(self))
-      if step != 1:
-        raise IndexError("shards are read in steps of 1")
-      rows = self._between(start, stop)
-    else:
-      row = range(len(self))[first]
-      return self._parts[row // self._size][(row % self._size, *others)]
+    if not isinstance(first, slice):
+      shard, row = divmod(range(len(self))[first], self._size)
+      return self._parts[shard][(row, *others)]
+    start, stop, step = first.indices(len(self))
+    if step != 1:
+      raise IndexError("shards are read in steps of 1")
+    shards = range(start // self._size, -(-stop // self._size)) if start < stop else ()
+    parts = [self._parts[i][max(0, start - i * self._size) : stop - i * self._size] for i in shards]
+    rows = (
+      np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.empty((0, *self.shape[1:]), self.dtype)
+    )
     return rows[(slice(None), *others)] if others else rows
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -227,13 +224,6 @@ class Column:
     for number, part in enumerate(self._parts):
       for first in range(0, len(part), rows):
         yield number * self._size + first, part[first : first + rows]
-
-  def _between(self, start: int, stop: int) -> np.ndarray:
-    shards = range(start // self._size, -(-stop // self._size)) if start < stop else ()
-    parts = [self._parts[i][max(0, start - i * self._size) : stop - i * self._size] for i in shards]
-    if len(parts) == 1:
-      return parts[0]
-    return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
 
 
 def path_of(directory: files.Path, name: str, shard: int) -> pathlib.Path:
@@ -284,11 +274,3 @@ def _open_shard(directory: pathlib.Path, name: str, shard: int, dtype: str, shap
   if array.shape != shape or array.dtype != np.dtype(dtype) or not array.flags.c_contiguous:
     raise InputError(f"shard is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}", path=path)
   return array
-
-
-def _read(path: pathlib.Path) -> Any:
-  """A JSON file, or None where there is none that can be read."""
-  try:
-    return files.read_json(path)
-  except InputError:
-    return None

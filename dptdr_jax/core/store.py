@@ -20,6 +20,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import pathlib
 import re
 import time
@@ -38,7 +39,7 @@ ABOUT, BEGUN = "artefact.json", "begun.json"
 _CHECKPOINTS = "checkpoints"  # and checkpoints.damaged: not of the finished artefact
 MARK = "dptdr_jax store"  # the kind in dptdr.json
 _PARTIAL = ".partial"
-_ARTEFACT = re.compile(r"[a-z0-9_]+/[0-9a-f]{20}")
+_ARTEFACT = re.compile(r"[a-z0-9_]+/[0-9a-f]{20}(?=/|$)")
 _LOOK_S = 2.0  # between two attempts to take a lock that another process holds
 _VERSIONS = ("dptdr_jax", "jax", "flax", "optax", "faiss-cpu", "numpy")
 
@@ -187,20 +188,18 @@ class Store:
     """
     ref = kind.ref(inputs)
     if not self.team.first_says(lambda: self.has(kind, ref)):
-      with self._locked(ref) if self.team.is_main else contextlib.nullcontext():
+      path, waiting = self.path(ref).with_name(f"{ref.key}.lock"), f"{ref} is being made by %s: waiting"
+      alone = lock.held(path, wait_s=_LOOK_S, on_wait=functools.partial(_log.info, waiting))
+      with alone if self.team.is_main else contextlib.nullcontext():
         if not self.team.first_says(lambda: self.has(kind, ref)):  # another run has made it meanwhile
           self._build(kind, ref, inputs)
     self._whole.add(ref)
     return ref
 
-  def _locked(self, ref: Ref) -> contextlib.AbstractContextManager[None]:
-    path = self.path(ref).with_name(f"{ref.key}.lock")
-    return lock.held(path, wait_s=_LOOK_S, on_wait=lambda who: _log.info("%s is being made by %s: waiting", ref, who))
-
   def _build(self, kind: Kind, ref: Ref, inputs: Inputs) -> None:
     directory, started = self.partial(ref), time.monotonic()
     whole = self.team.first_says(lambda: self._begin(kind, ref, inputs))
-    before = _seconds(directory)
+    before = float(files.fields_in(directory / BEGUN).get("seconds", 0.0))  # of earlier attempts
 
     def build() -> None:
       checkpoint = functools.partial(self.remote.snapshot, str(ref), directory) if self.remote else lambda: None
@@ -240,12 +239,9 @@ class Store:
     # Killed before artefact.json is there, the next attempt still has the checkpoints; afterwards it needs none.
     directory = self.partial(ref)
     if not (directory / ABOUT).is_file():
-      listed = {}
-      for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory)
-        if path.is_file() and not path.is_symlink() and not _is_scratch(directory / name.parts[0]):
-          files.sync(path)
-          listed[name.as_posix()] = [path.stat().st_size, files.sha256(path)]
+      listed = files.listing(directory, skips=_is_scratch)
+      for name in listed:
+        files.sync(directory / name)
       versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
       about = _record(kind, ref, inputs, seconds) | {"versions": versions, "chosen": kind.chosen, "files": listed}
       files.write_json(directory / ABOUT, about)
@@ -261,19 +257,14 @@ class Store:
     Raises:
       RetryableError: in place of the error; the next start makes it again.
     """
-    if error.path is None or not (ref := self._owner(pathlib.Path(error.path))):
+    place = os.path.relpath(os.path.realpath(error.path or self.root), self.root.resolve())
+    if not (owner := _ARTEFACT.match(place)):
       return
-    if reason := damage(self.path(ref), verify=True) if self.path(ref).exists() else "it is gone":
-      if self.team.is_main and (chosen := _is_chosen(self.path(ref))) is not None:
-        self._discard(ref, reason, chosen)
+    ref = Ref(*owner[0].split("/"))
+    if reason := damage(self.path(ref), verify=True):
+      if self.team.is_main and (about := files.fields_in(self.path(ref) / ABOUT)):  # else the next start knows its kind
+        self._discard(ref, reason, bool(about.get("chosen")))
       raise RetryableError(f"{str(error).rstrip('.')}. The next start makes {ref} again") from error
-
-  def _owner(self, path: pathlib.Path) -> Ref | None:
-    with contextlib.suppress(ValueError):
-      parts = path.resolve().relative_to(self.root.resolve()).parts
-      if len(parts) > 1 and _ARTEFACT.fullmatch("/".join(parts[:2])):
-        return Ref(*parts[:2])
-    return None
 
   def root_of(self, name: str, workdir: files.Path, reached: Collection[Ref]) -> None:
     """Notes what a run reaches, so that `prune` in another run of this store keeps it."""
@@ -364,15 +355,7 @@ def damage(directory: pathlib.Path, verify: bool) -> str:
     return str(error)
   if about["key"] != directory.name:
     return f"{ABOUT} is of another artefact"
-  for name, (size, checksum) in about["files"].items():
-    path = directory / name
-    if not path.is_file():
-      return f"{name} is lost"
-    if path.stat().st_size != size:
-      return f"{name} has {path.stat().st_size} bytes, {size} were written"
-    if verify and files.sha256(path) != checksum:
-      return f"the bytes of {name} have changed"
-  return ""
+  return files.difference(directory, about["files"], verify)
 
 
 def _is_scratch(path: pathlib.Path) -> bool:
@@ -380,20 +363,6 @@ def _is_scratch(path: pathlib.Path) -> bool:
   return path.name == BEGUN or path.name.partition(".")[0] == _CHECKPOINTS
 
 
-def _is_chosen(directory: pathlib.Path) -> bool | None:
-  """Whether training chose an artefact; None: artefact.json cannot be read. The next start knows its kind."""
-  with contextlib.suppress(InputError):
-    return bool(read_about(directory).get("chosen"))
-  return None
-
-
 def _record(kind: Kind, ref: Ref, inputs: Inputs, seconds: float) -> dict[str, Any]:
   about = {"kind": kind.name, "format": kind.format, "key": ref.key, "inputs": described(inputs)}
   return about | {"seconds": round(seconds, 1)}
-
-
-def _seconds(directory: pathlib.Path) -> float:
-  """Time that earlier attempts took."""
-  with contextlib.suppress(InputError, OSError, KeyError, TypeError, ValueError):
-    return float(files.read_json(directory / BEGUN)["seconds"])
-  return 0.0

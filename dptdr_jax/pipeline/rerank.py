@@ -216,4 +216,4 @@ def score_rows(
       return {"scores": logits}
 
     arrays = {"scores": ("float32", (rows.shape[1],))}
-    share_out(directory, rows.shape[0], size, arrays, make, team=team, what="score pairs", unit="query", shows=False)
+    share_out(directory, rows.shape[0], size, arrays, make, team=team, what="score pairs")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dptdr_jax.core import files, remote, shards
+from dptdr_jax.core import files, marks, remote, shards
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.team import SOLO, Team
 
@@ -93,20 +93,28 @@ def write_vectors(
     team: the processes that take turns at the shards.
 
   Raises:
-    InputError: a vector is not finite, or not in the range of float16; an id ends in NUL.
+    InputError: a vector is not finite, or not in the range of float16; an id ends in NUL; the directory holds
+      something else.
   """
   if dtype not in _DTYPES:
     raise InputError(f"embeddings are stored as {' or '.join(_DTYPES)}", value=dtype)
   about = {"format": _FORMAT, "kind": _KIND, "width": width, "dtype": dtype, "source": dict(source)}
   if team.is_main:
+    marks.check_replaceable(directory, _is_ours)
     _write_ids(pathlib.Path(directory, "ids.npy"), ids)  # before hours of work: some ids are refused
 
   def checked(rows: range) -> dict[str, np.ndarray]:
     return {"vectors": _stored(make(rows), rows, dtype)}
 
-  shards.share_out(directory, len(ids), shard_rows, _arrays(width, dtype), checked, about=about, team=team, what=what,
-                   shows=False)  # fmt: skip
+  shards.share_out(directory, len(ids), shard_rows, _arrays(width, dtype), checked, about=about, team=team, what=what)
   return Embeddings(directory)
+
+
+def _is_ours(directory: pathlib.Path) -> bool:
+  """Whether a directory holds vectors, perhaps unfinished ones."""
+  inside = {path.name for path in directory.iterdir()}
+  described = (files.fields_in(directory / name).get("kind") for name in (shards.MANIFEST, shards.PLAN))
+  return _KIND in described or inside <= {"ids.npy", "ids.npy.partial"}
 
 
 def _arrays(width: int, dtype: str) -> shards.Arrays:

@@ -112,7 +112,7 @@ def write_run(
     run = search(queries)
     return {"rows": run.rows, "scores": run.scores}
 
-  shards.share_out(directory, count, size, _arrays(depth), make, about=_about(depth), team=team, what=what, shows=False)
+  shards.share_out(directory, count, size, _arrays(depth), make, about=_about(depth), team=team, what=what)
   return Run.open(directory)
 
 

@@ -66,7 +66,7 @@ def map_sequences(
     shown.advance(len(places))
     advance(len(places))
 
-  with progress.bar(description, len(results), unit) if description else progress.silent() as shown:
+  with progress.bar(description, len(results), unit) as shown:
     for places, width, size in plan(lengths, sequences.limit, batch_tokens, mesh.size):
       batch = _fill(sequences.batch(places, width), size)
       running.append((places, function(put_batch(batch, mesh))))

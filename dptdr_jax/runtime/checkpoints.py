@@ -105,7 +105,8 @@ class Checkpoints:
     with self._saving():
       self._orbax.wait()
       if step is not None and TEAM.is_main:
-        _write_files(self.directory / str(step))
+        complete = self.directory / str(step)
+        files.write_json(complete / _FILES, files.listing(complete))
         for old in self.steps()[:-_KEPT]:  # not left to orbax, whose next save may delete the same one again
           files.remove(self.directory / str(old))
     if step is not None and TEAM.is_main:
@@ -150,25 +151,12 @@ class Checkpoints:
       raise
 
 
-def _write_files(directory: pathlib.Path) -> None:
-  """Lists a complete checkpoint's files."""
-  paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-  listed = {path.relative_to(directory).as_posix(): [path.stat().st_size, files.sha256(path)] for path in paths}
-  files.write_json(directory / _FILES, listed)
-
-
-def _damage(directory: pathlib.Path) -> str | None:
-  """What is wrong with a checkpoint's files, or None."""
+def _damage(directory: pathlib.Path) -> str:
+  """What is wrong with a checkpoint's files, '' where nothing is."""
   try:
-    for name, (size, checksum) in files.read_json(directory / _FILES).items():
-      path = directory / name
-      if path.stat().st_size != size or files.sha256(path) != checksum:
-        return f"{name} changed"
-  except FileNotFoundError as error:
-    return f"{error.filename} is missing"
+    return files.difference(directory, files.read_json(directory / _FILES))
   except (InputError, OSError, AttributeError, TypeError, ValueError) as error:
     return str(error)
-  return None
 
 
 def _is_news(record: logging.LogRecord) -> bool:

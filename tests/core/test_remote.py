@@ -16,8 +16,15 @@ from dptdr_jax.core.errors import InputError, OutageError
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
   monkeypatch.setenv("DPTDR_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setattr(remote.insist, "__kwdefaults__", remote.insist.__kwdefaults__ | {"pause": lambda seconds: None})
   return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch) -> list[float]:
+  """Seconds that retries would have waited."""
+  waited = []
+  monkeypatch.setattr(remote, "_wait", waited.append)
+  return waited
 
 
 @pytest.fixture
@@ -71,7 +78,7 @@ def test_interrupted_download_leaves_nothing_and_a_cut_one_is_repeated(memory, c
   monkeypatch.setattr(type(memory), "get_file", fails)
   with pytest.raises(KeyboardInterrupt):
     remote.staged("memory://run")
-  assert [path.suffix for path in (cache / "remote").iterdir()] == [".lock"]
+  assert not list((cache / "remote").iterdir())
   assert (remote.staged("memory://run") / "a").read_bytes() == b"one"
 
 
@@ -103,8 +110,8 @@ def test_urls_that_cannot_be_staged(memory, cache, url, message):
   assert not cache.exists()
 
 
-def test_failures_are_retried_with_growing_pauses_until_patience_ends():
-  answers, pauses = [OSError("reset"), TimeoutError(), OSError("reset"), "done"], []
+def test_failures_are_retried_with_growing_pauses_until_patience_ends(pauses):
+  answers = [OSError("reset"), TimeoutError(), OSError("reset"), "done"]
 
   def act(always=None):
     answer = always or answers.pop(0)
@@ -112,14 +119,15 @@ def test_failures_are_retried_with_growing_pauses_until_patience_ends():
       raise answer
     return answer
 
-  assert remote.insist(act, "copying", pause=pauses.append) == "done"
+  assert remote.insist(act, "copying") == "done"
   assert pauses == [1, 2, 4]
   pauses.clear()
-  with pytest.raises(OutageError, match=r"copying failed \(unreachable\), retried for 183 s. Mend it"):
-    remote.insist(lambda: act(OSError("unreachable")), "copying", fix="Mend it", patience_s=200, pause=pauses.append)
-  assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+  with pytest.raises(OutageError, match=r"copying failed \(unreachable\), retried for 243 s. Mend it"):
+    remote.insist(lambda: act(OSError("unreachable")), "copying", fix="Mend it")
+  assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
   with pytest.raises(InputError, match=r"copying failed \(no such bucket\)"):
-    remote.insist(lambda: act(FileNotFoundError("no such bucket")), "copying", pause=pytest.fail)
+    remote.insist(lambda: act(FileNotFoundError("no such bucket")), "copying")
+  assert len(pauses) == 9
 
 
 class HttpError(Exception):
@@ -153,7 +161,7 @@ def test_refused_requests_are_input_errors_and_unreachable_remotes_outages(error
     raise error
 
   with pytest.raises((InputError, OutageError)) as raised:
-    remote.insist(act, "copying", patience_s=0)
+    remote.insist(act, "copying")
   assert raised.type is kind
 
 
@@ -161,12 +169,11 @@ def test_sigterm_ends_retries(monkeypatch):
   def act():
     raise OSError("unreachable")
 
-  def terminate(seconds):
-    monkeypatch.setattr(preemption, "asked", lambda: True)
-
+  monkeypatch.undo()
+  asked = iter((False, False, True))
+  monkeypatch.setattr(preemption, "asked", lambda: next(asked, True))  # in the middle of the first pause
   with pytest.raises(preemption.Preempted, match=r"copying failed \(unreachable\)"):
-    remote.insist(act, "copying", pause=terminate)
-  remote._wait(60)  # returns at once
+    remote.insist(act, "copying")
 
 
 def save(tree: dict[str, str], whole: bool = True) -> None:

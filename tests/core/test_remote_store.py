@@ -38,7 +38,7 @@ class Log(list):
 def memory(monkeypatch):
   """The memory file system, empty before and after; retries and local disks do not wait."""
   monkeypatch.setattr(files, "sync", lambda path: None)
-  monkeypatch.setattr(remote.insist, "__kwdefaults__", remote.insist.__kwdefaults__ | {"pause": lambda seconds: None})
+  monkeypatch.setattr(remote, "_wait", lambda seconds: None)
   file_system = fsspec.filesystem("memory")
   file_system.store.clear()
   yield file_system
