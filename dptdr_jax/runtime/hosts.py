@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import DptdrError, InputError, RetryableError
+from dptdr_jax.core.team import Team
 from dptdr_jax.runtime.meetings import Meetings
 
 _log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 # Set by the platforms that start several processes and that jax.distributed can read by itself.
 _CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
 
-_FAREWELL_S = 10.0
+_FAREWELL_S = 10.0  # longest wait of a process that ends
 _NOTICE_S = 30.0  # longer waits are logged
 _LOOK_S = 0.5  # longest pause between two looks whether all have come
 
@@ -36,8 +37,8 @@ class LostError(RetryableError):
   """The run's processes lost each other. The input is fine, and a restart of all of them resumes."""
 
 
-class Processes:
-  """The processes of this run, a `core.team.Team`. They meet at process 0 (see `runtime.meetings`).
+class Processes(Team):
+  """The processes of this run. They meet at process 0 (see `runtime.meetings`).
 
   All processes call the same methods in the same order.
 
@@ -60,24 +61,15 @@ class Processes:
     """Which one this is, from 0."""
     return jax.process_index()
 
-  @property
-  def is_main(self) -> bool:
-    """Whether this is process 0, which writes shared files."""
-    return self.index == 0
-
-  def barrier(self, name: str, timeout_s: float | None = None) -> None:
-    """Waits until every process has come to the point called `name`.
-
-    Args:
-      name: the same in every process; different names are an error in all of them.
-      timeout_s: None: `patience_s`.
+  def barrier(self, name: str) -> None:
+    """Waits until every process has come to the point called `name`; different names are an error in all of them.
 
     Raises:
       LostError: not all processes came in time, or process 0 is gone.
       Preempted: in all processes, if one of them had been told to stop when it came.
     """
     if self.count > 1:
-      self._meet(name, {"stops": preemption.asked()}, timeout_s)
+      self._meet(name, {"stops": preemption.asked()})
 
   def all_say(self, name: str, yes: bool) -> bool:
     """Whether all processes say yes; a `barrier`, with its errors.
@@ -111,15 +103,15 @@ class Processes:
       raise (RetryableError if said["retry"] else DptdrError)(said["error"])
     return said["value"]
 
-  def tell_stop(self, timeout_s: float = 10.0) -> None:
-    """Tells the others, at the next barrier that they come to, that this process stops; waits `timeout_s` for them.
+  def tell_stop(self) -> None:
+    """Tells the others, at the next barrier that they come to, that this process stops; waits 10 s for them.
 
     For a process that was told to stop (see core.preemption) where the others were not asked. If they don't come they
     are busy elsewhere, or wait where this one will not come: `leave` ends that.
     """
     if self.count > 1:
       with contextlib.suppress(LostError, preemption.Preempted):
-        self._meet("leave", {"stops": True}, timeout_s)
+        self._meet("leave", {"stops": True}, _FAREWELL_S)
 
   def join(self, host: str | None) -> None:
     """Gets ready to meet; all processes call it at once, after jax.distributed.initialize.

@@ -71,8 +71,8 @@ class Collective:
 
   Attributes:
     kind: as XLA names it, 'all-gather' for op.
-    size: bytes of its result on op device.
-    times: how often it runs in op execution of the program.
+    size: bytes of its result on one device.
+    times: how often it runs in one execution of the program.
     where: the traced operation that it comes from.
   """
 
@@ -217,30 +217,23 @@ def _instruction(line: str) -> _Instruction | None:
   """`  %name = shape code(%operand, …), attributes` → its parts."""
   left, _, right = line.strip().partition(" = ")
   root, name = left.startswith("ROOT "), left.removeprefix("ROOT ").removeprefix("%")
-  end = _shape_end(right)
+  end = _closing(right) if right.startswith("(") else right.find(" ")  # of the shape, which may be a tuple
   code, opened, rest = right[end:].strip().partition("(")
   if not opened or not re.fullmatch(r"[\w\-]+", code):
     return None
-  depth, stop = 1, 0
-  for stop, letter in enumerate(rest):  # noqa: B007 — the place of the closing bracket is wanted
-    depth += (letter == "(") - (letter == ")")
-    if not depth:
-      break
+  stop = _closing(f"({rest}") - 2
   operands = tuple(_OPERAND.findall(rest[:stop]))
-  return _Instruction(
-    name, code, right[:end], operands, rest if code in ("constant", "parameter") else rest[stop:], root
-  )
+  attributes = rest if code in ("constant", "parameter") else rest[stop:]
+  return _Instruction(name, code, right[:end], operands, attributes, root)
 
 
-def _shape_end(text: str) -> int:
-  """Where a shape ends: a tuple in brackets, or up to the first space."""
-  if not text.startswith("("):
-    return text.find(" ")
+def _closing(text: str) -> int:
+  """The place behind the bracket that closes the one that a text begins with."""
   depth = 0
-  for place, letter in enumerate(text):
+  for place, letter in enumerate(text, 1):
     depth += (letter == "(") - (letter == ")")
     if not depth:
-      return place + 1
+      return place
   return len(text)
 
 

@@ -22,8 +22,9 @@ assert TEAM.first_says(lambda: {"index": index}) == {"index": 0}
 assert TEAM.all_say("all", True) and not TEAM.all_say("one of two", index == 0)
 if index == 1:
   time.sleep(3)
+TEAM.patience_s = 60 if index else 0.5
 try:
-  TEAM.barrier("alone", timeout_s=60 if index else 0.5)
+  TEAM.barrier("alone")
 except Exception as error:
   print(type(error).__name__, error, flush=True)
 if index == 0:
@@ -39,6 +40,7 @@ from dptdr_jax.runtime.hosts import TEAM
 index, way = int(sys.argv[2]), sys.argv[3]
 hosts.initialize("localhost:" + sys.argv[1], 2, index)
 preemption.install()
+TEAM.patience_s = 60
 TEAM.barrier("both")
 if index == 1:
   os.kill(os.getpid(), signal.SIGTERM)
@@ -49,7 +51,7 @@ try:
     TEAM.first_says(lambda: 1) if index == 0 else preemption.check("after shard 3")
   if way == "at a question":
     TEAM.all_say("is it there", False)
-  TEAM.barrier("after the stage", timeout_s=60)
+  TEAM.barrier("after the stage")
 except preemption.Preempted as stop:
   if not stop.agreed:
     TEAM.tell_stop()
@@ -59,7 +61,7 @@ except preemption.Preempted as stop:
 
 def test_one_process_waits_for_nobody():
   hosts.initialize()
-  hosts.TEAM.barrier("anywhere", timeout_s=0.0)
+  hosts.TEAM.barrier("anywhere")
   assert hosts.TEAM.is_main and hosts.TEAM.count == 1 and hosts.TEAM.first_says(lambda: 7) == 7
 
 
