@@ -6,18 +6,20 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.encoder import Encoder
-from dptdr_jax.models.prompts import Params, unflatten
+from dptdr_jax.models.prompts import Params, flatten, named_leaves, unflatten
 
 Tensors = dict[str, np.ndarray]
 
@@ -87,18 +89,12 @@ def load_backbone_tensors(directory: files.Path) -> Tensors:
 
 def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   """Writes one file, readable by everyone who can read the directory; safetensors makes it private to its owner."""
-  import safetensors.numpy
-
   safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
   path.chmod(0o600 | path.parent.stat().st_mode & 0o444)
 
 
 def read_safetensors(path: pathlib.Path) -> Tensors:
   """Reads one file; raises InputError if it is missing, truncated or damaged."""
-  # safetensors' numpy reader needs numpy's bfloat16, which ml_dtypes (a dependency of jax) registers.
-  import safetensors
-  import safetensors.numpy
-
   if not path.is_file():
     raise InputError("this file is missing", path=path, fix="Copy the whole directory again")
   try:
@@ -149,22 +145,22 @@ def from_huggingface(
   Raises:
     InputError: a missing or unknown tensor, or one of another shape.
   """
-  tensors = _plain_names(tensors, config)
+  tensors = plain_names(tensors, config)
   if config.family == "deberta":
     tensors = _split_projections(tensors, config, source)
   left = set(tensors)
   flat = {}
-  for path, shape in _shapes(config):
+  for path, shape in _shapes(config).items():
     parts = []
     for name, part_shape in _sources(path, shape, config):
       if name not in tensors:
         raise InputError(f"tensor {name} is missing", path=source, fix="Check that config.json is of these weights")
       if tensors[name].shape != part_shape:
         raise InputError(f"tensor {name} has shape {tensors[name].shape}, expected {part_shape}", path=source)
-      parts.append(tensors[name].T if path[-1] == "kernel" else tensors[name])
+      parts.append(tensors[name].T if path.endswith("kernel") else tensors[name])
       left.discard(name)
-    array = np.stack(parts) if path[0] == "layers" else parts[0]
-    flat["/".join(path)] = np.asarray(array, _stored_as(path, dtype))
+    array = np.stack(parts) if path.startswith("layers/") else parts[0]
+    flat[path] = np.asarray(array, _stored_as(path, dtype))
   unknown = sorted(name for name in left if not _is_unused(name, config))
   if unknown:
     raise InputError(
@@ -175,29 +171,26 @@ def from_huggingface(
 
 def abstract_params(config: EncoderConfig, dtype: Any) -> Params:
   """Shapes and dtypes of what `from_huggingface` returns."""
-  shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
-  flat = {path: jax.ShapeDtypeStruct(leaf.shape, _stored_as(path, dtype)) for path, leaf in _leaves(shapes)}
-  return unflatten({"/".join(path): leaf for path, leaf in flat.items()})
+  shapes = _shapes(config).items()
+  return unflatten({path: jax.ShapeDtypeStruct(shape, _stored_as(path, dtype)) for path, shape in shapes})
 
 
-def _stored_as(path: tuple[str, ...], dtype: Any) -> Any:
+def _stored_as(path: str, dtype: Any) -> Any:
   """The dtype of one array: LayerNorm's weights stay float32."""
-  return np.float32 if len(path) > 1 and path[-2].endswith("norm") else dtype
+  return np.float32 if "norm/" in path else dtype
 
 
 def to_huggingface(params: Params, config: EncoderConfig) -> Tensors:
   """The inverse of `from_huggingface`: float32 tensors with the names of transformers' bare model."""
-  leaves = {path: np.asarray(array, np.float32) for path, array in _leaves(params)}
   tensors: Tensors = {}
-  for path, shape in _shapes(config):
-    array = leaves[path]
-    parts = array if path[0] == "layers" else [array]
-    for (name, _), part in zip(_sources(path, shape, config), parts, strict=True):
-      tensors[name] = np.ascontiguousarray(part.T if path[-1] == "kernel" else part)
+  for path, array in flatten(params).items():
+    parts = array if path.startswith("layers/") else [array]
+    for (name, _), part in zip(_sources(path, array.shape, config), parts, strict=True):
+      tensors[name] = np.ascontiguousarray(part.T if path.endswith("kernel") else part)
   return _join_projections(tensors, config) if config.family == "deberta" else tensors
 
 
-def _plain_names(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> Tensors:
+def plain_names(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> Tensors:
   """Removes the family's prefix from names, and renames gamma and beta of old files to weight and bias."""
   plain = {}
   for name, array in tensors.items():
@@ -211,29 +204,25 @@ def _is_unused(name: str, config: EncoderConfig) -> bool:
 
 
 @functools.lru_cache(maxsize=8)  # .25 s a call, and training converts the same backbone many times
-def _shapes(config: EncoderConfig) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
-  """Path and shape of each array of our tree."""
+def _shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+  """The shape of each array of our tree, by name."""
   abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
-  return tuple((path, leaf.shape) for path, leaf in _leaves(abstract))
+  return {path: leaf.shape for path, leaf in named_leaves(abstract).items()}
 
 
-def _leaves(params: Params) -> Iterator[tuple[tuple[str, ...], Any]]:
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    yield tuple(entry.key for entry in path), leaf
-
-
-def _sources(path: tuple[str, ...], shape: tuple[int, ...], config: EncoderConfig) -> list[tuple[str, tuple[int, ...]]]:
+def _sources(path: str, shape: tuple[int, ...], config: EncoderConfig) -> list[tuple[str, tuple[int, ...]]]:
   """Names and shapes of the Hugging Face tensors in one of our arrays: one tensor, or one for each stacked layer."""
-  leaf = "bias" if path[-1] == "bias" else "weight"
-  if path[0] == "relative_positions":
+  if path == "relative_positions":
     return [("encoder.rel_embeddings.weight", shape)]
-  if path[0] == "embeddings":
-    return [(f"embeddings.{_EMBEDDINGS[path[1]]}.{leaf}", shape)]
-  stacked = path[0] == "layers"
-  layers = range(config.num_layers - 1) if stacked else [config.num_layers - 1]
-  shape = shape[1:] if stacked else shape
-  shape = shape[::-1] if path[-1] == "kernel" else shape
-  return [(f"encoder.layer.{layer}.{_LAYER[path[1]]}.{leaf}", shape) for layer in layers]
+  place, module, *_ = path.split("/")
+  leaf = "bias" if path.endswith("/bias") else "weight"
+  if place == "embeddings":
+    return [(f"embeddings.{_EMBEDDINGS[module]}.{leaf}", shape)]
+  layers = [config.num_layers - 1]
+  if place == "layers":
+    layers, shape = range(config.num_layers - 1), shape[1:]
+  shape = shape[::-1] if path.endswith("/kernel") else shape
+  return [(f"encoder.layer.{layer}.{_LAYER[module]}.{leaf}", shape) for layer in layers]
 
 
 def _split_projections(tensors: Tensors, config: EncoderConfig, source) -> Tensors:

@@ -56,8 +56,7 @@ def init_cross(
 
 def check_cross(spec: PromptSpec, head: str, trainable: Params, config: EncoderConfig, source: Any = None) -> None:
   """Raises InputError (naming `source`) if prompt or head do not have the shapes for `spec` on this encoder."""
-  spec = prompts.with_random_init(spec)
-  prompts.check_shapes(lambda key: init_cross(key, spec, config, head=head), trainable, source)
+  prompts.check_shapes(lambda key: init_cross(key, prompts.as_read(spec), config, head=head), trainable, source)
 
 
 def cross_logits(

@@ -16,10 +16,10 @@ import numpy as np
 from dptdr_jax.core import files
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.models.config import EncoderConfig
-from dptdr_jax.models.convert import Tensors
+from dptdr_jax.models.convert import Tensors, plain_names
 from dptdr_jax.models.encoder import ACTIVATION, LayerNorm
 from dptdr_jax.models.products import precision, product
-from dptdr_jax.models.prompts import Params, unflatten
+from dptdr_jax.models.prompts import Params, flatten, unflatten
 
 # Hugging Face's names of our parameters. The bias and the decoder are under the stem below.
 _HEAD = {
@@ -60,18 +60,15 @@ def head_from_huggingface(
     InputError: an incomplete head, a tensor of another shape, or a decoder that is not the word embeddings.
   """
   check_family(config)
-  stem = _STEM[config.family]
-  old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-  named = {}
-  for name, tensor in tensors.items():
-    if name.startswith(f"{stem}."):
-      ending = ".".join(name.split(".")[-2:])
-      named[name.removesuffix(ending) + old.get(ending, ending)] = tensor
+  stem, plain = _STEM[config.family], plain_names(tensors, config)
+  named = {name: tensor for name, tensor in plain.items() if name.startswith(f"{stem}.")}
   if not named:
     return None
-  if "decoder.bias" in {name.removeprefix(f"{stem}.") for name in named}:
+  if f"{stem}.decoder.bias" in named:
     named.setdefault(f"{stem}.bias", named.pop(f"{stem}.decoder.bias"))  # old and new checkpoints name it differently
-  _check_tied(named.pop(f"{stem}.decoder.weight", None), tensors, config, source)
+  decoder = named.pop(f"{stem}.decoder.weight", None)
+  if decoder is not None and not np.array_equal(decoder, plain.get(_WORDS, ())):
+    raise InputError("the language-model head's decoder is not tied to the word embeddings", path=source)
   flat = {}
   for path, (name, shape) in _tensors(config).items():
     tensor = named.pop(name, None)
@@ -84,23 +81,12 @@ def head_from_huggingface(
   return unflatten(flat)
 
 
-def _check_tied(decoder: np.ndarray | None, tensors: Mapping[str, np.ndarray], config, source) -> None:
-  if decoder is None:
-    return
-  words = tensors.get(f"{config.family}.{_WORDS}", tensors.get(_WORDS))
-  if words is None or decoder.shape != words.shape or not np.array_equal(decoder, words):
-    raise InputError("the language-model head's decoder is not tied to the word embeddings", path=source)
-
-
 def add_head(tensors: Tensors, head: Params, config: EncoderConfig) -> Tensors:
   """Joins a bare model's tensors (`convert.to_huggingface`) and a head under the names of …ForMaskedLM."""
   named = {f"{config.family}.{name}": tensor for name, tensor in tensors.items()}
+  leaves = flatten(head)
   for path, (name, _) in _tensors(config).items():
-    leaf: Any = head
-    for part in path.split("/"):
-      leaf = leaf[part]
-    leaf = np.asarray(leaf, np.float32)
-    named[name] = np.ascontiguousarray(leaf.T if path.endswith("kernel") else leaf)
+    named[name] = np.ascontiguousarray(leaves[path].T) if path.endswith("kernel") else leaves[path]
   return named
 
 

@@ -82,7 +82,7 @@ class PromptSpec:
 
 
 def as_read(spec: PromptSpec) -> PromptSpec:
-  """The spec with training fields at their defaults, so that retrievers that differ only there share programs."""
+  """The spec with training fields at their defaults, which change neither programs nor shapes."""
   return PromptSpec(**spec.read_fields())
 
 
@@ -248,15 +248,17 @@ def _bidirectional_lstm(params: Params, x: jax.Array) -> jax.Array:
 
 def flatten(params: Params) -> dict[str, np.ndarray]:
   """A tree of arrays as one dict of float32 arrays, names joined by '/', for prompts.safetensors."""
-  flat = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    # Contiguous, because safetensors writes the bytes of a transposed view in the wrong order.
-    flat["/".join(entry.key for entry in path)] = np.ascontiguousarray(leaf, np.float32)
-  return flat
+  # Contiguous, because safetensors writes the bytes of a transposed view in the wrong order.
+  return {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in named_leaves(params).items()}
+
+
+def named_leaves(tree: Params) -> dict[str, Any]:
+  """The leaves of nested dicts by name, joined by '/'."""
+  return {"/".join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflatten(flat: Mapping[str, np.ndarray]) -> Params:
-  """The inverse of `flatten`."""
+  """The inverse of `named_leaves`."""
   params: Params = {}
   for name, array in flat.items():
     *parents, leaf = name.split("/")
@@ -269,29 +271,19 @@ def unflatten(flat: Mapping[str, np.ndarray]) -> Params:
 
 def check_prompt(spec: PromptSpec, params: Params, config: EncoderConfig, source: Any = None) -> None:
   """Raises InputError (naming `source`) if `params` do not have the shapes for `spec` on this encoder."""
-  check_shapes(lambda key: init_prompt(key, with_random_init(spec), config), params, source)
-
-
-def with_random_init(spec: PromptSpec) -> PromptSpec:
-  """The same prompt with init 'normal', for shapes: `init_prompt` then needs a key only."""
-  return dataclasses.replace(spec, init="normal")
+  check_shapes(lambda key: init_prompt(key, as_read(spec), config), params, source)
 
 
 def check_shapes(init: Callable[[jax.Array], Params], params: Params, source: Any = None) -> None:
   """Raises InputError (naming `source`) if `params` do not have the names and shapes of what init(key) returns."""
-  expected = {name: leaf.shape for name, leaf in _flat_leaves(jax.eval_shape(lambda: init(jax.random.key(0))))}
-  given = {name: leaf.shape for name, leaf in _flat_leaves(params)}
+  trees = jax.eval_shape(lambda: init(jax.random.key(0))), params
+  expected, given = ({name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in trees)
   for name in sorted(expected.keys() | given.keys()):
     if expected.get(name) != given.get(name):
       raise InputError(
         f"prompt tensor {name} has shape {given.get(name)}, expected {expected.get(name)}",
         path=source, fix="The prompt belongs to another backbone or to other prompt settings",
       )  # fmt: skip
-
-
-def _flat_leaves(params: Params):
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    yield "/".join(entry.key for entry in path), leaf
 
 
 def check_original(config: Mapping[str, Any], source: Any = None) -> str:

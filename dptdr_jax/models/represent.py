@@ -30,28 +30,14 @@ def represent(
   *,
   pooling: str,
   normalize: bool,
-  keys: jax.Array | None = None,
-  dropout: Dropout | None = None,
-  compute_dtype: Any = jnp.float32,
-  attention: str = "auto",
-  remat: str = "none",
+  **options: Any,
 ) -> jax.Array:
-  """One vector for each sequence.
+  """One vector for each sequence, [B, H] float32; arguments as in `hidden_states`.
 
   Args:
-    params: the backbone's tree of any float dtype; `compute_dtype` is fastest.
-    prompt: raw prompt parameters, float32, before any projection. None if spec.kind is 'none'.
-    tokens: [B, T] int32, padded on the right. lengths: [B] int32, visible tokens.
     pooling: 'first' (token 0; the last layer then computes only that row) or 'mean' (over the visible tokens).
     normalize: divide by the L2 norm.
-    keys: typed PRNG keys [B]; dropout is on, and the masks of an example depend on its key alone. None: no dropout.
-    dropout: rates that replace those of `config`.
-    compute_dtype: of matrix products. Prompts, softmax statistics, norms and the result are always float32.
-    attention: 'auto', 'split' or 'concat', see `attention.choose_method`.
-    remat: see `Encoder`.
-
-  Returns:
-    [B, H] float32.
+    options: keys, dropout, compute_dtype, attention, remat.
 
   Raises:
     InputError: prompt and T exceed the position table, or an unknown pooling or attention.
@@ -59,12 +45,7 @@ def represent(
   row = None
   if pooling == "first":
     row = spec.length if spec.kind == "shallow" else 0
-  hidden = _encode(
-    config, spec, params, prompt, tokens, lengths, row=row, keys=keys,
-    dropout=dropout, compute_dtype=compute_dtype, attention=attention, remat=remat,
-  )  # fmt: skip
-  if pooling == "mean":
-    hidden = hidden[:, -tokens.shape[1] :]
+  hidden = hidden_states(config, spec, params, prompt, tokens, lengths, row=row, **options)
   return pool(hidden, lengths, pooling=pooling, normalize=normalize)
 
 
@@ -96,26 +77,27 @@ def hidden_states(
   tokens: jax.Array,
   lengths: jax.Array,
   *,
+  row: int | None = None,
   keys: jax.Array | None = None,
   dropout: Dropout | None = None,
   compute_dtype: Any = jnp.float32,
   attention: str = "auto",
   remat: str = "none",
 ) -> jax.Array:
-  """The last layer's vectors of the tokens, [B, T, H] in `compute_dtype`. Arguments as in `represent`."""
-  hidden = _encode(
-    config, spec, params, prompt, tokens, lengths, row=None, keys=keys,
-    dropout=dropout, compute_dtype=compute_dtype, attention=attention, remat=remat,
-  )  # fmt: skip
-  return hidden[:, -tokens.shape[1] :]
+  """The last layer's vectors of the tokens, [B, T, H] in `compute_dtype`.
 
-
-def _encode(
-  config, spec, params, prompt, tokens, lengths, *, row, keys, dropout, compute_dtype, attention, remat
-) -> jax.Array:
+  Args:
+    params: the backbone's tree of any float dtype; `compute_dtype` is fastest.
+    prompt: raw prompt parameters, float32, before any projection. None if spec.kind is 'none'.
+    tokens: [B, T] int32, padded on the right. lengths: [B] int32, visible tokens.
+    row: compute this row of the last layer alone, a shallow prompt's rows counted: [B, 1, H].
+    keys: typed PRNG keys [B]; dropout is on, and the masks of an example depend on its key alone. None: no dropout.
+    dropout: rates that replace those of `config`.
+    compute_dtype: of matrix products. Prompts, softmax statistics and norms are always float32.
+    attention: 'auto', 'split' or 'concat', see `attention.choose_method`.
+    remat: see `Encoder`.
+  """
   prompts.check_lengths(config, spec, tokens.shape[1])
-  if spec.kind == "shallow" and config.family == "deberta":
-    raise InputError("DeBERTa supports deep prompts only", fix="Set prompt.kind to 'deep'")
   expanded = prompts.expand_prompt(spec, prompt, config)
   noise = None
   if keys is not None:
@@ -124,4 +106,4 @@ def _encode(
   encoder = Encoder(config, compute_dtype, attention, row, spec.position_shift, remat)
   deep = expanded if spec.kind == "deep" else None
   shallow = expanded if spec.kind == "shallow" else None
-  return encoder.apply({"params": params}, tokens, lengths, deep, shallow, noise)
+  return encoder.apply({"params": params}, tokens, lengths, deep, shallow, noise)[:, -tokens.shape[1] :]

@@ -99,10 +99,12 @@ def test_transformers_loads_the_export_without_missing_or_unexpected_tensors(the
   jax.tree.map(np.testing.assert_array_equal, mlm.head_from_huggingface(back, config), head)
 
 
-def test_checkpoint_without_head_gives_none_and_broken_head_is_refused(theirs):
+def test_old_names_are_read_a_missing_head_is_none_and_a_broken_one_refused(theirs):
   config, tensors = config_of(theirs), tensors_of(theirs)
   bare = {name: tensor for name, tensor in tensors.items() if not name.startswith(("cls.", "lm_head."))}
   assert mlm.head_from_huggingface(bare, config) is None
+  old = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for name, t in tensors.items()}
+  jax.tree.map(np.testing.assert_array_equal, *(mlm.head_from_huggingface(each, config) for each in (old, tensors)))
   stem = {"bert": "cls.predictions", "roberta": "lm_head"}[config.family]
   dense = {"bert": "transform.dense", "roberta": "dense"}[config.family]
   without = {name: tensor for name, tensor in tensors.items() if name != f"{stem}.{dense}.bias"}
@@ -112,17 +114,6 @@ def test_checkpoint_without_head_gives_none_and_broken_head_is_refused(theirs):
     mlm.head_from_huggingface(tensors | {f"{stem}.other.weight": np.zeros(3)}, config)
   with pytest.raises(InputError, match="not tied"):
     mlm.head_from_huggingface(tensors | {f"{stem}.decoder.weight": np.zeros((50, 16), np.float32)}, config)
-
-
-def test_old_norm_names_are_read():
-  config, kind = FAMILIES["bert"]
-  tensors = tensors_of(kind(config))
-  stem = "cls.predictions.transform.LayerNorm."
-  old = dict(tensors)
-  old[f"{stem}gamma"], old[f"{stem}beta"] = old.pop(f"{stem}weight"), old.pop(f"{stem}bias")
-  ours = EncoderConfig.from_dict(config.to_dict())
-  found, wanted = mlm.head_from_huggingface(old, ours), mlm.head_from_huggingface(tensors, ours)
-  jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_fresh_head_has_the_shapes_of_a_checkpoint(theirs):
