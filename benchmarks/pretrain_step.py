@@ -63,16 +63,16 @@ def prepare(config: EncoderConfig, way: str, args: argparse.Namespace):
     return init_state(model.init_trainable(key, init_params(key, config), None), optimizer)
 
   placed = shardings.of_state(jax.eval_shape(first_state, jax.random.key(0)), mesh)
-  step = make_pretrain_step(model, optimizer, seed=0, chunk=int(chunk), mesh=mesh, shardings=placed)
+  step = make_pretrain_step(model, optimizer, chunk=int(chunk), mesh=mesh, shardings=placed)
   state = jax.jit(first_state, out_shardings=placed)(jax.random.key(0))
   batch = put_batch(make_batch(config, args), mesh, whole=("groups",))
-  traced = step.trace(state, batch)
+  traced = step.trace(np.uint32(0), state, batch)
   compiled = traced.lower().compile()
 
   def run() -> float:
     nonlocal state
     start = time.perf_counter()
-    state, metrics = compiled(step.seed, state, batch)
+    state, metrics = compiled(np.uint32(0), state, batch)
     float(metrics["loss"])
     jax.block_until_ready(state)
     return time.perf_counter() - start

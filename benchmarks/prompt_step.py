@@ -4,8 +4,8 @@
   python benchmarks/prompt_step.py --shapes roberta-large --queries 64 --group 4 --dtype bfloat16   (an accelerator)
 
 Weights are random and seeded. Both steps take turns in one process, so that a busy machine slows both; ratios are of
-medians. Operations are those of models/flops.py (4N or 6N a token, and attention), with the second forward pass of the
-gradient cache. Memory is the compiler's figure for temporaries and arguments.
+medians. Operations are the matrix products of the traced step, with what it computes a second time.
+Memory is the compiler's figure for temporaries and arguments.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from accelerators import share_of_peak
 
-from dptdr_jax.models import flops
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.convert import init_params
 from dptdr_jax.models.prompts import PromptSpec
+from dptdr_jax.runtime import programs
 from dptdr_jax.runtime.mesh import make_mesh, put_batch, replicated
-from dptdr_jax.training.chunks import chunk_count
 from dptdr_jax.training.contrastive import make_train_step
 from dptdr_jax.training.encoders import BiEncoder
 from dptdr_jax.training.optimizer import make_optimizer, make_schedule
@@ -69,44 +68,30 @@ def make_batch(config: EncoderConfig, args: argparse.Namespace) -> dict[str, np.
 
 
 def prepare(config: EncoderConfig, spec: PromptSpec, args: argparse.Namespace):
-  """The compiled step, and a function that runs it once and returns seconds."""
+  """The compiled step, its operations over all devices, and a function that runs it once and returns seconds."""
   mesh = make_mesh()
   model = BiEncoder(config, spec, args.pooling, compute_dtype=jnp.dtype(args.dtype), remat=args.remat)
   optimizer = make_optimizer(make_schedule(1e-3, 1000))
   step = make_train_step(
-    model, optimizer, seed=0, query_chunk=args.query_chunk, passage_chunk=args.passage_chunk,
+    model, optimizer, query_chunk=args.query_chunk, passage_chunk=args.passage_chunk,
     temperature=1.0, both_directions=False, mesh=mesh,
   )  # fmt: skip
   weights = init_params(jax.random.key(0), config)
   state = jax.device_put(init_state(model.init_trainable(jax.random.key(1), weights), optimizer), replicated(mesh))
   frozen = jax.tree.map(lambda leaf: leaf.astype(args.dtype), weights) if spec.kind != "none" else {}
   frozen, batch = jax.device_put(frozen, replicated(mesh)), put_batch(make_batch(config, args), mesh)
-  compiled = step.lower(state, frozen, batch).compile()
+  traced = step.trace(np.uint32(0), state, frozen, batch)
+  compiled = traced.lower().compile()
 
   def run() -> float:
     nonlocal state
     start = time.perf_counter()
-    state, metrics = compiled(step.seed, state, frozen, batch)
+    state, metrics = compiled(np.uint32(0), state, frozen, batch)
     float(metrics["loss"])
     jax.block_until_ready(state)
     return time.perf_counter() - start
 
-  return compiled, run
-
-
-def count(config: EncoderConfig, spec: PromptSpec, args: argparse.Namespace) -> int:
-  """Operations of a step over both sides."""
-  of_step = flops.finetune_step_flops if spec.kind == "none" else flops.prompt_step_flops
-  total = 0
-  for rows, tokens, chunk, side in (
-    (args.queries, args.query_tokens, args.query_chunk, "query"),
-    (args.queries * args.group, args.passage_tokens, args.passage_chunk, "passage"),
-  ):
-    shape = (config, spec, rows, tokens, args.pooling)
-    total += of_step(*shape)
-    if chunk_count(rows, jax.device_count(), chunk, side) > 1:
-      total += flops.encode_flops(*shape)
-  return total
+  return compiled, programs.operations(traced), run
 
 
 def main() -> None:
@@ -125,13 +110,13 @@ def main() -> None:
     prepared = {kind: prepare(config, spec, args) for kind, spec in specs.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in specs}
     for number in range(args.rounds + 1):
-      for kind, (_, run) in prepared.items():
+      for kind, (_, _, run) in prepared.items():
         taken = run()
         if number:  # the first is a warm-up
           seconds[kind].append(taken)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    counts = {kind: count(config, spec, args) for kind, spec in specs.items()}
-    memory = {kind: compiled.memory_analysis() for kind, (compiled, _) in prepared.items()}
+    counts = {kind: operations for kind, (_, operations, _) in prepared.items()}
+    memory = {kind: compiled.memory_analysis() for kind, (compiled, _, _) in prepared.items()}
     for way, taken in medians.items():
       sizes = [getattr(memory[way], f"{what}_size_in_bytes") / 2**20 for what in ("temp", "argument")]
       share = share_of_peak(device, counts[way] / jax.device_count(), taken)

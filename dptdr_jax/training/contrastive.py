@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,35 +16,26 @@ from dptdr_jax.training.encoders import SIDES, BiEncoder
 from dptdr_jax.training.gradient_cache import GradientCache
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
-from dptdr_jax.training.seeded import SeededStep, make_step, row_keys
-from dptdr_jax.training.state import TrainState
+from dptdr_jax.training.state import TrainState, make_step, row_keys
 
 
 def make_train_step(
-  model: BiEncoder, optimizer: Optimizer, *, seed: int, mesh: Mesh, shardings: tuple[Any, Any] | None = None,
+  model: BiEncoder, optimizer: Optimizer, *, mesh: Mesh, shardings: tuple[Any, Any] | None = None,
   **options: Any,
-) -> SeededStep:  # fmt: skip
-  """Builds the jitted step: (state, backbone_params, batch) → (state, metrics).
+) -> Callable:  # fmt: skip
+  """Builds the jitted step (seed, state, backbone_params, batch) → (state, metrics), see `state.make_step`.
 
-  The state is donated, the backbone never. It compiles once for each set of shapes. Where the loss or the gradient's
-  norm is not finite the state is returned unchanged, its step too.
+  Its batch: see `loss_and_gradient`. Metrics of its own: accuracy, positive_score.
 
   Args:
     shardings: of state and backbone, leaf by leaf; None: whole on every device.
     options: query_chunk, passage_chunk, temperature, both_directions; see `loss_and_gradient`.
-
-  Returns:
-    The step. Its metrics are float32 scalars: loss, accuracy, positive_score, gradient_norm (before clipping),
-    learning_rate. Its batch: see `loss_and_gradient`.
-
-  Raises (when it first sees a shape):
-    InputError: a chunk that does not divide its share of the batch.
   """
   whole, rows = replicated(mesh), batch_sharding(mesh)
   of_state, of_backbone = shardings or (whole, whole)
   batch = {f"{side}_{what}": rows for side in SIDES for what in ("tokens", "lengths")} | dict.fromkeys(WHOLE, whole)
   run = functools.partial(loss_and_gradient, model, mesh=mesh, **options)
-  return make_step(run, optimizer, seed=seed, mesh=mesh, state=of_state, inputs=(of_backbone, batch))
+  return make_step(run, optimizer, mesh=mesh, state=of_state, inputs=(of_backbone, batch))
 
 
 def loss_and_gradient(
@@ -60,6 +52,9 @@ def loss_and_gradient(
     seed: of every random mask, with the step; may be traced.
     query_chunk, passage_chunk: rows per device that are encoded at once with a gradient; 0 is all of them.
     temperature, both_directions: see `training.losses.contrastive_loss`.
+
+  Raises (when it first sees a shape):
+    InputError: a chunk that does not divide its share of the batch.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   vectors, pullbacks = [], []

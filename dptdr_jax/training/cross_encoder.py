@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,8 +25,7 @@ from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.runtime.mesh import batch_sharding, replicated
 from dptdr_jax.training.chunks import ROWS, WHOLE, chunk_count, on_data, sum_chunks
 from dptdr_jax.training.optimizer import Optimizer
-from dptdr_jax.training.seeded import SeededStep, make_step, row_keys
-from dptdr_jax.training.state import TrainState
+from dptdr_jax.training.state import TrainState, make_step, row_keys
 
 _READ = ("tokens", "lengths", "segments", "relevant")  # the arrays of a batch that a pair's loss depends on
 
@@ -69,18 +69,13 @@ class CrossModel:
 
 
 def make_cross_step(
-  model: CrossModel, optimizer: Optimizer, *, seed: int, chunk: int, mesh: Mesh,
-  shardings: tuple[Any, Any] | None = None,
-) -> SeededStep:  # fmt: skip
-  """Builds the jitted step: (state, backbone_params, batch) → (state, metrics).
+  model: CrossModel, optimizer: Optimizer, *, chunk: int, mesh: Mesh, shardings: tuple[Any, Any] | None = None
+) -> Callable:
+  """Builds the jitted step (seed, state, backbone_params, batch) → (state, metrics), see `state.make_step`.
 
-  The state is donated, the backbone never. The batch, rows sharded: tokens [M, T] int32, lengths [M], segments [M, T]
-  int8 (see `models.cross.cross_logits`), relevant [M] bool, real [M] bool (False: fills up the devices, counts for
-  nothing).
-
-  Metrics are float32 scalars: loss, accuracy (share of pairs on the right side of .5, half of it from each class, so
-  chance is .5), gradient_norm (before clipping), learning_rate. If the loss or the norm is not finite the state is
-  returned unchanged.
+  The batch, rows sharded: tokens [M, T] int32, lengths [M], segments [M, T] int8 (see `models.cross.cross_logits`),
+  relevant [M] bool, real [M] bool (False: fills up the devices, counts for nothing). A metric of its own: accuracy, the
+  share of pairs on the right side of .5, half of it from each class, so chance is .5.
 
   Args:
     chunk: pairs per device that are encoded at a time; 0: all. The gradient is the same.
@@ -89,11 +84,10 @@ def make_cross_step(
   Raises (when it first sees a shape):
     InputError: a chunk that does not divide its share of the batch.
   """
-
   of_state, of_backbone = shardings or (replicated(mesh), replicated(mesh))
   batch = dict.fromkeys((*_READ, "real"), batch_sharding(mesh))
   run = functools.partial(loss_and_gradient, model, chunk=chunk, mesh=mesh)
-  return make_step(run, optimizer, seed=seed, mesh=mesh, state=of_state, inputs=(of_backbone, batch))
+  return make_step(run, optimizer, mesh=mesh, state=of_state, inputs=(of_backbone, batch))
 
 
 def loss_and_gradient(

@@ -25,7 +25,7 @@ class BiEncoder:
   Attributes:
     encoder: the backbone's shape.
     prompt: 'none' trains all weights.
-    pooling, normalize, compute_dtype, attention, dropout, remat: see `models.represent.represent`.
+    pooling, normalize, compute_dtype, dropout, remat: see `models.represent.represent`.
   """
 
   encoder: EncoderConfig
@@ -33,7 +33,6 @@ class BiEncoder:
   pooling: str = "first"
   normalize: bool = False
   compute_dtype: Any = jnp.float32
-  attention: str = "auto"
   dropout: Dropout | None = None
   remat: str = "none"
 
@@ -63,7 +62,7 @@ class BiEncoder:
     return represent(
       self.encoder, self.prompt, trainable.get("backbone", backbone), prompt, tokens, lengths,
       pooling=self.pooling, normalize=self.normalize, keys=keys, dropout=self.dropout,
-      compute_dtype=self.compute_dtype, attention=self.attention, remat=self.remat,
+      compute_dtype=self.compute_dtype, remat=self.remat,
     )  # fmt: skip
 
   def init_trainable(

@@ -52,25 +52,16 @@ def make_schedule(peak: float, steps: int, *, warmup: float = 0.1, decay: str = 
   return schedule
 
 
-def make_optimizer(
-  schedule: optax.Schedule,
-  *,
-  clip: float = 1.0,
-  weight_decay: float = 0.0,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-) -> Optimizer:
-  """AdamW on the gradient clipped to a global norm.
+def make_optimizer(schedule: optax.Schedule, *, clip: float = 1.0, weight_decay: float = 0.0) -> Optimizer:
+  """AdamW on the gradient clipped to a global norm; b1, b2 and eps are those of Kingma and Ba (optax's defaults).
 
   Args:
     schedule: from `make_schedule`.
     clip: largest norm of the whole gradient; 0 never clips.
     weight_decay: times the learning rate, on what `DECAYED` matches; the paper has 0 for prompts.
-    b1, b2, eps: Adam's (Kingma and Ba, and the defaults of the original's trainer).
   """
   parts = [optax.clip_by_global_norm(clip)] if clip else []
-  parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+  parts.append(optax.scale_by_adam())
   if weight_decay:
     parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
   return Optimizer(optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule)

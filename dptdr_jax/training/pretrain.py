@@ -8,6 +8,7 @@ cache the MLM loss is computed in the second pass only; every masked token of th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,8 +26,7 @@ from dptdr_jax.training.chunks import chunk_count, on_all
 from dptdr_jax.training.gradient_cache import GradientCache
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import Optimizer
-from dptdr_jax.training.seeded import SeededStep, make_step, row_keys
-from dptdr_jax.training.state import TrainState
+from dptdr_jax.training.state import TrainState, make_step, row_keys
 
 _NO_PROMPT = PromptSpec("none")
 
@@ -37,7 +37,7 @@ class PretrainModel:
 
   Attributes:
     encoder: the backbone's shape.
-    pooling, normalize, compute_dtype, attention, dropout, remat: see `models.represent.represent`.
+    pooling, normalize, compute_dtype, dropout, remat: see `models.represent.represent`.
     temperature: what scores of the contrast are divided by.
     contrast_weight, mlm_weight: of the two losses; mlm_weight 0: no MLM head and no masking.
   """
@@ -49,7 +49,6 @@ class PretrainModel:
   contrast_weight: float = 1.0
   mlm_weight: float = 1.0
   compute_dtype: Any = jnp.float32
-  attention: str = "auto"
   dropout: Dropout | None = None
   remat: str = "none"
 
@@ -93,22 +92,20 @@ class PretrainModel:
 
   def _options(self, key: jax.Array, spans: dict[str, jax.Array]) -> dict[str, Any]:
     return dict(
-      keys=row_keys(key, spans["rows"]), dropout=self.dropout, compute_dtype=self.compute_dtype,
-      attention=self.attention, remat=self.remat,
-    )  # fmt: skip
+      keys=row_keys(key, spans["rows"]), dropout=self.dropout, compute_dtype=self.compute_dtype, remat=self.remat
+    )
 
 
 def make_pretrain_step(
-  model: PretrainModel, optimizer: Optimizer, *, seed: int, chunk: int, mesh: Mesh, shardings: TrainState
-) -> SeededStep:
-  """Builds the jitted step: (state, batch) → (state, metrics); the state is donated.
+  model: PretrainModel, optimizer: Optimizer, *, chunk: int, mesh: Mesh, shardings: TrainState
+) -> Callable:
+  """Builds the jitted step (seed, state, batch) → (state, metrics), see `state.make_step`.
 
   The batch is that of `data.spans.SpanBatches`: tokens [S, T], lengths [S] and, with masked language modelling,
   positions and labels [S, K], rows sharded; groups [S], replicated. Spans 2i and 2i + 1 are of one passage.
 
-  Metrics are float32 scalars: loss, contrastive_loss, accuracy, alignment, uniformity, mlm_loss and mlm_accuracy (with
-  masked language modelling), gradient_norm (before clipping), learning_rate, tokens (without padding). A step that is
-  not finite leaves the state unchanged.
+  Metrics of its own: contrastive_loss, accuracy, alignment, uniformity, tokens (without padding), and with masked
+  language modelling mlm_loss and mlm_accuracy.
 
   Args:
     chunk: spans per device at once (gradient cache); 0: all.
@@ -124,7 +121,7 @@ def make_pretrain_step(
 
   names = ("tokens", "lengths", *(("positions", "labels") if model.mlm_weight else ()))
   batch = {**dict.fromkeys(names, batch_sharding(mesh)), "groups": replicated(mesh)}
-  return make_step(run, optimizer, seed=seed, mesh=mesh, state=shardings, inputs=(batch,))
+  return make_step(run, optimizer, mesh=mesh, state=shardings, inputs=(batch,))
 
 
 def loss_and_gradient(

@@ -34,7 +34,7 @@ def train(settings: Settings, encoder: EncoderConfig, compute_dtype: str, mesh: 
   backbone = convert.abstract_params(encoder, compute_dtype)
 
   def first_state(params):
-    plain = dataclasses.replace(model, prompt=dataclasses.replace(model.prompt, init="normal"))  # of the same shapes
+    plain = dataclasses.replace(model, prompt=prompts.as_read(model.prompt))  # of the same shapes
     tied = prompt.tied or prompt.kind == "none"
     return init_state(plain.init_trainable(jax.random.key(0), params, tied=tied), updates)
 
@@ -50,7 +50,7 @@ def train(settings: Settings, encoder: EncoderConfig, compute_dtype: str, mesh: 
   frozen = {} if prompt.kind == "none" else backbone
   step, _, _ = steps.train_step(model, updates, state, frozen, train=wanted, temperature=settings.vector.temperature,
                                 seed=settings.seed, mesh=mesh)  # fmt: skip
-  return _lower(step, state, frozen, batch)
+  return _lower(step.func, *step.args, state, frozen, batch)
 
 
 def pretrain(settings: Settings, encoder: EncoderConfig, compute_dtype: str, mesh: Mesh) -> Lowered:
@@ -73,15 +73,14 @@ def pretrain(settings: Settings, encoder: EncoderConfig, compute_dtype: str, mes
   if wanted.mlm_weight:
     masked = _ids(wanted.spans, most_masked(wanted.span_tokens))
     batch |= {"positions": masked, "labels": masked}
-  return _lower(step, state, batch)
+  return _lower(step.func, *step.args, state, batch)
 
 
 def encode(settings: Settings, encoder: EncoderConfig, compute_dtype: str, mesh: Mesh) -> Lowered:
   """A full batch of passages of full length, as a retriever encodes it."""
   spec, vector, width = steps.prompt_spec(settings.prompt), settings.vector, settings.text.passage_length
   batch = max(1, settings.encode.batch_tokens // width) * mesh.size
-  plain = dataclasses.replace(spec, init="normal")
-  prompt = jax.eval_shape(lambda: prompts.init_prompt(jax.random.key(0), plain, encoder))
+  prompt = jax.eval_shape(lambda: prompts.init_prompt(jax.random.key(0), prompts.as_read(spec), encoder))
   backbone = convert.abstract_params(encoder, compute_dtype)
 
   def place(tree, sharding):

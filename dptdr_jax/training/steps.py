@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from dptdr_jax import settings
@@ -21,8 +22,9 @@ from dptdr_jax.training.cross_encoder import CrossModel, make_cross_step
 from dptdr_jax.training.encoders import BiEncoder
 from dptdr_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from dptdr_jax.training.pretrain import PretrainModel, make_pretrain_step
-from dptdr_jax.training.seeded import SeededStep
 from dptdr_jax.training.state import TrainState
+
+Step = functools.partial  # of a jitted step, which takes its seed first: (state, …) → (state, metrics)
 
 _MANY = 10**6  # steps, to check an optimiser's settings before the number of steps is known
 
@@ -109,7 +111,7 @@ def check_chunk(field: str, chunk: int, rows: int) -> None:
 def train_step(
   model: BiEncoder, updates: Optimizer, state: TrainState, backbone: Any, *, train: settings.Train, temperature: float,
   seed: int, mesh: Mesh,
-) -> tuple[SeededStep, Any, Any]:  # fmt: skip
+) -> tuple[Step, Any, Any]:  # fmt: skip
   """The step of training (see `training.contrastive`), and the shardings of the state and of the frozen backbone.
 
   Args:
@@ -125,7 +127,7 @@ def train_step(
 
 def pretrain_step(
   model: PretrainModel, updates: Optimizer, state: TrainState, *, chunk: int, seed: int, mesh: Mesh
-) -> tuple[SeededStep, Any]:
+) -> tuple[Step, Any]:
   """The step of pretraining (see `training.pretrain`) and the state's shardings; `state` may be shapes alone."""
   placed = shardings.of_state(state, mesh)
   return _cached(make_pretrain_step, seed, model, updates, placed, chunk=chunk, mesh=mesh), placed
@@ -133,7 +135,7 @@ def pretrain_step(
 
 def cross_step(
   model: CrossModel, updates: Optimizer, state: TrainState, backbone: Any, *, chunk: int, seed: int, mesh: Mesh
-) -> tuple[SeededStep, Any, Any]:
+) -> tuple[Step, Any, Any]:
   """The step of the cross-encoder (see `training.cross_encoder`), and shardings as in `train_step`."""
   placed = shardings.of_state(state, mesh), shardings.by_rules(backbone, mesh)
   return _cached(make_cross_step, seed, model, updates, placed, chunk=chunk, mesh=mesh), *placed
@@ -145,12 +147,13 @@ def _optimizer(peak: float, steps: int, warmup: float, decay: str, clip: float, 
   return make_optimizer(schedule, clip=clip, weight_decay=weight_decay)
 
 
-def _cached(make: Callable, seed: int, model: Any, updates: Optimizer, placed: Any, **options: Any) -> SeededStep:
-  """A step of `make`; those that differ in the seed alone are traced and compiled once per process."""
+def _cached(make: Callable, seed: int, model: Any, updates: Optimizer, placed: Any, **options: Any) -> Step:
+  """A step of `make` with its seed; those that differ in the seed alone are traced and compiled once per process."""
   leaves, tree = jax.tree.flatten(placed)
-  return _make(make, model, updates, tuple(leaves), tree, tuple(sorted(options.items()))).with_seed(seed)
+  step = _make(make, model, updates, tuple(leaves), tree, tuple(sorted(options.items())))
+  return Step(step, np.uint32(seed % 2**32))  # what jax.random.key takes of an integer
 
 
 @functools.lru_cache(maxsize=4)
-def _make(make: Callable, model: Any, updates: Optimizer, leaves: tuple, tree: Any, options: tuple) -> SeededStep:
-  return make(model, updates, seed=0, shardings=jax.tree.unflatten(tree, leaves), **dict(options))
+def _make(make: Callable, model: Any, updates: Optimizer, leaves: tuple, tree: Any, options: tuple) -> Callable:
+  return make(model, updates, shardings=jax.tree.unflatten(tree, leaves), **dict(options))

@@ -22,8 +22,7 @@ from dptdr_jax.training.contrastive import loss_and_gradient, make_train_step
 from dptdr_jax.training.encoders import BiEncoder
 from dptdr_jax.training.losses import contrastive_loss
 from dptdr_jax.training.optimizer import make_optimizer, make_schedule
-from dptdr_jax.training.seeded import row_keys
-from dptdr_jax.training.state import init_state
+from dptdr_jax.training.state import init_state, row_keys
 
 DEEP = BiEncoder(ENCODER, PromptSpec("deep", length=4, position_shift=4))
 MODELS = {
@@ -33,6 +32,7 @@ MODELS = {
   "fine-tuning": (BiEncoder(ENCODER, PromptSpec("none")), True),
 }
 QUERIES, GROUP = 16, 3
+SEED = np.uint32(5)
 OPTIMIZER = make_optimizer(make_schedule(7e-3, 20))
 
 
@@ -122,7 +122,7 @@ def test_rows_that_fill_up_the_devices_count_for_nothing():
 @functools.cache
 def make_step(devices, chunks=(0, 0)):
   return make_train_step(
-    DEEP, OPTIMIZER, seed=5, query_chunk=chunks[0], passage_chunk=chunks[1], temperature=0.5, both_directions=False,
+    DEEP, OPTIMIZER, query_chunk=chunks[0], passage_chunk=chunks[1], temperature=0.5, both_directions=False,
     mesh=mesh_of(devices),
   )  # fmt: skip
 
@@ -131,11 +131,11 @@ def test_five_steps_on_eight_devices_in_chunks_equal_one_device():
   states, metrics = {}, {}
   for devices, chunks in ((1, (0, 0)), (8, (1, 2))):
     step, state, frozen = make_step(devices, chunks), make_state("tied", devices), put(backbone(), devices)
-    before, table, metrics[devices] = step.jitted._cache_size(), state.trainable["prompt"]["table"], []
+    before, table, metrics[devices] = step._cache_size(), state.trainable["prompt"]["table"], []
     for number in range(5):
-      state, measured = step(state, frozen, make_batch(number))
+      state, measured = step(SEED, state, frozen, make_batch(number))
       metrics[devices].append(jax.device_get(measured))
-    assert step.jitted._cache_size() == before + 1, "the same shapes compile once"
+    assert step._cache_size() == before + 1, "the same shapes compile once"
     assert table.is_deleted(), "the state is donated"
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
     states[devices] = jax.device_get(state)
@@ -153,8 +153,8 @@ def test_masks_change_with_the_step_and_the_seed_and_nothing_else():
   step, losses, programs = make_step(1), [], set()
   for seed, number in ((5, 0), (5, 1), (5, 0), (6, 0)):
     state = dataclasses.replace(make_state("tied"), step=jnp.int32(number))
-    losses.append(float(step.with_seed(seed)(state, backbone(), make_batch())[1]["loss"]))
-    programs.add(step.jitted._cache_size())
+    losses.append(float(step(np.uint32(seed), state, backbone(), make_batch())[1]["loss"]))
+    programs.add(step._cache_size())
   assert losses[0] == losses[2] and len(set(losses)) == 3
   assert len(programs) == 1, "one program for all seeds"
 
@@ -162,10 +162,10 @@ def test_masks_change_with_the_step_and_the_seed_and_nothing_else():
 def test_non_finite_step_leaves_the_state_unchanged():
   step, before = make_step(8, (1, 2)), jax.device_get(make_state("tied"))
   broken = jax.tree.map(lambda leaf: leaf * jnp.nan, backbone())
-  after, metrics = step(make_state("tied", 8), put(broken, 8), make_batch())
+  after, metrics = step(SEED, make_state("tied", 8), put(broken, 8), make_batch())
   assert np.isnan(metrics["loss"])
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
-  after, metrics = step(after, put(backbone(), 8), make_batch())
+  after, metrics = step(SEED, after, put(backbone(), 8), make_batch())
   assert np.isfinite(metrics["loss"]) and after.step == 1
 
 
@@ -177,7 +177,7 @@ def collectives(text):
 
 def test_only_vectors_and_the_prompt_gradient_cross_devices():
   placed = make_state("tied", 8), put(backbone(), 8)
-  moved = collectives(make_step(8, (1, 2)).lower(*placed, make_batch()).compile().as_text())
+  moved = collectives(make_step(8, (1, 2)).trace(SEED, *placed, make_batch()).lower().compile().as_text())
   vectors = sorted(shape for kind, shapes in moved if kind == "all-gather" for shape in shapes)
   assert vectors == sorted(f"{rows},{ENCODER.hidden_size}" for rows in (QUERIES, QUERIES * GROUP))
   others = [(kind, shape) for kind, shapes in moved if kind != "all-gather" for shape in shapes]
@@ -188,11 +188,11 @@ def test_along_fsdp_weights_are_gathered_and_no_activations():
   # Long texts, so that a layer's rows are larger than its weights, which are 16 × 32 numbers at most.
   mesh, state, frozen = mesh_of(8, 4), make_state("tied"), backbone()
   placed = shardings.of_state(state, mesh), shardings.by_rules(frozen, mesh)
-  step = make_train_step(DEEP, OPTIMIZER, seed=5, mesh=mesh, shardings=placed)
+  step = make_train_step(DEEP, OPTIMIZER, mesh=mesh, shardings=placed)
   abstract, batch = jax.eval_shape(lambda: (state, frozen)), make_batch()
   for side, rows in ("query", QUERIES), ("passage", QUERIES * GROUP):
     batch[f"{side}_tokens"] = jax.ShapeDtypeStruct((rows, 32), jnp.int32)
-  moved = collectives(step.lower(*abstract, batch).compile().as_text())
+  moved = collectives(step.trace(SEED, *abstract, batch).lower().compile().as_text())
   sizes = [math.prod(map(int, shape.split(","))) for kind, shapes in moved if kind == "all-gather" for shape in shapes]
   table = ENCODER.vocab_size * ENCODER.hidden_size
   assert sizes and max(sizes) <= max(table, 48 * 16), "48 vectors, and the word table; 6 × 32 rows of 16 are 3072"

@@ -14,8 +14,7 @@ from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.models.represent import hidden_states
 from dptdr_jax.training.cross_encoder import CrossModel, balanced, loss_and_gradient, make_cross_step, weighted_loss
 from dptdr_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
-from dptdr_jax.training.seeded import row_keys
-from dptdr_jax.training.state import init_state
+from dptdr_jax.training.state import init_state, row_keys
 
 MODEL = CrossModel(ENCODER, PromptSpec("deep", length=4))
 OPTIMIZER = make_optimizer(make_schedule(1e-2, 60), weight_decay=0.01)
@@ -139,8 +138,8 @@ def test_devices_and_micro_batches_do_not_change_the_gradient(devices, chunk):
 
 
 def test_the_step_trains_and_measures():
-  step = make_cross_step(MODEL, OPTIMIZER, seed=5, chunk=2, mesh=mesh_of(8))
-  state, metrics = step(make_state(8), put(backbone(), 8), make_batch())
+  step = make_cross_step(MODEL, OPTIMIZER, chunk=2, mesh=mesh_of(8))
+  state, metrics = step(np.uint32(5), make_state(8), put(backbone(), 8), make_batch())
   np.testing.assert_allclose(metrics["loss"], gradient_of()[0], rtol=1e-5)
   assert set(metrics) == {"loss", "accuracy", "gradient_norm", "learning_rate"}
   assert state.step == 1 and distance(jax.device_get(state.trainable), jax.device_get(make_state().trainable)) > 1e-3
