@@ -36,15 +36,11 @@ def memory():
   file_system.store.clear()
 
 
-@pytest.mark.parametrize("path", ["gs://b/x", "s3://b", "memory://a/b", "file:///data/x", "simplecache::gs://b/x"])
-def test_urls(path):
-  assert remote.is_remote(path)
-
-
-@pytest.mark.parametrize("path", ["/data/x", "a/b", "package:name", "roberta-base", pathlib.Path("gs://b/x"), "c:/x"])
-def test_local_paths_are_staged_as_they_are(path):
-  assert not remote.is_remote(path)
-  assert remote.staged(path) == pathlib.Path(path)
+def test_urls_are_told_from_local_paths_which_are_staged_as_they_are():
+  for url in ("gs://b/x", "s3://b", "memory://a/b", "file:///data/x", "simplecache::gs://b/x"):
+    assert remote.is_remote(url)
+  for path in ("/data/x", "a/b", "package:name", "roberta-base", pathlib.Path("gs://b/x"), "c:/x"):
+    assert not remote.is_remote(path) and remote.staged(path) == pathlib.Path(path)
 
 
 def test_staged_paths_are_downloaded_once_and_again_when_they_change(memory):
