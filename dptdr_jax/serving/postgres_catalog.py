@@ -92,4 +92,5 @@ class PostgresCatalog(Catalog):
         given[name].parent.mkdir(exist_ok=True)
         given[name].write_bytes(content_of)
     if not given or check_files(given) != content:
-      raise InputError("the files of a task are damaged in the database", value=content, fix="Remove it, and put it again")
+      raise InputError("the files of a task are damaged in the database", value=content,
+                       fix="Remove the task, and put it again")  # fmt: skip
