@@ -15,7 +15,6 @@ DOORS = {
   "plan": COMMAND | {"training", "models", "runtime"},
   "serve": {"serving", "core"},
   "ablate": COMMAND, "compare": COMMAND, "negatives": COMMAND,
-  "serve": {"serving", "core"},
   "pipeline": {"pipeline", "reporting", "settings", "training"} | FACE | BELOW,
   "serving": {"serving"} | FACE | BELOW,
   "reporting": {"reporting", "retrieval", "core"},

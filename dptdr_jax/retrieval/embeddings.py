@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dptdr_jax.core import files, marks, remote, shards
+from dptdr_jax.core import files, marks, remote, shards, store
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.team import SOLO, Team
 
@@ -114,7 +114,7 @@ def _is_ours(directory: pathlib.Path) -> bool:
   """Whether a directory holds vectors, perhaps unfinished ones."""
   inside = {path.name for path in directory.iterdir()}
   described = (files.fields_in(directory / name).get("kind") for name in (shards.MANIFEST, shards.PLAN))
-  return _KIND in described or inside <= {"ids.npy", "ids.npy.partial"}
+  return _KIND in described or inside <= {"ids.npy", "ids.npy.partial", store.BEGUN}
 
 
 def _arrays(width: int, dtype: str) -> shards.Arrays:

@@ -1,10 +1,8 @@
 """Several servers on one database: equal, following each other, and losing nothing when one or the database dies."""
 
-import contextlib
 import threading
 import time
 
-import httpx
 import numpy as np
 import pytest
 from support import server, tiny
@@ -269,10 +267,8 @@ def pair(database, directory, backbone):
     yield name, *started
   finally:
     for one in started:
-      one.client.close()
-      one.process.kill()
-      one.process.wait(10)
-      one.process.stderr.close()
+      if not one.client.is_closed:
+        one.end(0)
 
 
 def search(running, task, query, **more):
@@ -378,7 +374,6 @@ def test_killed_server_s_documents_are_encoded_by_the_other(pair, database):
   database.execute(f"UPDATE dptdr_pending SET until = until - interval '{postgres_documents.LEASE_S - 3} s'", name)
   progress = second.encoded("a", 45)
   assert progress["encoded"] == progress["documents"] == before + 1600
-  with contextlib.suppress(httpx.TransportError):
-    assert second.stop() == 0
-  text = second.process.stderr.read()
-  assert "Traceback" not in text, text
+  second.process.terminate()
+  status, text = second.end()
+  assert status == 0 and "Traceback" not in text, text
