@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 
 from absl import flags
@@ -34,6 +35,7 @@ from dptdr_jax.settings import Settings
 
 _BASELINES = {"bm25": "BM25", "backbone": "untuned backbone", "pretrain": "pretrained backbone"}
 _RERANKED = ", reranked"
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of brackets
 _PLAIN = {"pretrain.enabled": False, "rounds": 1, "train.refresh_every": 0}
 _TUNED = {"prompt.kind": "none", "prompt.tied": True, "train.learning_rate": 3e-5}
 ARMS: dict[str, dict] = {
@@ -122,7 +124,7 @@ def chosen(names: list[str], own: list[str]) -> dict[str, dict]:
 def _fields(text: str, whole: str) -> dict:
   """'a.b=1, c=(1, 2)' → {'a.b': 1, 'c': (1, 2)}; what is no literal is a string."""
   fields = {}
-  for part in _split(text.strip()):
+  for part in filter(str.strip, _COMMA.split(text)):
     name, equals, value = part.partition("=")
     if not equals:
       raise InputError("an arm's settings are setting=value", value=whole)
@@ -131,18 +133,6 @@ def _fields(text: str, whole: str) -> dict:
     except (ValueError, SyntaxError):
       fields[name.strip()] = value.strip()
   return fields
-
-
-def _split(text: str) -> list[str]:
-  """Cuts at commas outside of brackets."""
-  parts, depth = [""], 0
-  for letter in text:
-    depth += (letter in "([") - (letter in ")]")
-    if letter == "," and not depth:
-      parts.append("")
-    else:
-      parts[-1] += letter
-  return [part for part in parts if part.strip()]
 
 
 def configured(base: Settings, fields: Mapping, seed: int) -> Settings:
@@ -176,7 +166,7 @@ def ablate(
   for seed, (name, fields) in itertools.product(seeds, arms.items()):
     if seed == seeds[0] or name not in one_seed:
       with _of_arm(name):
-        directory = workdir / "runs" / f"{_safe(name)}-{seed}"
+        directory = workdir / "runs" / (re.sub(r"[\W_]", "-", name) + f"-{seed}")
         planned.append(Planned(name, seed, configured(base, fields, seed), directory))
   if len({one.workdir for one in planned}) < len(planned):
     raise InputError("two arms have names that are the same but for signs", value=list(arms))
@@ -272,11 +262,6 @@ def _values(store: Store, done: list[tuple[Planned, Graph]], split: str) -> tupl
       count = summary["trained_parameters"] + (summary["cross_parameters"] if system.kind == "reranked" else 0)
       arms.setdefault(rows[system.kind], ({}, count, ids))[0][one.seed] = values
   return baselines, {name: comparison.Arm(*parts) for name, parts in arms.items()}
-
-
-def _safe(name: str) -> str:
-  """A name as a directory's."""
-  return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def define() -> None:

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from dptdr_jax.core import commands, progress
 from dptdr_jax.core.errors import DptdrError, InputError
+from dptdr_jax.reporting import tables
 from dptdr_jax.settings import Settings
 
 GIB = 2**30
@@ -154,8 +155,7 @@ def plan(
       try:
         figures = measure(step, planned, len(devices))
         enough = figures.memory <= memory
-        report(step, figures, chip, memory)
-        rows.append(_row(topology, step, figures, chip, memory))
+        rows.append(report(topology, step, figures, chip, memory))
       except DoesNotFit as error:
         enough = False
         progress.say(f"  does not fit: {error}")
@@ -164,7 +164,7 @@ def plan(
         fits = False
         suggest(step, planned, len(devices), memory)
   if len(topologies) > 1:
-    progress.say("\n".join("| " + " | ".join(row) + " |" for row in (_COLUMNS, ["---"] * len(_COLUMNS), *rows)))
+    progress.say(tables.markdown(_COLUMNS, rows))
   return 0 if fits else 1
 
 
@@ -268,51 +268,42 @@ def measure(step: Step, settings: Settings, chips: int) -> Figures:
   )  # fmt: skip
 
 
-def report(step: Step, figures: Figures, chip: Chip | None, memory: float) -> None:
-  """Prints what a step takes."""
-  share = f" of {memory / GIB:.0f} GiB" if math.isfinite(memory) else ""
-  progress.say(
-    f"  memory   {figures.memory / GIB:.2f} GiB{share}: arguments {figures.arguments / GIB:.2f}, "
-    f"temporaries {figures.temporaries / GIB:.2f}"
-  )
-  progress.say(f"  work     {figures.operations / 1e12:.2f} TFLOP, {figures.traffic / GIB:.1f} GiB moved at most")
-  for line in _collectives(figures.collectives):
-    progress.say(line)
-  if chip is None:
-    return
-  seconds = figures.seconds(chip)
-  bound = max(seconds, key=seconds.get)
-  low, high = figures.bounds(chip)
-  parts = ", ".join(f"{name} {value:.4f}" for name, value in seconds.items())
-  progress.say(f"  time     {low:.3f} to {high:.3f} s a step by roofline ({parts}); bound by {bound}")
-  for name, count in ("epoch", step.epoch), ("run", step.repeats):
-    if count:
-      progress.say(f"  {name:<8} {count:,.0f} steps: {low * count / 3600:.2f} to {high * count / 3600:.2f} h")
-
-
-def _row(topology: str, step: Step, figures: Figures, chip: Chip | None, memory: float) -> list[str]:
-  """The same in the columns of the table."""
-  parts = f"{figures.arguments / GIB:.2f}, {figures.temporaries / GIB:.2f}"
-  size = f"{figures.memory / GIB:.2f}" + (f" of {memory / GIB:.0f}" if math.isfinite(memory) else "")
+def report(topology: str, step: Step, figures: Figures, chip: Chip | None, memory: float) -> list[str]:
+  """Prints what a step takes; returns the same in the columns of the table."""
+  share = f" of {memory / GIB:.0f}" if math.isfinite(memory) else ""
+  arguments, temporaries = f"{figures.arguments / GIB:.2f}", f"{figures.temporaries / GIB:.2f}"
+  size, work = f"{figures.memory / GIB:.2f}", figures.operations / 1e12
+  said = [f"memory   {size} GiB{share + ' GiB' if share else ''}: arguments {arguments}, temporaries {temporaries}",
+          f"work     {work:.2f} TFLOP, {figures.traffic / GIB:.1f} GiB moved at most"]  # fmt: skip
+  said += _collectives(figures.collectives)
   moved = sum(size * times for _, size, times, _ in figures.collectives)
-  row = [topology, step.name, f"{size} ({parts})", f"{figures.operations / 1e12:.1f}", f"{moved / 2**20:,.1f}"]
+  row = [topology, step.name, f"{size}{share} ({arguments}, {temporaries})", f"{work:.1f}", f"{moved / 2**20:,.1f}"]
   if chip is None:
-    return row + [""] * (len(_COLUMNS) - len(row))
-  low, high = figures.bounds(chip)
-  hours = f"{low * step.repeats / 3600:.2f} – {high * step.repeats / 3600:.2f}" if step.repeats else ""
-  return [*row, f"{low:.3f} – {high:.3f}", f"{step.repeats:,.0f}" if step.repeats else "", hours]
+    row += [""] * (len(_COLUMNS) - len(row))
+  else:
+    seconds, (low, high) = figures.seconds(chip), figures.bounds(chip)
+    parts = ", ".join(f"{name} {value:.4f}" for name, value in seconds.items())
+    bound = max(seconds, key=seconds.get)
+    said.append(f"time     {low:.3f} to {high:.3f} s a step by roofline ({parts}); bound by {bound}")
+    for name, count in ("epoch", step.epoch), ("run", step.repeats):
+      if count:
+        said.append(f"{name:<8} {count:,.0f} steps: {low * count / 3600:.2f} to {high * count / 3600:.2f} h")
+    hours = f"{low * step.repeats / 3600:.2f} – {high * step.repeats / 3600:.2f}" if step.repeats else ""
+    row += [f"{low:.3f} – {high:.3f}", f"{step.repeats:,.0f}" if step.repeats else "", hours]
+  progress.say("\n".join(f"  {line}" for line in said))
+  return row
 
 
 def _collectives(made: Sequence[tuple]) -> list[str]:
   """A line for each; of more than a few, as where weights are gathered layer by layer, a line for each kind."""
   if len(made) <= _FEW:
-    return [f"  {kind:<17}{size / 2**20:9.2f} MiB × {times}  ({where})" for kind, size, times, where in made]
+    return [f"{kind:<17}{size / 2**20:9.2f} MiB × {times}  ({where})" for kind, size, times, where in made]
   lines = []
   for kind in sorted({kind for kind, *_ in made}):
     sizes = [(size, times, where) for each, size, times, where in made if each == kind]
     largest, _, where = max(sizes)
     moved, count = sum(size * times for size, times, _ in sizes), sum(times for _, times, _ in sizes)
-    lines.append(f"  {kind:<17}{moved / 2**20:9.2f} MiB in {count}, the largest {largest / 2**20:.2f} MiB ({where})")
+    lines.append(f"{kind:<17}{moved / 2**20:9.2f} MiB in {count}, the largest {largest / 2**20:.2f} MiB ({where})")
   return lines
 
 

@@ -133,7 +133,6 @@ class CrossEncoder:
 
   @functools.cached_property
   def _placed(self) -> dict[str, Any]:
-    """Prompt and head on the devices, once."""
     return jax.device_put(self.trainable, meshes.replicated(self.backbone.mesh))
 
   @functools.cached_property

@@ -141,7 +141,6 @@ class Retriever:
 
   @functools.cached_property
   def _placed(self) -> dict[str, Any]:
-    """The prompts on the devices, once."""
     sides = {kind: (tree, meshes.replicated(self.backbone_of(kind).mesh)) for kind, tree in self.prompts.items()}
     return {kind: jax.device_put(*placed) for kind, placed in sides.items()}
 
@@ -169,16 +168,17 @@ class Retriever:
     settings = self.settings
     return self._encode_texts(text.passage_texts(texts, settings.separator, settings.passage_template), "passage")
 
-  def encode_records(
-    self, records: Iterable[Query | Passage], *, batch_tokens: int = buckets.BATCH_TOKENS, description: str = ""
-  ) -> np.ndarray:
-    """Vectors of prepared queries, or of prepared passages, in order: float32 [n, H]. A text may be empty here."""
+  def encode_records(self, records: Iterable[Query | Passage], **options: Any) -> np.ndarray:
+    """Vectors of prepared queries, or of prepared passages, in order: float32 [n, H]. A text may be empty here.
+
+    `options` are batch_tokens and description, as of `encode_store`.
+    """
     records, settings = list(records), self.settings
     if records and isinstance(records[0], Passage):
       form = functools.partial(text.passage_text, separator=settings.separator, template=settings.passage_template)
-      return self._encode_texts([form(record) for record in records], "passage", batch_tokens, description)
+      return self._encode_texts([form(record) for record in records], "passage", **options)
     texts = [text.query_text(record, settings.query_template) for record in records]
-    return self._encode_texts(texts, "query", batch_tokens, description)
+    return self._encode_texts(texts, "query", **options)
 
   def encode_tokens(self, ids: np.ndarray, mask: np.ndarray, kind: str = "query") -> np.ndarray:
     """Vectors of padded token ids.
@@ -211,11 +211,11 @@ class Retriever:
       raise InputError(f"token ids are 0 … {size - 1}, row {row} has another", value=ids[wrong][0].item())
     return self._encode(sequences.Padded(ids.astype(np.int32), lengths), kind)
 
-  def encode_store(
-    self, store: TokenStore, kind: str, rows: np.ndarray | None = None, *,
-    batch_tokens: int = buckets.BATCH_TOKENS, description: str = "",
-  ) -> np.ndarray:  # fmt: skip
+  def encode_store(self, store: TokenStore, kind: str, rows: np.ndarray | None = None, **options: Any) -> np.ndarray:
     """Vectors of rows of a token store, float32 [n, H], in the order of `rows` (default: all).
+
+    Args:
+      options: batch_tokens, that a device encodes at a time, padding included; description, of a progress bar.
 
     Raises:
       InputError: a store of another tokenizer.
@@ -224,22 +224,18 @@ class Retriever:
     if tokenizer is not None and store.tokenizer_hash != tokenizer.hash:
       raise InputError("tokens of another tokenizer than the retriever's", path=store.path)
     rows = np.arange(len(store)) if rows is None else np.asarray(rows)
-    return self._encode(sequences.Stored(store, rows, self.settings.limit(kind)), kind, batch_tokens, description)
+    return self._encode(sequences.Stored(store, rows, self.settings.limit(kind)), kind, **options)
 
-  def _encode_texts(
-    self, texts: list[str], kind: str, batch_tokens: int = buckets.BATCH_TOKENS, description: str = ""
-  ) -> np.ndarray:
+  def _encode_texts(self, texts: list[str], kind: str, **options: Any) -> np.ndarray:
     tokenizer = self.backbone.tokenizer
     if tokenizer is None:
       raise InputError("texts need a tokenizer, and this backbone has none", path=self.backbone.path)
     room = self.settings.limit(kind) - len(tokenizer.wrap([]))
     lists = [np.array(tokenizer.wrap(ids), np.int32) for ids in tokenizer.encode(texts, room)]
     source = sequences.Lists(lists, tokenizer.pad_id, self.settings.limit(kind))
-    return self._encode(source, kind, batch_tokens, description)
+    return self._encode(source, kind, **options)
 
-  def _encode(
-    self, source: Any, kind: str, batch_tokens: int = buckets.BATCH_TOKENS, description: str = ""
-  ) -> np.ndarray:
+  def _encode(self, source: Any, kind: str, **options: Any) -> np.ndarray:
     backbone, settings = self.backbone_of(kind), self.settings
     static = dict(
       config=backbone.config, spec=prompts.as_read(self.spec), pooling=settings.pooling, normalize=settings.normalize,
@@ -247,7 +243,7 @@ class Retriever:
     )  # fmt: skip
     return buckets.map_sequences(
       lambda batch: vectors_of(backbone.params, self._placed[kind], **batch, **static),
-      source, backbone.mesh, (backbone.config.hidden_size,), batch_tokens=batch_tokens, description=description,
+      source, backbone.mesh, (backbone.config.hidden_size,), **options,
     )  # fmt: skip
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import pathlib
-from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.store import Inputs, Kind, Making, Ref, neutral
-from dptdr_jax.core.team import Team
-from dptdr_jax.data.ids import IdTable
 from dptdr_jax.data.prepare import Corpus, Split
 from dptdr_jax.pipeline.models import Compute, RetrieverInput
 from dptdr_jax.pipeline.trials import tokens_of
@@ -23,7 +19,6 @@ from dptdr_jax.retrieval.embeddings import Embeddings, write_vectors
 from dptdr_jax.retrieval.index import Index
 from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retrieval.search import search_exact
-from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import mesh as meshes
 
 _PART = 16_384  # queries a shard: 8.8 million passages of width 384 against so many take minutes of a host
@@ -103,31 +98,23 @@ class FileRunInputs(Inputs):
 
 
 def build_vectors(inputs: VectorsInputs, making: Making) -> None:
-  """Writes vectors; goes on at the first missing shard."""
+  """Writes vectors, whose manifest names the retriever; goes on at the first missing shard."""
   retriever = inputs.retriever.load(making, inputs.compute, inputs.limit)
-  place, kind = making.path(inputs.text), "query" if inputs.split else "passage"
-  ids = Split(place, inputs.split).ids if inputs.split else Corpus(place).ids
-  options = {"batch_tokens": inputs.encoding.batch_tokens, "description": f"encode {inputs.split or 'corpus'}"}
+  place, kind, encoding = making.path(inputs.text), "query" if inputs.split else "passage", inputs.encoding
+  texts = Split(place, inputs.split) if inputs.split else Corpus(place)
+  options = {"batch_tokens": encoding.batch_tokens, "description": f"encode {inputs.split or 'corpus'}"}
   if inputs.tokens is None:
-    records = Split(place, inputs.split).queries if inputs.split else Corpus(place).passages
+    records = texts.queries if inputs.split else texts.passages
     make = lambda rows: retriever.encode_records(records.take(rows), **options)  # noqa: E731
   else:
     store = tokens_of(inputs.tokens, making)
     make = lambda rows: retriever.encode_store(store, kind, np.asarray(rows), **options)  # noqa: E731
-  write(making.directory, retriever, kind, ids, inputs.encoding, make, making.team)
-
-
-def write(
-  directory: pathlib.Path, retriever: Retriever, kind: str, ids: IdTable, encoding: Encoding,
-  make: Callable[[range], np.ndarray], team: Team,
-) -> Embeddings:  # fmt: skip
-  """Writes vectors of some texts; their manifest names the retriever."""
   about = {"retriever": retriever.hash, "kind": kind, "tokens": retriever.settings.limit(kind)}
   about |= {"compute_dtype": retriever.backbone.compute_dtype}
-  return write_vectors(
-    directory, ids=ids, width=retriever.backbone.config.hidden_size, source=about, dtype=encoding.dtype,
-    shard_rows=encoding.shard_passages, make=make, team=team,
-    what="encode corpus" if kind == "passage" else "encode queries",
+  write_vectors(
+    making.directory, ids=texts.ids, width=retriever.backbone.config.hidden_size, source=about, dtype=encoding.dtype,
+    shard_rows=encoding.shard_passages, make=make, team=making.team,
+    what="encode queries" if inputs.split else "encode corpus",
   )  # fmt: skip
 
 
@@ -139,25 +126,16 @@ def build_index(inputs: IndexInputs, making: Making) -> None:
 
 def build_dense_run(inputs: DenseRunInputs, making: Making) -> None:
   """Searches for the queries, the processes in turn."""
-  vectors = [Embeddings(making.path(of)) for of in (inputs.queries, inputs.passages)]
-  index = making.path(inputs.index) / "index" if inputs.index else None
-  search_dense(making.directory, *vectors, index, inputs.search, inputs.depth, making.team)
-
-
-def search_dense(
-  directory: pathlib.Path, queries: Embeddings, passages: Embeddings, index: pathlib.Path | None, search: Search,
-  depth: int, team: Team,
-) -> None:  # fmt: skip
-  """Writes the run of all queries to `directory`."""
-  depth, opened = min(depth, len(passages)), None
-  if index is not None:
-    opened = Index.load(index)
-    opened.set_parameters(parameters(search.parameters))
+  queries, passages = (Embeddings(making.path(of)) for of in (inputs.queries, inputs.passages))
+  search, depth, index = inputs.search, min(inputs.depth, len(passages)), None
+  if inputs.index is not None:
+    index = Index.load(making.path(inputs.index) / "index")
+    index.set_parameters(parameters(search.parameters))
 
   def ranked(rows: range) -> Run:
     some = queries.take(np.asarray(rows))
-    if opened is not None:
-      return opened.search(some, depth)
+    if index is not None:
+      return index.search(some, depth)
     if search.backend == "devices":
       again = _RESCORE if search.device_dtype == "bfloat16" else 0
       mesh = meshes.make_mesh(devices=jax.local_devices())
@@ -165,7 +143,7 @@ def search_dense(
     return search_exact(some, passages, depth)  # straight from the shards: no second copy of the corpus in memory
 
   size = _DEVICE_PART if search.backend == "devices" else _PART
-  runs.write_run(directory / "run", len(queries), depth, ranked, size=size, team=team)
+  runs.write_run(making.directory / "run", len(queries), depth, ranked, size=size, team=making.team)
 
 
 def build_bm25_run(inputs: Bm25RunInputs, making: Making) -> None:

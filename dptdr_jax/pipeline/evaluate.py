@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -65,7 +65,8 @@ def _measure(inputs: MeasuresInputs, corpus: Corpus, split: Split, run: Run) -> 
   if by_answers:
     cutoffs = {name: int(name.partition("@")[2]) for name in by_answers}
     lists = [query.answers for query in split.queries.read()]
-    hits = answers.match_run(run, lists, _texts(corpus), depth=max(cutoffs.values()))
+    texts = lambda rows: [passage.text for passage in corpus.passages.take(rows)]  # noqa: E731
+    hits = answers.match_run(run, lists, texts, depth=max(cutoffs.values()))
     for name, k in cutoffs.items():  # the R@k of open-domain QA papers
       yield name, hits[:, :k].any(1).astype(np.float64)
   judged = [name_on(name, inputs.graded) for name in inputs.measures if name not in by_answers]
@@ -85,10 +86,6 @@ def measured(directory: pathlib.Path) -> tuple[list[str], dict[str, np.ndarray]]
       return files.read_json(directory / "query_ids.json"), dict(values)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(f"not whole ({error})", path=path) from error
-
-
-def _texts(corpus: Corpus) -> Callable[[np.ndarray], list[str]]:
-  return lambda rows: [passage.text for passage in corpus.passages.take(rows)]
 
 
 def answered(names: tuple[str, ...], by_answers: bool) -> list[str]:

@@ -16,7 +16,7 @@ from dptdr_jax.core.store import Inputs, Kind, Ref, read_about
 from dptdr_jax.data import text
 from dptdr_jax.data.formats import Format
 from dptdr_jax.pipeline import encode, prepare, pretrain
-from dptdr_jax.pipeline.models import BackboneInput, Compute, RetrieverInput, resolve_dtype
+from dptdr_jax.pipeline.models import BackboneInput, Compute, RetrieverInput
 from dptdr_jax.pipeline.outside import Files, Outside
 from dptdr_jax.pipeline.systems import System
 from dptdr_jax.pipeline.trials import DevInput, PairDevInput
@@ -25,18 +25,13 @@ from dptdr_jax.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-  """An artefact to be made.
+  """An artefact to be made."""
 
-  Attributes:
-    stage: to which it belongs: 'prepare', 'mine0', 'train1', …
-    links: where people look for it, from the working directory: {link: path within the artefact}.
-  """
-
-  stage: str
+  stage: str  # to which it belongs: 'prepare', 'mine0', 'train1', …
   kind: Kind
   ref: Ref
   inputs: Inputs
-  links: dict[str, str]
+  links: dict[str, str]  # where people look for it, from the working directory: {link: path within the artefact}
 
 
 class Foundations:
@@ -52,7 +47,7 @@ class Foundations:
     self.settings, self._outside, self.stage = settings, outside, "prepare"
     self.nodes: dict[Ref, Node] = {}
     self.trained: dict[int, Ref] = {}
-    self.compute = Compute(dtype=resolve_dtype(settings.compute_dtype), fsdp=settings.fsdp)
+    self.compute = Compute(dtype=backbones.resolve_dtype(settings.compute_dtype), fsdp=settings.fsdp)
 
   @property
   def stages(self) -> list[str]:

@@ -9,6 +9,7 @@ saved before the next step, and mines the same again.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 import queue
@@ -16,24 +17,17 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dptdr_jax.backbone import Backbone
 from dptdr_jax.core import files, preemption
 from dptdr_jax.core.errors import DptdrError, InputError, RetryableError
 from dptdr_jax.core.store import Inputs, Making, Ref
-from dptdr_jax.core.team import SOLO
+from dptdr_jax.core.team import SOLO, Team
 from dptdr_jax.data.groups import TrainGroups
-from dptdr_jax.data.prepare import Corpus, Split
+from dptdr_jax.data.prepare import Split
 from dptdr_jax.pipeline import encode, mine, pools, rerank
 from dptdr_jax.pipeline.mine import PoolRules, SourceInput, Thresholds, Window
-from dptdr_jax.pipeline.trials import tokens_of
+from dptdr_jax.pipeline.models import RetrieverInput
+from dptdr_jax.pipeline.sources import DENSE
 from dptdr_jax.retrieval.candidates import Pool
-from dptdr_jax.retrieval.denoise import CrossEncoderRule, denoise
-from dptdr_jax.retrieval.embeddings import Embeddings
-from dptdr_jax.retrieval.index import Index
-from dptdr_jax.retrieval.qrels import Qrels
-from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import hosts
 from dptdr_jax.settings import Index as IndexSettings
@@ -43,8 +37,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_DENSE = "dense"
-_NEEDED_BY_MINING = ("vectors", "index", "run", "candidates", "scores")  # of a corpus' size
+_KEPT = ("retriever", "pool", "mining.json")  # of a generation
+_PART = "generation"  # the kind in references to its parts
 _LOOK_S = 1.0  # between two looks for SIGTERM while training waits for negatives
 _NOTICE_S = 30.0  # a longer wait is logged
 
@@ -80,12 +74,11 @@ class Generations:
     group_size: passages a query.
   """
 
-  def __init__(self, inputs: TrainInputs, making: Making, backbone: Backbone, split: Split, first: TrainGroups):
-    """On the backbone that all share; where its weights are tuned each generation has its own."""
+  def __init__(self, inputs: TrainInputs, making: Making, split: Split, first: TrainGroups):
+    """Before generation 0 is used, `first` draws."""
     self.every, self.group_size = inputs.train.refresh_every, first.group_size
     self._inputs, self._making, self._split = inputs, making, split
-    self._backbone = backbone
-    self._groups, self._passages = {-1: first}, first.num_passages
+    self._groups, self._num_passages = {-1: first}, first.num_passages
     self._ready = threading.Condition()
     self._everywhere = -1  # the generation that all processes last had
     self._failed: BaseException | None = None
@@ -191,89 +184,73 @@ class Generations:
         self._ready.notify_all()
 
   def _draws_from(self, which: int) -> TrainGroups:
-    negatives = pools.pool_negatives(Pool.open(self._place(which) / "pool"), self._inputs.train.simans_source)
-    return pools.train_groups(
-      self._inputs.train, self._split, negatives, num_passages=self._passages, seed=self._inputs.seed,
-      number=self._inputs.number, pseudo=self._inputs.pseudo_positives,
-    )  # fmt: skip
+    pool = Pool.open(self._place(which) / "pool")
+    return pools.train_groups(self._inputs, self._split, pool, num_passages=self._num_passages)
 
   def _mine(self, which: int) -> None:
-    directory = self._place(which)
-    if not (directory / "mining.json").exists():
+    """Mines a generation, in this process alone; what is there is not made again."""
+    place = self._place(which)
+    if not (place / "mining.json").exists():
       _log.info("mining generation %d during training", which)
-      tuned = self._inputs.prompt.kind == "none"
-      retriever = Retriever.load(directory / "retriever", None if tuned else self._backbone,
-                                 compute_dtype=self._inputs.compute.dtype, fsdp=self._inputs.compute.fsdp)  # fmt: skip
-      refresh, making = self._inputs.refresh, self._making
-      mining = _Mining(self._inputs, refresh, making, directory, self._split, Corpus(making.path(refresh.corpus)))
-      mining.mine(retriever, self._backbone, from_step=(which + 1) * self.every)
-    for name in _NEEDED_BY_MINING:
-      files.remove(directory / name)
+      _build_pool(self._inputs, _Part(place, self._making), (which + 1) * self.every)
+    for path in place.iterdir():  # vectors and runs are as large as the corpus
+      if path.name not in _KEPT:
+        files.remove(path)
 
 
-class _Mining:
-  """Mines one generation, in one process; what is there is not made again."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """What the build function of a part of a generation works with, see `Making`; the other parts lie beside it."""
 
-  def __init__(
-    self, inputs: TrainInputs, refresh: Refresh, making: Making, directory: pathlib.Path, split: Split, corpus: Corpus
-  ):
-    self._inputs, self._refresh, self._making, self._directory = inputs, refresh, making, directory
-    self._split, self._corpus = split, corpus
+  generation: pathlib.Path
+  making: Making
+  name: str = ""
+  team: Team = SOLO
 
-  def mine(self, retriever: Retriever, backbone: Backbone, from_step: int) -> None:
-    """Encodes, searches, merges and denoises."""
-    refresh, directory = self._refresh, self._directory
-    positives = pools.barred(self._split)
-    place = directory if refresh.cross is None else directory / "candidates"
-    if not (place / "pool" / "manifest.json").exists():
-      margins = {source.name: source.window.margin for source in refresh.sources} | {_DENSE: refresh.window.margin}
-      margins = {name: margins[name] for name in refresh.order}
-      mine.clean(place, self._sources(retriever, positives), margins, positives, refresh.rules, self._corpus)
-    if refresh.cross is not None:
-      self._denoise(place, backbone)
-    mine.describe(directory, refresh.rules, self._split, self._corpus, from_step=from_step)
+  @property
+  def directory(self) -> pathlib.Path:
+    return self.generation / self.name
 
-  def _denoise(self, place: pathlib.Path, backbone: Backbone) -> None:
-    """Takes out what the cross-encoder is not sure of."""
-    from dptdr_jax.reranker import CrossEncoder
+  def path(self, ref: Ref) -> pathlib.Path:
+    return self.generation / ref.key if ref.kind == _PART else self.making.path(ref)
 
-    refresh, making, pool = self._refresh, self._making, Pool.open(place / "pool")
-    encoder = CrossEncoder.load(making.path(refresh.cross) / "model", backbone)
-    stores = tokens_of(self._inputs.queries, making), tokens_of(self._inputs.corpus, making)
-    kept = rerank.FirstKept(pool, refresh.cross_depth)
-    rerank.score_rows(encoder, *stores, kept, self._directory / "scores", SOLO)
-    scores = rerank.Probabilities(rerank.logits_of(self._directory / "scores"))
-    rule = CrossEncoderRule(scores, refresh.thresholds.negative_below, refresh.thresholds.positive_above)
-    denoise(self._directory / "pool", place / "pool", [rule])
+  def at(self, part: Ref) -> _Part:
+    return dataclasses.replace(self, name=part.key)
 
-  def _sources(self, retriever: Retriever, positives: Qrels) -> dict[str, mine.Source]:
-    """What is taken of each source; the retriever's own run is made here."""
-    refresh, making, count = self._refresh, self._making, len(self._corpus)
-    queries, passages = self._encoded(retriever)
-    known = mine.positive_scores(queries, passages, positives)
-    sources = {_DENSE: mine.taken(self._searched(queries, passages), refresh.window, count, known)}
-    for source in refresh.sources:
-      sources[source.name] = mine.taken(encode.run_of(source.run, making), source.window, count, None)
-    return {name: sources[name] for name in refresh.order}
 
-  def _encoded(self, retriever: Retriever) -> tuple[Embeddings, Embeddings]:
-    """Vectors of the training queries and of the corpus."""
-    inputs, encoding = self._inputs, self._refresh.encoding
-    parts = []
-    for kind, ref, ids in (("query", inputs.queries, self._split.ids), ("passage", inputs.corpus, self._corpus.ids)):
-      store = tokens_of(ref, self._making)
-
-      def make(rows: range, kind: str = kind, store=store) -> np.ndarray:
-        return retriever.encode_store(store, kind, np.asarray(rows), batch_tokens=encoding.batch_tokens)
-
-      parts.append(encode.write(self._directory / "vectors" / kind, retriever, kind, ids, encoding, make, SOLO))
-    return parts[0], parts[1]
-
-  def _searched(self, queries: Embeddings, passages: Embeddings) -> Run:
-    refresh, index = self._refresh, None
-    if refresh.index.backend == "faiss" and refresh.index.factory != "Flat":
-      index = self._directory / "index"
-      if not (index / "manifest.json").exists():
-        Index.build(passages, refresh.index.factory, sample=refresh.index.sample).save(index)
-    encode.search_dense(self._directory, queries, passages, index, refresh.search, refresh.window.depth, SOLO)
-    return Run.open(self._directory / "run")
+def _build_pool(inputs: TrainInputs, place: _Part, from_step: int) -> None:
+  """Encodes, searches, merges and denoises with the functions that make the pools between two rounds."""
+  refresh, backbone = inputs.refresh, inputs.backbone
+  queries, passages, run, index, candidates, scores = (
+    Ref(_PART, name) for name in ("queries", "passages", "run", "index", "candidates", "scores")
+  )
+  tuned = inputs.prompt.kind == "none"
+  retriever = RetrieverInput(kind="trained", trained=Ref(_PART, ""), backbone=None if tuned else backbone)
+  for part, text, split, tokens in (
+    (queries, refresh.split, inputs.split_name, inputs.queries), (passages, refresh.corpus, "", inputs.corpus)
+  ):  # fmt: skip
+    vectors = encode.VectorsInputs(retriever=retriever, text=text, split=split, tokens=tokens, limit=0,
+                                   encoding=refresh.encoding, compute=inputs.compute)  # fmt: skip
+    encode.build_vectors(vectors, place.at(part))
+  exact = refresh.index.backend == "devices" or refresh.index.factory == "Flat"
+  if not exact and not (place.path(index) / "index/manifest.json").exists():
+    built = encode.IndexInputs(passages=passages, factory=refresh.index.factory, sample=refresh.index.sample)
+    encode.build_index(built, place.at(index))
+  searched = encode.DenseRunInputs(queries=queries, passages=passages, index=None if exact else index,
+                                   search=refresh.search, depth=refresh.window.depth)  # fmt: skip
+  encode.build_dense_run(searched, place.at(run))
+  own = SourceInput(name=DENSE, window=refresh.window, run=run, queries=queries, passages=passages)
+  sources = {source.name: source for source in (*refresh.sources, own)}
+  merged = mine.CandidatesInputs(corpus=refresh.corpus, split=refresh.split, rules=refresh.rules,
+                                 sources=tuple(sources[name] for name in refresh.order))  # fmt: skip
+  if refresh.cross is None:
+    return mine.build_candidates(merged, place, from_step)
+  mine.build_candidates(merged, place.at(candidates))
+  pairs = rerank.PairScoresInputs(
+    cross=refresh.cross, backbone=backbone, compute=inputs.compute, queries=inputs.queries, corpus=inputs.corpus,
+    run=None, candidates=candidates, depth=refresh.cross_depth,
+  )  # fmt: skip
+  rerank.build_scores(pairs, place.at(scores))
+  cleaned = mine.PoolInputs(corpus=refresh.corpus, split=refresh.split, candidates=candidates, scores=scores,
+                            thresholds=refresh.thresholds, rules=refresh.rules)  # fmt: skip
+  return mine.build_pool(cleaned, place, from_step)

@@ -49,7 +49,6 @@ class Graph(Foundations):
         self.tokens(name)
 
   def _splits(self) -> list[str]:
-    """The splits that the run reads."""
     settings = self.settings
     trains = settings.rounds > 0
     wanted = [settings.data.train_split] if trains else []

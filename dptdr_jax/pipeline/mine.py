@@ -24,7 +24,6 @@ from dptdr_jax.retrieval.denoise import CrossEncoderRule, MarginRule, Rule, deno
 from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.retrieval.merge import Source, pool_from_runs
 from dptdr_jax.retrieval.qrels import Qrels
-from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retrieval.texts import TextRule
 
 _log = logging.getLogger(__name__)
@@ -86,67 +85,43 @@ class PoolInputs(Inputs):
   rules: PoolRules
 
 
-def build_candidates(inputs: CandidatesInputs, making: Making) -> None:
-  """Writes merged candidates, and the pool that the cheap rules leave."""
-  split, corpus = opened(inputs, making)
+def build_candidates(inputs: CandidatesInputs, making: Making, from_step: int | None = None) -> None:
+  """Writes merged candidates, and the pool that the cheap rules leave; `from_step` as of `_describe`."""
+  split, corpus = _opened(inputs, making)
   positives = pools.barred(split)
+  rules: list[Rule] = [TextRule(positives, pools.texts(corpus.passages))] if inputs.rules.same_text else []
   sources = {}
   for source in inputs.sources:
-    vectors = [Embeddings(making.path(of)) for of in (source.queries, source.passages)] if source.queries else []
-    known = positive_scores(*vectors, positives) if vectors else None
-    sources[source.name] = taken(run_of(source.run, making), source.window, len(corpus), known)
-  margins = {source.name: source.window.margin for source in inputs.sources}
-  clean(making.directory, sources, margins, positives, inputs.rules, corpus)
-  describe(making.directory, inputs.rules, split, corpus)
+    known, window = None, source.window
+    if source.queries is not None:
+      known = positive_scores(*(Embeddings(making.path(of)) for of in (source.queries, source.passages)), positives)
+    depth = min(window.depth, len(corpus))
+    sources[source.name] = Source(run_of(source.run, making), depth, window.first, positive_scores=known)
+    rules += [MarginRule(source.name, window.margin)] if window.margin else []
+  pool_from_runs(making.directory / "pool", sources, positives, rules)
+  _describe(making.directory, inputs.rules, split, corpus, from_step)
 
 
-def build_pool(inputs: PoolInputs, making: Making) -> None:
-  """Writes the pool that the cross-encoder leaves."""
-  split, corpus = opened(inputs, making)
+def build_pool(inputs: PoolInputs, making: Making, from_step: int | None = None) -> None:
+  """Writes the pool that the cross-encoder leaves; `from_step` is of training, from which it is used."""
   scores = Probabilities(logits_of(making.path(inputs.scores) / "scores"))
   rule = CrossEncoderRule(scores, inputs.thresholds.negative_below, inputs.thresholds.positive_above)
   denoise(making.directory / "pool", making.path(inputs.candidates) / "pool", [rule])
-  describe(making.directory, inputs.rules, split, corpus)
+  _describe(making.directory, inputs.rules, *_opened(inputs, making), from_step)
 
 
 CANDIDATES = Kind("candidates", 1, build_candidates, together=False)
 POOL = Kind("pool", 1, build_pool, together=False)
 
 
-def opened(inputs: CandidatesInputs | PoolInputs, making: Making) -> tuple[Split, Corpus]:
-  """The training queries and the corpus.
-
-  Raises:
-    InputError: no training query has a positive.
-  """
+def _opened(inputs: CandidatesInputs | PoolInputs, making: Making) -> tuple[Split, Corpus]:
   split = Split(making.path(inputs.split), inputs.rules.split_name)
   split.check_trainable()
   return split, Corpus(making.path(inputs.corpus))
 
 
-def taken(run: Run, window: Window, passages: int, known: np.ndarray | None) -> Source:
-  """A source as the pool takes it."""
-  return Source(run, min(window.depth, passages), window.first, positive_scores=known)
-
-
-def clean(
-  directory: pathlib.Path, sources: dict[str, Source], margins: dict[str, float], positives: Qrels, rules: PoolRules,
-  corpus: Corpus,
-) -> None:  # fmt: skip
-  """Merges the sources and applies the rules that cost little: DIR/pool."""
-  applied: list[Rule] = [TextRule(positives, pools.texts(corpus.passages))] if rules.same_text else []
-  applied += [MarginRule(name, margin) for name, margin in margins.items() if margin]
-  pool_from_runs(directory / "pool", sources, positives, applied)
-
-
-def describe(
-  directory: pathlib.Path, rules: PoolRules, split: Split, corpus: Corpus, from_step: int | None = None
-) -> None:
-  """Warns of what is suspicious, and writes mining.json, which the report shows.
-
-  Args:
-    from_step: step of training from which the pool is used; None: from its start.
-  """
+def _describe(directory: pathlib.Path, rules: PoolRules, split: Split, corpus: Corpus, from_step: int | None) -> None:
+  """Warns of what is suspicious, and writes mining.json; `from_step`: of training, from which the pool is used."""
   pool = Pool.open(directory / "pool")
   warnings = pool_checks.suspicions(pool)
   for warning in warnings:

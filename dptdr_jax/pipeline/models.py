@@ -5,14 +5,12 @@ from __future__ import annotations
 import pathlib
 from typing import Any, Literal
 
-from dptdr_jax import backbone as backbones
 from dptdr_jax import retriever as retrievers
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core.store import Inputs, Making, Ref, neutral
 from dptdr_jax.models import convert
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.pipeline.outside import Files
-from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.settings import Vector
 
@@ -91,23 +89,3 @@ def exact_weights(source: BackboneInput, making: Making) -> Any:
 def forget() -> None:
   """Frees the backbone that was loaded last: its place is wanted for another one."""
   _last.clear()
-
-
-def load_cross_encoder(trained: Ref, source: BackboneInput, making: Making, compute: Compute) -> CrossEncoder:
-  """The cross-encoder that training chose."""
-  return CrossEncoder.load(making.path(trained) / "model", load_backbone(source, making, compute))
-
-
-def parameters(backbone: Backbone, retriever: Retriever) -> dict[str, int]:
-  """Trained parameters of a retriever, and all of its backbone."""
-  import jax
-
-  prompts = {id(tree): tree for tree in retriever.prompts.values()}.values()  # tied prompts count once
-  count = sum(leaf.size for leaf in jax.tree.leaves(list(prompts)))
-  tuned = retriever.spec.kind == "none"
-  return {"trained": backbone.num_parameters if tuned else count, "backbone": backbone.num_parameters}
-
-
-def resolve_dtype(name: str) -> str:
-  """What compute_dtype stands for on this machine."""
-  return backbones.resolve_dtype(name)

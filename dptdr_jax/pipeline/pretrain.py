@@ -19,10 +19,10 @@ from dptdr_jax.data.spans import SpanBatches, SpanLengths
 from dptdr_jax.data.store import TokenStore, write_token_store
 from dptdr_jax.models import convert, mlm
 from dptdr_jax.models.dropout import Dropout
-from dptdr_jax.pipeline import models
+from dptdr_jax.pipeline import models, trials
 from dptdr_jax.pipeline.models import BackboneInput, Compute
 from dptdr_jax.pipeline.prepare import TextsInput, TokenizerInput
-from dptdr_jax.pipeline.trials import DevInput, DevTrial
+from dptdr_jax.pipeline.trials import DevInput
 from dptdr_jax.retriever import Retriever
 from dptdr_jax.runtime import hosts
 from dptdr_jax.runtime import mesh as meshes
@@ -100,7 +100,6 @@ def _batches(inputs: PretrainInputs, stores: list[TokenStore], backbone: Backbon
 
 
 def _loop(inputs: PretrainInputs, making: Making, backbone: Backbone, head: Any | None, batches: SpanBatches) -> Loop:
-  """The training from its first state, sharded over the mesh."""
   wanted, dtype = inputs.pretrain, inputs.compute.dtype
   model = steps.pretrain_model(backbone.config, inputs.vector, wanted, dropout=inputs.dropout, compute_dtype=dtype)
   mesh = meshes.make_mesh(fsdp=inputs.compute.fsdp)
@@ -113,7 +112,6 @@ def _loop(inputs: PretrainInputs, making: Making, backbone: Backbone, head: Any 
   abstract = jax.eval_shape(first_state, backbone.params)
   step, shardings = steps.pretrain_step(model, optimizer, abstract, chunk=wanted.chunk, seed=inputs.seed, mesh=mesh)
   params = meshes.place(backbone.params, shardings.trainable["backbone"])
-  trial = DevTrial.build(inputs.dev, making, inputs.seed) if inputs.dev else None
 
   def candidate(state: TrainState) -> Retriever:
     compute = dataclasses.replace(backbone, compute_dtype=backbones.resolve_dtype(dtype))
@@ -122,7 +120,7 @@ def _loop(inputs: PretrainInputs, making: Making, backbone: Backbone, head: Any 
 
   task = Task(
     "pretrain", lambda state, batch: step(state, meshes.put_batch(batch, mesh, whole=("groups",))), candidate,
-    attempt=trial.evaluate if trial else None, tries_first=True,
+    attempt=trials.of_retriever(inputs.dev, making, inputs.seed), tries_first=True,
   )  # fmt: skip
   return Loop(
     task, jax.jit(first_state, out_shardings=shardings)(params), batches, making.directory, count,

@@ -72,7 +72,9 @@ def build_report(inputs: ReportInputs, making: Making) -> None:
   if inputs.systems:
     results, summary = _results(inputs, making)
     summary["facts"] = facts
-    shown = _examples(inputs.examples, making)
+    example = inputs.examples
+    split, corpus = Split(making.path(example.split), example.split_name), Corpus(making.path(example.corpus))
+    shown = examples.choose(split, corpus.passages, run_of(example.run, making))
     files.write_json(making.directory / "results.json", results)
   files.write_json(making.directory / "summary.json", summary or {"facts": facts})
   text = page.render(
@@ -109,9 +111,11 @@ def _results(inputs: ReportInputs, making: Making) -> tuple[dict, dict[str, Any]
   for system in inputs.systems:
     results[system.name], intervals[system.name] = {}, {}
     for split, ref in system.measures.items():
-      about = _measures(making.path(ref))
-      results[system.name][split], intervals[system.name][split] = about["means"], about["intervals"]
-      queries[split], passages = about["queries"], about["passages"]
+      path = making.path(ref) / "measures.json"
+      about = files.read_json(path)
+      with files.fields_of(path):
+        results[system.name][split], intervals[system.name][split] = about["means"], about["intervals"]
+        queries[split], passages = about["queries"], about["passages"]
   summary: dict[str, Any] = {
     "rounds": len(inputs.trained), "passages": passages, "queries": queries, "intervals": intervals,
     "labels": {system.name: system.label for system in inputs.systems},
@@ -125,13 +129,6 @@ def _results(inputs: ReportInputs, making: Making) -> tuple[dict, dict[str, Any]
   return results, summary
 
 
-def _measures(directory: pathlib.Path) -> dict[str, Any]:
-  path = directory / "measures.json"
-  about = files.read_json(path)
-  with files.fields_of(path):
-    return {name: about[name] for name in ("means", "intervals", "queries", "passages")}
-
-
 def _size(backbone: BackboneInput, making: Making) -> int:
   """Weights of a backbone, from its config.json."""
   shapes = convert.abstract_params(backbone.encoder(making), "float32")
@@ -139,7 +136,6 @@ def _size(backbone: BackboneInput, making: Making) -> int:
 
 
 def _pretrained(directory: pathlib.Path) -> str:
-  """What pretraining did."""
   path = directory / "backbone" / "manifest.json"
   about = files.read_json(path)
   with files.fields_of(path):
@@ -174,8 +170,3 @@ def _refreshed(inputs: ReportInputs, making: Making) -> list[tuple[str, dict[int
     if by_step:
       listed.append((f"round {number}", dict(sorted(by_step.items()))))
   return listed
-
-
-def _examples(inputs: ExamplesInput, making: Making) -> list[dict]:
-  split, corpus = Split(making.path(inputs.split), inputs.split_name), Corpus(making.path(inputs.corpus))
-  return examples.choose(split, corpus.passages, run_of(inputs.run, making))

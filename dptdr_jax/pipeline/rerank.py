@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from typing import Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +18,10 @@ from dptdr_jax.data.groups import Sampling, TrainGroups
 from dptdr_jax.data.pairs import PairBatches, PairFormat
 from dptdr_jax.data.prepare import Split
 from dptdr_jax.data.store import TokenStore
-from dptdr_jax.pipeline import pools
+from dptdr_jax.pipeline import pools, trials
 from dptdr_jax.pipeline.encode import run_of
-from dptdr_jax.pipeline.models import BackboneInput, Compute, load_backbone, load_cross_encoder
-from dptdr_jax.pipeline.trials import PairDevInput, PairTrial, frequent_tokens, tokens_of
+from dptdr_jax.pipeline.models import BackboneInput, Compute, load_backbone
+from dptdr_jax.pipeline.trials import PairDevInput, frequent_tokens, tokens_of
 from dptdr_jax.reranker import CrossEncoder, PairSettings, probabilities
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retrieval.runs import Run
@@ -104,7 +104,6 @@ def _batches(inputs: CrossInputs, making: Making, split: Split, backbone: Backbo
 
 
 def _loop(inputs: CrossInputs, making: Making, backbone: Backbone, corpus: TokenStore, batches: PairBatches) -> Loop:
-  """The training from its first state, on the mesh."""
   cross, prompt = inputs.cross, inputs.prompt
   mesh = meshes.make_mesh(fsdp=inputs.compute.fsdp)
   model = steps.cross_model(
@@ -121,11 +120,11 @@ def _loop(inputs: CrossInputs, making: Making, backbone: Backbone, corpus: Token
   settings = PairSettings(text.query_length, cross.pair_length, text.separator, text.query_template,
                           text.passage_template, cross.head)  # fmt: skip
   spec = steps.cross_spec(cross, prompt)
-  trial = PairTrial.build(inputs.dev, making, inputs.seed) if inputs.dev else None
   task = Task(
     "cross", lambda state, batch: step(state, frozen, meshes.put_batch(batch, mesh)),
     lambda state: CrossEncoder(backbone, spec, hosts.fetch(state.trainable), settings),
-    keep=lambda encoder: encoder.save(making.directory / "model"), attempt=trial.evaluate if trial else None,
+    keep=lambda encoder: encoder.save(making.directory / "model"),
+    attempt=trials.of_cross_encoder(inputs.dev, making, inputs.seed),
   )  # fmt: skip
   return Loop(
     task, state, batches, making.directory, count, log_every=inputs.log_every,
@@ -136,9 +135,10 @@ def _loop(inputs: CrossInputs, making: Making, backbone: Backbone, corpus: Token
 
 def build_scores(inputs: PairScoresInputs, making: Making) -> None:
   """Scores the pairs by shards, the processes in turn."""
-  encoder = load_cross_encoder(inputs.cross, inputs.backbone, making, inputs.compute)
+  backbone = load_backbone(inputs.backbone, making, inputs.compute)
+  encoder = CrossEncoder.load(making.path(inputs.cross) / "model", backbone)
   if inputs.run is not None:
-    rows: Rows = np.ascontiguousarray(run_of(inputs.run, making).rows[:, : inputs.depth])
+    rows: Any = np.ascontiguousarray(run_of(inputs.run, making).rows[:, : inputs.depth])
   else:
     rows = FirstKept(Pool.open(making.path(inputs.candidates) / "pool"), inputs.depth)
   stores = tokens_of(inputs.queries, making), tokens_of(inputs.corpus, making)
@@ -158,14 +158,6 @@ def build_reranked(inputs: RerankedRunInputs, making: Making) -> None:
 CROSS = Kind("cross", 1, build_cross, chosen=True)
 PAIR_SCORES = Kind("pair_scores", 1, build_scores)
 RERANKED = Kind("reranked_run", 1, build_reranked, together=False)
-
-
-class Rows(Protocol):
-  """Passage rows [Q, K] by blocks of queries, negative where nothing is to be scored; an array is such a thing."""
-
-  shape: tuple[int, int]
-
-  def __getitem__(self, block: slice) -> np.ndarray: ...
 
 
 class FirstKept:
@@ -195,13 +187,13 @@ def logits_of(directory: pathlib.Path) -> Column:
 
 
 def score_rows(
-  encoder: CrossEncoder, queries: TokenStore, passages: TokenStore, rows: Rows, directory: pathlib.Path, team: Team
+  encoder: CrossEncoder, queries: TokenStore, passages: TokenStore, rows: Any, directory: pathlib.Path, team: Team
 ) -> None:
   """Writes logits of passages for queries; a killed run goes on at the first missing shard.
 
   Args:
     queries: of Q rows.
-    rows: [Q, K].
+    rows: passage rows [Q, K], negative where nothing is to be scored: an array, or what gives blocks of queries.
   """
   size = max(1, _SHARD_PAIRS // max(1, rows.shape[1]))
 

@@ -135,11 +135,7 @@ def _warn_of_vectors(settings: Settings) -> None:
 
 
 def _claim(workdir: pathlib.Path) -> None:
-  """Accepts a directory that is empty, or that a run has made.
-
-  Raises:
-    InputError: it holds something else, which stays untouched.
-  """
+  """Accepts a directory that is empty, or that a run has made; one that holds something else stays untouched."""
   path = workdir / RUN
   about = _read(path)
   if about is None:
@@ -167,11 +163,7 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _agree_on_directory(settings: Settings, workdir: pathlib.Path) -> None:
-  """Writes DIR/run.json: all settings of the latest start, and where it ran.
-
-  Raises:
-    InputError: what the first process writes is not what this one reads there.
-  """
+  """Writes DIR/run.json, all settings of the latest start and where it ran, and checks that every process sees it."""
   start, path = uuid.uuid4().hex, workdir / RUN
 
   def written() -> str:
@@ -246,22 +238,18 @@ def _is_ours(link: pathlib.Path) -> bool:
   return link.is_symlink() and any(marks.has(parent, MARK) for parent in link.resolve().parents)
 
 
-def seconds(graph: Graph, store: Store) -> dict[str, float]:
-  """Time that each stage's artefacts took, in seconds, over all attempts."""
-  spent = dict.fromkeys(graph.stages, 0.0)
-  for node in graph.nodes.values():
-    spent[node.stage] += store.about(node.ref)["seconds"]
-  return spent
-
-
 def _say(graph: Graph, store: Store, workdir: pathlib.Path) -> None:
-  directory = store.path(graph.report)
-  results = files.read_json(directory / "results.json") if (directory / "results.json").exists() else None
-  summary = files.read_json(directory / "summary.json") if results else None
+  """Prints the table, and the time that each stage's artefacts took over all attempts."""
+  seconds = dict.fromkeys(graph.stages, 0.0)
+  for node in graph.nodes.values():
+    seconds[node.stage] += store.about(node.ref)["seconds"]
+  directory, results, summary = store.path(graph.report), None, None
   ended = [f"report: {workdir / 'report.html'}"]
-  if results is None:
+  if (directory / "results.json").exists():
+    results, summary = (files.read_json(directory / name) for name in ("results.json", "summary.json"))
+  else:
     ended.insert(0, f"backbone: {workdir / 'pretrain' / 'backbone'}")
-  progress.say(tables.results(results, summary, seconds(graph, store), ended))
+  progress.say(tables.results(results, summary, seconds, ended))
 
 
 def opened(workdir: files.Path) -> tuple[Settings, pathlib.Path]:

@@ -17,25 +17,15 @@ _OWN = re.compile(rf"{BM25}|{RERANKED}|fused.*|(backbone|pretrain)(-.*)?|train\d
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """One of them.
+  """One of them."""
 
-  Attributes:
-    name: in results.json.
-    label: what people read.
-    kind: 'untuned' also is the backbone after pretraining.
-    pooling: of an untuned one.
-    pretrained: an untuned one after pretraining.
-    number: the round of a trained one.
-    directory: of a saved one.
-  """
-
-  name: str
-  label: str
+  name: str  # in results.json
+  label: str  # what people read
   kind: Literal["bm25", "untuned", "saved", "trained", "reranked"]
-  pooling: str = ""
-  pretrained: bool = False
-  number: int = 0
-  directory: str = ""
+  pooling: str = ""  # of an untuned one
+  pretrained: bool = False  # an untuned one after pretraining
+  number: int = 0  # the round of a trained one
+  directory: str = ""  # of a saved one
 
   @property
   def is_dense(self) -> bool:
@@ -75,11 +65,6 @@ def _untuned(settings: Settings) -> list[System]:
 
 
 def _saved(settings: Settings) -> list[System]:
-  """Saved retrievers from elsewhere.
-
-  Raises:
-    InputError: an entry that is not NAME=DIR, or a name that is taken.
-  """
   listed: dict[str, System] = {}
   for entry in settings.evaluate.retrievers:
     name, _, directory = entry.partition("=")

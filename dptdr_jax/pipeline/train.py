@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -16,10 +17,10 @@ from dptdr_jax.data.batches import TrainBatches
 from dptdr_jax.data.groups import TrainGroups
 from dptdr_jax.data.prepare import Split
 from dptdr_jax.data.store import TokenStore
-from dptdr_jax.pipeline import models, pools
+from dptdr_jax.pipeline import models, pools, trials
 from dptdr_jax.pipeline.generations import Generations, Refresh
 from dptdr_jax.pipeline.models import BackboneInput, Compute
-from dptdr_jax.pipeline.trials import DevInput, DevTrial, frequent_tokens, tokens_of
+from dptdr_jax.pipeline.trials import DevInput, frequent_tokens, tokens_of
 from dptdr_jax.retrieval.candidates import Pool
 from dptdr_jax.retriever import Retriever, VectorSettings
 from dptdr_jax.runtime import hosts
@@ -63,43 +64,38 @@ def build_trained(inputs: TrainInputs, making: Making) -> None:
   split.check_trainable()
   backbone = models.load_backbone(inputs.backbone, making, inputs.compute)
   queries, corpus = tokens_of(inputs.queries, making), tokens_of(inputs.corpus, making)
-  retriever_of = _retriever_of(inputs, backbone)
-  groups: Any = _groups(inputs, making, split, corpus)
+  groups: Any = _groups(inputs, making, split, len(corpus))
   generations = None
   if inputs.refresh is not None:
-    groups = generations = Generations(inputs, making, backbone, split, groups)
+    groups = generations = Generations(inputs, making, split, groups)
   batches = TrainBatches(
     queries, corpus, split.trainable, groups, batch_size=inputs.train.queries, query_tokens=inputs.text.query_length,
     passage_tokens=inputs.text.passage_length, seed=inputs.seed, stage=f"train{inputs.number}",
     host=making.team.index, num_hosts=making.team.count, devices=jax.device_count(),
   )  # fmt: skip
-  loop = _loop(inputs, making, backbone, corpus, batches, retriever_of, generations)
+  loop = _loop(inputs, making, backbone, corpus, batches, generations)
   if inputs.train.refresh_every >= loop.steps:
     _log.warning("train.refresh_every is %d, and there are %d steps: no generation takes effect",
                  inputs.train.refresh_every, loop.steps)  # fmt: skip
-  try:
+  with contextlib.closing(generations) if generations else contextlib.nullcontext():
     loop.run()
-  finally:
-    if generations is not None:
-      generations.close()
   if making.team.is_main:
-    saved = Retriever.load(making.directory / "retriever", None if inputs.prompt.kind == "none" else backbone)
-    files.write_json(making.directory / "facts.json", models.parameters(saved.backbone, saved))
+    tunes_all = inputs.prompt.kind == "none"
+    saved = Retriever.load(making.directory / "retriever", None if tunes_all else backbone)
+    prompts = {id(tree): tree for tree in saved.prompts.values()}  # tied ones count once
+    whole, count = saved.backbone.num_parameters, sum(leaf.size for leaf in jax.tree.leaves(prompts))
+    files.write_json(making.directory / "facts.json", {"trained": whole if tunes_all else count, "backbone": whole})
 
 
 TRAIN = Kind("train", 1, build_trained, chosen=True)
 
 
-def _groups(inputs: TrainInputs, making: Making, split: Split, corpus: TokenStore) -> TrainGroups:
-  """What draws the passages of the batches."""
-  negatives = split.negatives if inputs.train.negatives == "source" and inputs.number == 1 else None
+def _groups(inputs: TrainInputs, making: Making, split: Split, num_passages: int) -> TrainGroups:
+  """What draws the passages of the batches, before others are mined during training."""
+  negatives: Any = split.negatives if inputs.train.negatives == "source" and inputs.number == 1 else None
   if inputs.pool is not None:
-    pool = Pool.open(making.path(inputs.pool) / "pool")
-    negatives = pools.pool_negatives(pool, inputs.train.simans_source)
-  return pools.train_groups(
-    inputs.train, split, negatives, num_passages=len(corpus), seed=inputs.seed, number=inputs.number,
-    pseudo=inputs.pseudo_positives,
-  )  # fmt: skip
+    negatives = Pool.open(making.path(inputs.pool) / "pool")
+  return pools.train_groups(inputs, split, negatives, num_passages)
 
 
 def _retriever_of(inputs: TrainInputs, backbone: Backbone) -> Callable[[TrainState], Retriever]:
@@ -119,9 +115,8 @@ def _retriever_of(inputs: TrainInputs, backbone: Backbone) -> Callable[[TrainSta
 
 def _loop(
   inputs: TrainInputs, making: Making, backbone: Backbone, corpus: TokenStore, batches: TrainBatches,
-  retriever_of: Callable[[TrainState], Retriever], generations: Generations | None,
+  generations: Generations | None,
 ) -> Loop:  # fmt: skip
-  """The training from its first state, on the mesh."""
   train, prompt = inputs.train, inputs.prompt
   model = steps.bi_encoder(backbone.config, prompt, inputs.vector, train, dropout=inputs.dropout,
                            compute_dtype=backbone.compute_dtype)  # fmt: skip
@@ -143,10 +138,10 @@ def _loop(
   def one(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
     return step(state, frozen, meshes.put_batch(batch, mesh))
 
-  trial = DevTrial.build(inputs.dev, making, inputs.seed) if inputs.dev else None
   task = Task(
-    "train", one, retriever_of, keep=lambda retriever: retriever.save(making.directory / "retriever"),
-    attempt=trial.evaluate if trial else None, generations=generations,
+    "train", one, _retriever_of(inputs, backbone),
+    keep=lambda retriever: retriever.save(making.directory / "retriever"),
+    attempt=trials.of_retriever(inputs.dev, making, inputs.seed), generations=generations,
   )  # fmt: skip
   return Loop(
     task, state, batches, making.directory, count, log_every=inputs.log_every,

@@ -113,7 +113,6 @@ def html(compared: Mapping[str, Mapping], named: Mapping[str, str], reference: s
 
 
 def _table(systems: Mapping[str, Mapping], measure: str) -> tuple[list[str], list[list[str]]]:
-  """The head and the rows."""
   others = [name for name in next(iter(systems.values()))["means"] if name != measure]
   head = ["", "parameters", "seeds", f"{measure} [95 %]", *others, "over seeds", "difference [95 %]", "p"]
   rows = []

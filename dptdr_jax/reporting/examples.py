@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 COUNT = 12  # queries that a report shows
 _TEXT = 300  # characters of a passage
 _TOP = 3  # passages a query
@@ -25,17 +27,15 @@ def choose(split, passages, run, count: int = COUNT) -> list[dict]:
     For each: "split", "query", "rank" of the first relevant passage from 1 or None, "right", "top" passages with
     "score" and "relevant", and "wanted", the first relevant passage or None.
   """
-  ranks = [_first_relevant(run.rows[query].tolist(), split.positives(query).tolist()) for query in range(len(split))]
+  ranks: list[int | None] = []
+  for query in range(len(split)):
+    found = np.flatnonzero(np.isin(run.rows[query], split.positives(query)))
+    ranks.append(int(found[0]) + 1 if len(found) else None)
   right = [query for query, rank in enumerate(ranks) if rank == 1]
   wrong = [query for query, rank in enumerate(ranks) if rank != 1]
   half = min(len(right), max(count // 2, count - len(wrong)))
   chosen = sorted(spread(right, half) + spread(wrong, count - half))
   return [_describe(split, passages, run, query, ranks[query]) for query in chosen]
-
-
-def _first_relevant(rows: list[int], relevant: list[int]) -> int | None:
-  wanted = set(relevant)
-  return next((rank for rank, row in enumerate(rows, 1) if row in wanted), None)
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:

@@ -8,7 +8,6 @@ from support import tiny
 
 from dptdr_jax import Backbone, Retriever
 from dptdr_jax.core import preemption
-from dptdr_jax.core.team import SOLO
 from dptdr_jax.pipeline import encode
 from dptdr_jax.retrieval.bm25 import Bm25
 from dptdr_jax.retrieval.embeddings import Embeddings
@@ -56,15 +55,15 @@ def test_interrupted_search_goes_on_with_the_missing_shards(whole, tmp_path, mon
 
 
 def test_searches_of_host_devices_and_index_agree(whole, tmp_path):
-  queries, passages = (Embeddings(whole.path(node)) for node in whole.nodes("vectors")[:2])
-  index = whole.path(whole.nodes("index")[0]) / "index"
-  found = []
-  for number, (backend, dtype, place) in enumerate(
-    (("faiss", "", None), ("faiss", "", index), ("devices", "float32", None), ("devices", "bfloat16", None))
+  node, found = whole.nodes("dense_run")[0], []
+  assert node.inputs.index is not None
+  for number, (backend, dtype, index) in enumerate(
+    (("faiss", "", None), ("faiss", "", node.inputs.index), ("devices", "float32", None), ("devices", "bfloat16", None))
   ):
-    search = encode.Search(backend=backend, parameters="nprobe=4" if place else "", device_dtype=dtype)
-    encode.search_dense(tmp_path / str(number), queries, passages, place, search, 10, SOLO)
-    found.append(Run.open(tmp_path / f"{number}/run"))
+    search = encode.Search(backend=backend, parameters="nprobe=4" if index else "", device_dtype=dtype)
+    making = whole.making(node, tmp_path / str(number))
+    encode.build_dense_run(node.inputs.model_copy(update={"search": search, "index": index, "depth": 10}), making)
+    found.append(Run.open(making.directory / "run"))
   for other in found[1:]:
     np.testing.assert_array_equal(other.rows, found[0].rows)
     np.testing.assert_allclose(other.scores, found[0].scores, rtol=1e-5)

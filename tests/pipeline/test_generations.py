@@ -15,7 +15,7 @@ import pytest
 from dptdr_jax.core.errors import DptdrError, InputError, RetryableError
 from dptdr_jax.data.batches import TrainBatches
 from dptdr_jax.data.prepare import Split
-from dptdr_jax.pipeline import generations, models, pools, train, trials
+from dptdr_jax.pipeline import generations, pools, train, trials
 from dptdr_jax.pipeline.generations import Generations
 from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.runtime.hosts import TEAM
@@ -49,8 +49,8 @@ def test_each_step_draws_from_its_generation(whole, tmp_path):
   node = made.node("train1")
   inputs, making = node.inputs, made.making(node, made.path(node))
   split, corpus = Split(made.workdir / "prepare/splits/train", "train"), trials.tokens_of(node.inputs.corpus, making)
-  first = train._groups(inputs, making, split, corpus)
-  mined = Generations(inputs, making, models.load_backbone(inputs.backbone, making, inputs.compute), split, first)
+  first = train._groups(inputs, making, split, len(corpus))
+  mined = Generations(inputs, making, split, first)
   with contextlib.closing(mined):
     for step in (2, 4, 6):
       mined.resume(step)
@@ -60,9 +60,7 @@ def test_each_step_draws_from_its_generation(whole, tmp_path):
     for step in range(7):
       rows, drawn = batches.rows(step), []
       for place in (None, *(made.workdir / f"train1/generations/{number}/pool" for number in range(3))):
-        negatives = pools.pool_negatives(Pool.open(place), "dense") if place else None
-        groups = first if place is None else pools.train_groups(
-          inputs.train, split, negatives, num_passages=64, seed=0, number=1, pseudo=True)  # fmt: skip
+        groups = pools.train_groups(inputs, split, Pool.open(place), 64) if place else first
         drawn.append(np.stack([groups.group(*pair) for pair in zip(rows.queries, rows.epochs, strict=True)]))
       np.testing.assert_array_equal(rows.passages, drawn[step // 2])
       others += sum(not np.array_equal(rows.passages, one) for one in drawn)
@@ -74,7 +72,7 @@ def waiting(whole, tmp_path):
   """A function that begins generations in an empty directory, nothing mined; with its inputs."""
   node = whole.node("train1")
   first = types.SimpleNamespace(group_size=3, num_passages=64)
-  return lambda: Generations(node.inputs, whole.making(node, tmp_path), None, None, first)
+  return lambda: Generations(node.inputs, whole.making(node, tmp_path), None, first)
 
 
 def test_another_process_waits_for_negatives_and_finds_them(waiting, tmp_path, monkeypatch, caplog):

@@ -74,10 +74,10 @@ def test_pool_without_reasons_never_gives_removed_candidates_as_negatives(whole,
 def test_negatives_have_the_scores_that_simans_wants_or_none(whole):
   pool = Pool.open(whole.workdir / "mine1/pool")
   for source in ("bm25", "dense", "absent.trec"):
-    negatives = pools.pool_negatives(pool, source)
+    negatives = pools.PoolNegatives(pool, source)
     assert negatives.rows(3).tolist() == pool.candidates(3).tolist()
     assert hasattr(negatives, "scores") == (source in pool.names)
-  scores, positive = pools.pool_negatives(pool, "bm25").scores(3)
+  scores, positive = pools.PoolNegatives(pool, "bm25").scores(3)
   expected = pool.candidate_scores(3, "bm25")
   np.testing.assert_array_equal(scores, expected[0])
   np.testing.assert_equal(positive, expected[1])

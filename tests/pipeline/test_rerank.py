@@ -12,7 +12,7 @@ from dptdr_jax import CrossEncoder
 from dptdr_jax.core import preemption
 from dptdr_jax.data.prepare import Corpus, Split
 from dptdr_jax.data.store import TokenStore
-from dptdr_jax.pipeline import mine, rerank, train, trials
+from dptdr_jax.pipeline import mine, rerank, train
 from dptdr_jax.reranker import probabilities
 from dptdr_jax.retrieval.candidates import Pool, Reason
 from dptdr_jax.retrieval.runs import Run
@@ -100,7 +100,7 @@ def test_denoising_removes_by_thresholds_and_counts_what_was_not_scored(whole, t
 def test_pseudo_positives_are_positives_and_nobodys_negatives(whole, tmp_path):
   node, pool = whole.node("train2"), Pool.open(whole.workdir / "mine1/pool")
   making, split = whole.making(node, tmp_path), Split(whole.workdir / "prepare/splits/train", "train")
-  groups = train._groups(node.inputs, making, split, trials.tokens_of(node.inputs.corpus, making))
+  groups = train._groups(node.inputs, making, split, 64)
   believed = [pool.pseudo_positives(query) for query in range(len(pool))]
   assert sum(map(len, believed)) > 0
   firsts = set()
