@@ -14,10 +14,10 @@ from support import forks
 
 def call(said: pathlib.Path, name: str, *given: str, directory: pathlib.Path = forks.ROOT) -> tuple[int, str]:
   """Exit status and output of `python -m dptdr_jax.NAME GIVEN` in a directory; `said` is the file of its output."""
-  return forks.Job(command, name, given, directory, said=said).end()
+  return forks.Job(run_command, name, given, directory, said=said).end()
 
 
-def command(name: str, given: Sequence[str], directory: pathlib.Path) -> None:
+def run_command(name: str, given: Sequence[str], directory: pathlib.Path = forks.ROOT) -> None:
   """`python -m dptdr_jax.NAME GIVEN` in this process."""
   os.chdir(directory)
   for flag in list(flags.FLAGS.flags_by_module_dict().get("dptdr_jax.main", ())):  # imported before the fork

@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import pytest
 from commands.common import call
-from support import quick, tiny
 
 from dptdr_jax.core import commands
 from dptdr_jax.core.errors import InputError, RetryableError
 from dptdr_jax.core.preemption import Preempted
 
 CONFIG, PLACE = "--config=configs/beir.py", "--workdir=nowhere"
-OWN = """
-import os, pathlib, threading, time
-from configs import beir
-
-METRICS = pathlib.Path("work/train1/metrics.jsonl")
-
-
-def size():
-  return METRICS.stat().st_size if METRICS.exists() else 0
-
-
-def stop(number, before):  # after one more step
-  while size() <= before:
-    time.sleep(0.005)
-  os.kill(os.getpid(), number)
-
-
-if int(os.environ["STOP"]):
-  threading.Thread(target=stop, args=(int(os.environ["STOP"]), size()), daemon=True).start()
-
-
-def get_config():
-  c = beir.get_config()
-  c.train.update({"steps": 300, "queries": 8, "evaluate_every": 0})
-  c.prompt.length, c.text.passage_length, c.log_every, c.evaluate.baselines = 4, 32, 1, ()
-  return c
-"""
 
 
 @pytest.mark.parametrize(
@@ -99,26 +66,3 @@ def test_wrong_flag_or_config_is_one_line_and_status_2(tmp_path, flags, message)
 def test_other_commands_refuse_flags_in_the_same_way(tmp_path, command):
   status, said = call(tmp_path / "said", command, "--no_such_flag=1")
   assert status == 2 and len(said.splitlines()) == 1 and "no_such_flag" in said
-
-
-def test_run_stopped_by_sigterm_and_by_ctrl_c_resumes(tmp_path):
-  """As a user starts it: in a directory with a config of its own and nothing of the repository."""
-  data, backbone = tiny.beir(tmp_path / "data"), tiny.backbone(tmp_path / "backbone")
-  (tmp_path / "own.py").write_text(OWN)
-  command = [sys.executable, "-m", "dptdr_jax.main", "--config=own.py", "--workdir=work", f"--config.data.dir={data}",
-             f"--config.backbone.path={backbone}"]  # fmt: skip
-
-  def run(stop: int) -> tuple[int, str]:
-    environment = os.environ | {"STOP": str(int(stop)), "XLA_FLAGS": quick.xla_flags()}  # one device
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    return ended.returncode, ended.stderr
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    status, said = run(number)
-    assert status == 75 and said.splitlines()[-1].startswith("stopped: ") and "Traceback" not in said, said
-    assert (tmp_path / "work/train1").exists() and not (tmp_path / "work/results.json").exists()
-  status, said = run(0)
-  assert status == 0, said
-  steps = [json.loads(line)["step"] for line in (tmp_path / "work/train1/metrics.jsonl").read_text().splitlines()]
-  assert steps == list(range(1, 301))
-  assert list(json.loads((tmp_path / "work/results.json").read_text())) == ["train1"]

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 
 import fsspec
 import numpy as np
 import pytest
-from support import runs, tiny
+from commands.common import call, run_command
+from support import forks, runs, tiny
 
 from dptdr_jax.core.errors import InputError
-from dptdr_jax.pipeline import mine
+from dptdr_jax.pipeline import export_negatives, mine
 from dptdr_jax.pipeline.export_negatives import Vectors, export
 from dptdr_jax.pipeline.export_negatives import mine as mine_vectors
 from dptdr_jax.retrieval.candidates import Reason
 from dptdr_jax.retrieval.qrels import Qrels
-
-
-def call(*arguments: str) -> tuple[int, str]:
-  """Runs the command: exit status and stderr."""
-  command = [sys.executable, "-m", "dptdr_jax.negatives", *arguments]
-  ended = subprocess.run(command, capture_output=True, text=True, check=False)
-  return ended.returncode, ended.stderr
 
 
 def read(path: pathlib.Path) -> list[dict]:
@@ -45,8 +38,8 @@ def test_exports_are_read_by_the_trainers_that_they_are_for(workdir, tmp_path):
   assert export(workdir, 0, tmp_path / "o/train.jsonl", "original", 0)["queries"] == 32
   lines = read(tmp_path / "o/train.jsonl")
   assert len(lines) == 32 and all(line["query"] and line["positives"] and line["negatives"] for line in lines)
-  out = f"--out={tmp_path}/n.jsonl"
-  assert call("export", f"--workdir={workdir}", "--round=0", "--format=ntuples", "--count=3", out)[0] == 0
+  given = f"--workdir={workdir}", "--round=0", "--format=ntuples", "--count=3", f"--out={tmp_path}/n.jsonl"
+  assert call(tmp_path / "said", "negatives", "export", *given)[0] == 0
   lines = read(tmp_path / "n.jsonl")
   assert lines and all(list(line) == ["anchor", "positive", "negative_1", "negative_2", "negative_3"] for line in lines)
 
@@ -113,20 +106,25 @@ def test_vectors_and_pools_may_be_remote(vectors, tmp_path, monkeypatch):
     assert memory.cat(f"/negatives/out/{name}") == (tmp_path / "local" / name).read_bytes()
 
 
+def stopped(given: list[str]) -> None:
+  """The command, with SIGTERM in the middle of the search."""
+  search = export_negatives.search_exact
+
+  def stop(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return search(*arguments)
+
+  export_negatives.search_exact = stop
+  run_command("negatives", given)
+
+
 def test_wrong_files_are_one_line_and_sigterm_has_its_own_status(vectors):
   both = [f"--passages={vectors}/p.npy", f"--queries={vectors}/q.npy", f"--passage_ids={vectors}/ids.txt"]
   command = ["mine", *both, f"--qrels={vectors}/qrels.tsv", f"--out={vectors}/out"]
-  code = (  # SIGTERM in the middle of the search
-    "import os; from absl import app\n"
-    "from dptdr_jax import negatives; from dptdr_jax.pipeline import export_negatives\n"
-    "search = export_negatives.search_exact\n"
-    f"def stop(*given): os.kill(os.getpid(), {int(signal.SIGTERM)}); return search(*given)\n"
-    "export_negatives.search_exact = stop; negatives.define(); app.run(negatives.main)"
-  )
-  ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
-  assert ended.returncode == 75 and "\nstopped: " in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+  status, said = forks.Job(stopped, command, said=vectors / "stopped").end()
+  assert status == 75 and "\nstopped: " in said and "Traceback" not in said, said
   (vectors / "qrels.tsv").write_text("0\td0\t1\n7\td1\t1\n")
-  assert call(*command) == (2, f"error: {vectors}/qrels.tsv:2: unknown query id: '7'\n")
+  assert call(vectors / "said", "negatives", *command) == (2, f"error: {vectors}/qrels.tsv:2: unknown query id: '7'\n")
   np.savez(vectors / "p.npz", rows=np.zeros((2, 2)))
   for name, first, message in (
     ("p.npy", 10, r"0 ≤ first < depth ≤ 32767: \(10, 10\)"),

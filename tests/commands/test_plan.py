@@ -15,7 +15,7 @@ def settings(tmp_path_factory) -> Settings:
   directory = tmp_path_factory.mktemp("plan")
   config = tiny.config(
     directory, compute_dtype="float32", train__queries=16, train__passages=4, vector__pooling="first",
-    vector__normalize=False, pretrain__enabled=True, pretrain__mlm_weight=1.0, pretrain__spans=32,
+    vector__normalize=False, pretrain__enabled=True, pretrain__mlm_weight=1.0, pretrain__spans=16,
   )  # fmt: skip
   return Settings.of(config)
 

@@ -32,24 +32,9 @@ def function(name: str, summary: str, text: str) -> str:
 
 
 @pytest.fixture
-def packages(tmp_path, monkeypatch):
-  """Writes packages {name: {file: source}} where Python finds them; every one raises when it is imported."""
+def sources(tmp_path, monkeypatch):
+  """{package: {file: source}} of three packages, which a test may change before `make` writes them."""
   monkeypatch.syspath_prepend(tmp_path)
-
-  def write(sources):
-    for package, modules in sources.items():
-      (tmp_path / package).mkdir()
-      for name, source in {"__init__.py": "raise RuntimeError('imported')\n", **modules}.items():
-        path = tmp_path / package / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(source if isinstance(source, bytes) else source.encode())
-    importlib.invalidate_caches()
-    return tmp_path
-
-  return write
-
-
-def three_packages():
   return {
     "alphapkg": {"one.py": function("turn", "Turn the wheel of a cart.", body(1))},
     "betapkg": {"two.py": function("melt", "Melt some snow for the tea.", body(2))},
@@ -58,12 +43,18 @@ def three_packages():
 
 
 @pytest.fixture
-def make(tmp_path):
-  """make(**options) → Beir over a folder made of the three packages."""
+def make(sources, tmp_path):
+  """make(**options) → Beir over a folder made of the packages, each of which raises when it is imported."""
 
   def run(**options):
-    defaults = {"packages": ("alphapkg", "betapkg", "gammapkg"), "test_modules": ("betapkg",)}
-    write_folder(tmp_path / "out", Options(**{**defaults, "dev_modules": ("gammapkg",), **options}))
+    for package, modules in sources.items():
+      for name, source in {"__init__.py": "raise RuntimeError('imported')\n", **modules}.items():
+        path = tmp_path / package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    importlib.invalidate_caches()
+    options = {"packages": tuple(sources), "test_modules": ("betapkg",), "dev_modules": ("gammapkg",)} | options
+    write_folder(tmp_path / "out", Options(**options))
     return Beir(tmp_path / "out")
 
   return run
@@ -77,8 +68,7 @@ def counts(made):
   return files.read_json(made.directory / "docstrings.json")["counts"]
 
 
-def test_summary_asks_and_name_with_body_answers(packages, make):
-  packages(three_packages())
+def test_summary_asks_and_name_with_body_answers(make):
   made = make()
   assert made.splits() == ("train", "dev", "test")
   (query,) = made.queries("train")
@@ -89,16 +79,13 @@ def test_summary_asks_and_name_with_body_answers(packages, make):
   assert passages[0].title == "alphapkg.one.turn" and passages[0].text == body(1)
   assert query.id not in {passage.id for passage in passages}
   assert names(made, "dev") == ["gammapkg.three.weave"] and names(made, "test") == ["betapkg.two.melt"]
+  assert not {"alphapkg", "betapkg", "gammapkg"} & set(sys.modules), "nothing is imported"
+  assert make(dev_modules=()).splits() == ("train", "test")
+  made = make(dev_modules=(), test_modules=())
+  assert made.splits() == ("train",) and len(names(made, "train")) == 3
 
 
-def test_nothing_is_imported(packages, make):
-  packages(three_packages())
-  make()
-  assert not {"alphapkg", "betapkg", "gammapkg"} & set(sys.modules)
-
-
-def test_private_objects_and_tests_are_left_out(packages, make):
-  sources = three_packages()
+def test_private_objects_and_tests_are_left_out(sources, make):
   hidden = function("hidden", "Hide behind the old barn.", body(4))
   sources["alphapkg"] |= {
     "_impl/_inner.py": function("shown", "Show the stars at night.", body(5)),
@@ -110,25 +97,21 @@ def test_private_objects_and_tests_are_left_out(packages, make):
     "  if True:\n    async def run(self):\n      '''Run around the lake twice.\n\n      " + body(7) + "\n      '''\n"
     "  def _walk(self):\n    '''Walk around the lake once.\n\n    " + body(8) + "\n    '''\n",
   }  # fmt: skip
-  packages(sources)
   assert names(make(), "train") == ["alphapkg.kinds.Outer.run", "alphapkg.one.turn", "alphapkg.shown"]
 
 
-def test_docstrings_of_c_code_are_read(packages, make):
-  sources = three_packages()
+def test_docstrings_of_c_code_are_read(sources, make):
   sources["alphapkg"]["_add_newdocs.py"] = (
     f"add_newdoc('alphapkg._core', 'sum', 'sum(x, out=None)\\n\\nAdd up all the apples.\\n\\n{body(4)}')\n"
     f"add_newdoc('airy', 'Blow a gentle breeze around.\\n\\n{body(5)}')\n"
     f"add_newdoc('_secret', 'Tell nobody about the cave.\\n\\n{body(6)}')\n"
     f"add_newdoc('alphapkg', 'parts', ('of', 'Name the parts of it.\\n\\n{body(7)}'))\n"
   )
-  packages(sources)
   assert names(make(), "train") == ["alphapkg.sum", "alphapkg.airy", "alphapkg.one.turn"]
   assert next(make().queries("train")).text == "Add up all the apples."
 
 
-def test_broken_files_are_skipped_and_counted(packages, make):
-  sources = three_packages()
+def test_broken_files_are_skipped_and_counted(sources, make):
   sources["alphapkg"] |= {
     "broken.py": "def (:\n",
     "zeros.py": b"x = '\0'\n",
@@ -136,15 +119,13 @@ def test_broken_files_are_skipped_and_counted(packages, make):
     "latin.py": b"# -*- coding: latin-1 -*-\n"
     + function("brew", "Brew the coffee of a café.", body(4)).encode("latin-1"),
   }
-  packages(sources)
   made = make()
   assert counts(made)["files skipped: cannot be parsed"] == 3
   assert counts(made)["files read"] == 10
   assert [query.text for query in made.queries("train")][0] == "Brew the coffee of a café."
 
 
-def test_short_and_repeated_docstrings_are_dropped_for_a_reason(packages, make):
-  sources = three_packages()
+def test_short_and_repeated_docstrings_are_dropped_for_a_reason(sources, make):
   sources["alphapkg"]["more.py"] = "".join([
     function("brief", "Too short.", body(4)),
     function("bare", "This one has no body.", "Only a few words."),
@@ -156,7 +137,6 @@ def test_short_and_repeated_docstrings_are_dropped_for_a_reason(packages, make):
     function("paste", "Paste them onto the wall.", body(8)),
     function("glue", "Glue the halves once more.", body(9)),
   ])  # fmt: skip
-  packages(sources)
   made = make()
   assert names(made, "train") == ["alphapkg.more.fold", "alphapkg.more.glue", "alphapkg.one.turn"]
   assert {reason: n for reason, n in counts(made).items() if reason.startswith("dropped: ")} == {
@@ -168,8 +148,7 @@ def test_short_and_repeated_docstrings_are_dropped_for_a_reason(packages, make):
   }
 
 
-def test_near_duplicates_are_in_one_split_only(packages, make):
-  sources = three_packages()
+def test_near_duplicates_are_in_one_split_only(sources, make):
   sources["alphapkg"]["twins.py"] = "".join([
     function("same_summary", "Melts snow for tea.", body(4)),
     function("melt", "Melt snow for a cup.", body(5)),
@@ -177,7 +156,6 @@ def test_near_duplicates_are_in_one_split_only(packages, make):
     function("same_body", "Explain everything about winter drinks.", body(2) + " and then some more words"),
   ])  # fmt: skip
   sources["gammapkg"]["twin.py"] = function("thaw", "Melt some snow for the tea pot.", body(7))
-  packages(sources)
   made = make()
   assert names(made, "train") == ["alphapkg.one.turn", "alphapkg.twins.other_name"]
   assert names(made, "dev") == ["gammapkg.three.weave"] and names(made, "test") == ["betapkg.two.melt"]
@@ -194,23 +172,21 @@ def test_boilerplate_of_many_docstrings_makes_no_near_duplicates():
   assert finder.has_duplicate("y.g", "unlike", f"{boilerplate} {body(5)}")
 
 
-def test_the_longer_module_name_decides(packages, make):
-  sources = three_packages()
+def test_the_longer_module_name_decides(sources, make):
   sources["betapkg"]["kept.py"] = function("carve", "Carve a spoon from birch.", body(4))
-  packages(sources)
   made = make(test_modules=("betapkg", "gammapkg.three"), dev_modules=("betapkg.kept",))
   assert names(made, "dev") == ["betapkg.kept.carve"]
   assert names(made, "test") == ["betapkg.two.melt", "gammapkg.three.weave"]
 
 
-def test_folder_depends_on_files_and_options_alone(packages, tmp_path):
-  root = packages(three_packages())
+def test_folder_depends_on_files_and_options_alone(make, tmp_path):
+  make()
   arguments = ["--packages=alphapkg,betapkg,gammapkg,optax", "--test_modules=betapkg,optax", "--dev_modules=gammapkg"]
   contents = []
   for seed in ("1", "2"):
     done = subprocess.run(
       [sys.executable, str(LAUNCH / "docstrings.py"), f"--out={tmp_path / seed}", *arguments],
-      env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+      env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and "written; docstrings: 1 train, 1 dev" in done.stdout, done.stderr
     folder = sorted(path for path in (tmp_path / seed).rglob("*") if path.is_file())
@@ -218,22 +194,20 @@ def test_folder_depends_on_files_and_options_alone(packages, tmp_path):
   assert contents[0] == contents[1] and sum(map(len, contents[0].values())) > 100_000
 
 
-def test_folder_is_written_again_only_after_a_change(packages, make, tmp_path):
-  root = packages(three_packages())
+def test_folder_is_written_again_only_after_a_change(sources, make, tmp_path):
   corpus = make().directory / "corpus.jsonl"
   written = corpus.stat().st_mtime_ns
   assert make().files() == [corpus] and corpus.stat().st_mtime_ns == written
   make(dev_modules=())
   assert not (tmp_path / "out/qrels/dev.tsv").exists()
-  (root / "alphapkg/one.py").write_text(function("turn", "Turn the wheel of a waggon.", body(1)))
+  sources["alphapkg"]["one.py"] = function("turn", "Turn the wheel of a waggon.", body(1))
   assert next(make().queries("train")).text == "Turn the wheel of a waggon."
   corpus.unlink()
   assert len(list(make().passages())) == 3
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_folder_with_other_files_is_refused_untouched(packages, make, tmp_path, ours, capsys):
-  packages(three_packages())
+def test_folder_with_other_files_is_refused_untouched(make, tmp_path, ours, capsys):
   if ours:
     make(dev_modules=())
   theirs = tmp_path / "out/notes/notes.txt"
@@ -247,20 +221,6 @@ def test_folder_with_other_files_is_refused_untouched(packages, make, tmp_path, 
   assert theirs.read_text() == "mine" and (tmp_path / "out/corpus.jsonl").exists() == ours
 
 
-def test_killed_before_the_end_leaves_no_folder(packages, make, tmp_path, monkeypatch):
-  packages(three_packages())
-
-  def killed(path, value):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr(files, "write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-      make()
-  assert not (tmp_path / "out").exists()
-  assert names(make(), "train") == ["alphapkg.one.turn"]
-
-
 @pytest.mark.parametrize(
   ("options", "culprit"),
   [
@@ -270,23 +230,13 @@ def test_killed_before_the_end_leaves_no_folder(packages, make, tmp_path, monkey
     ({"test_modules": ("betapkg.nothing",)}, "betapkg.nothing"),
   ],
 )
-def test_errors_name_the_culprit(packages, make, options, culprit):
-  packages(three_packages())
+def test_errors_name_the_culprit(make, options, culprit):
   with pytest.raises(InputError, match=culprit):
     make(**options)
 
 
-def test_split_without_modules_is_left_out(packages, make):
-  packages(three_packages())
-  assert make().splits() == ("train", "dev", "test")
-  assert make(dev_modules=()).splits() == ("train", "test")
-  made = make(dev_modules=(), test_modules=())
-  assert made.splits() == ("train",) and len(names(made, "train")) == 3
-
-
-def test_package_may_be_one_file(packages, make):
-  root = packages(three_packages())
-  (root / "lonepkg.py").write_text(function("sail", "Sail across the narrow bay.", body(4)))
+def test_package_may_be_one_file(make, tmp_path):
+  (tmp_path / "lonepkg.py").write_text(function("sail", "Sail across the narrow bay.", body(4)))
   assert names(make(packages=("lonepkg", "betapkg", "gammapkg")), "train") == ["lonepkg.sail"]
 
 

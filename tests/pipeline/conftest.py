@@ -1,22 +1,13 @@
 """One finished run in which everything is made, for all tests: they read it, or change a copy."""
 
-import fcntl
-import os
-
 import pytest
 from support import runs
+from support.once import once
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> runs.Run:
-  """Made once for all of pytest's workers; several tests share it, so that none may change it."""
-  base = tmp_path_factory.getbasetemp()
-  directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
-  directory.mkdir(exist_ok=True)
-  with open(directory / "lock", "w") as stream:
-    fcntl.flock(stream, fcntl.LOCK_EX)
-    made = runs.Run(runs.everything(directory), directory / "work")
-    if not (directory / "done").exists():
-      made.run()
-      (directory / "done").touch()
-  return made
+  def made(directory) -> runs.Run:
+    return runs.Run(runs.everything(directory), directory / "work")
+
+  return made(once(tmp_path_factory, "whole", lambda directory: made(directory).run()))

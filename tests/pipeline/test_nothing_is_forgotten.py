@@ -7,19 +7,15 @@ import json
 import pathlib
 import shutil
 
-import numpy as np
 import pytest
 from support import formats, runs, tiny
 
 from dptdr_jax import Backbone, Retriever
-from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.fingerprints import Fingerprints
 from dptdr_jax.core.store import is_neutral, refs_of
-from dptdr_jax.data.prepare import Corpus
 from dptdr_jax.pipeline import reference
 from dptdr_jax.pipeline.graph import Graph
 from dptdr_jax.pipeline.outside import Outside
-from dptdr_jax.retrieval.embeddings import Embeddings
 from dptdr_jax.settings import Settings, declared
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -148,24 +144,6 @@ def test_changed_judgements_make_again_what_is_measured_by_them(whole, tmp_path,
                                "reranked_run": 1, "measures": 9}  # fmt: skip
 
 
-def test_changed_activation_is_another_backbone(tmp_path):
-  """The same tensors: a saved retriever refuses them, and a run makes its vectors again."""
-  made = runs.Run(tiny.config(tmp_path, rounds=0), tmp_path / "work")
-  made.run()
-  before, results = Backbone.load(tmp_path / "backbone"), (tmp_path / "work/results.json").read_text()
-  Retriever.untuned(before, passage_length=32).save(tmp_path / "saved")
-  runs.rewrite(tmp_path / "backbone/config.json", '"gelu"', '"relu"')
-  made.run()
-  assert (tmp_path / "work/results.json").read_text() == results
-  made.run(verify=True)
-  again = json.loads((tmp_path / "work/results.json").read_text())
-  assert again["backbone"] != json.loads(results)["backbone"] and again["bm25"] == json.loads(results)["bm25"]
-  other = Backbone.load(tmp_path / "backbone")
-  assert other.hash != before.hash and other.tensor_hash == before.tensor_hash
-  with pytest.raises(InputError, match="trained on another backbone"):
-    Retriever.load(tmp_path / "saved")
-
-
 def test_config_of_a_backbone_that_format_1_did_not_hash_is_an_input(tmp_path):
   config = tiny.config(tmp_path, rounds=0, evaluate__baselines=(), evaluate__retrievers=(f"old={tmp_path}/old",))
   backbone = Backbone.load(tmp_path / "backbone")
@@ -177,19 +155,3 @@ def test_config_of_a_backbone_that_format_1_did_not_hash_is_an_input(tmp_path):
   before = {node.ref for node in made.nodes("vectors")}
   runs.rewrite(tmp_path / "backbone/config.json", '"gelu"', '"relu"')
   assert not before & {node.ref for node in made.plan(verify=True).nodes.values()}
-
-
-def test_backbones_of_equal_tensors_and_other_config_each_use_their_own(tmp_path):
-  saved = []
-  for name in ("gelu", "relu"):
-    config = tiny.backbone(tmp_path / name) / "config.json"
-    config.write_text(config.read_text().replace('"gelu"', f'"{name}"'))
-    Retriever.untuned(Backbone.load(tmp_path / name), passage_length=32).save(tmp_path / f"saved-{name}")
-    saved.append(f"{name}={tmp_path}/saved-{name}")
-  config = tiny.config(tmp_path, rounds=0, evaluate__baselines=(), evaluate__retrievers=tuple(saved))
-  made = runs.Run(config, tmp_path / "work")
-  made.run()
-  for name, node in zip(("gelu", "relu"), made.nodes("vectors")[1::2], strict=True):  # each: dev, then the corpus
-    texts = [(p.title, p.text) for p in Corpus(tmp_path / "work/prepare/corpus").passages.read()]
-    wanted = Retriever.load(tmp_path / f"saved-{name}").encode_passages(texts)
-    np.testing.assert_allclose(Embeddings(made.path(node)).take(np.arange(len(texts))), wanted, atol=1e-5)

@@ -72,7 +72,7 @@ def test_exported_backbone_is_transformers_own(whole):
 def test_several_corpora_and_contrast_alone(whole, tmp_path, caplog):
   lines = tmp_path / "more.jsonl"
   lines.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in tiny.sentences(20, 12, 7)))
-  tiny.backbone(tmp_path / "backbone", head=True)
+  tiny.backbone(tmp_path / "backbone", layers=1, head=True)
   config = tiny.config(
     tmp_path, pretrain__enabled=True, pretrain__corpora=(str(whole.workdir), str(lines)), pretrain__steps=0,
     pretrain__epochs=0.5, pretrain__mlm_weight=0.0, pretrain__evaluate_every=0, pretrain__chunk=1,
@@ -92,7 +92,7 @@ def test_several_corpora_and_contrast_alone(whole, tmp_path, caplog):
 
 
 def test_run_from_nothing_makes_its_tokenizer_and_backbone(tmp_path, monkeypatch):
-  shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 64}
+  shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32, "max_positions": 64}
   config = tiny.config(
     tmp_path, pretrain__enabled=True, pretrain__tokenizer="train", pretrain__vocabulary=400, pretrain__mlm_weight=1.0,
     pretrain__evaluate_every=0, rounds=0, backbone__path="", evaluate__baselines=("backbone",),
@@ -122,6 +122,7 @@ def test_run_from_nothing_makes_its_tokenizer_and_backbone(tmp_path, monkeypatch
 def test_text_without_queries_ends_with_a_backbone(tmp_path, capsys, caplog):
   texts = tmp_path / "texts"
   texts.mkdir()
+  tiny.backbone(tmp_path / "backbone", hidden=16, layers=1, heads=2)
   config = tiny.config(tmp_path, pretrain__enabled=True, data__format="text", data__dir=str(texts))
   made = runs.Run(config, tmp_path / "work")
   with pytest.raises(InputError, match="no text in this folder"):

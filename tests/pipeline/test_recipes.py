@@ -28,7 +28,7 @@ def recipe(name: str):
 def run_recipe(directory: pathlib.Path, name: str, write: Callable, **fields) -> runs.Run:
   """Runs configs/NAME.py with a tiny RoBERTa; sizes alone are changed."""
   write(directory / "data")
-  tiny.backbone(directory / "backbone", family="roberta")
+  tiny.backbone(directory / "backbone", family="roberta", layers=1)
   own = recipe(name)
   config = tiny.config(
     directory, name, prompt__length=8, text__query_length=16, train__queries=16, train__query_chunk=1,

@@ -33,9 +33,6 @@ def directory(tmp_path_factory):
     ({"evaluate__depth": 50}, "looks deeper than evaluate.depth, 50: 'R@100'"),
     ({"evaluate__other_poolings": ("mean",)}, "other_poolings holds vector.pooling's own: 'mean'"),
     ({"rounds": 0, "evaluate__baselines": ()}, "nothing to evaluate"),
-    ({"evaluate__retrievers": ("train1=x",)}, "name that is taken: 'train1'"),
-    ({"evaluate__retrievers": ("x",)}, "holds NAME=DIR"),
-    ({"evaluate__retrievers": ("x=nowhere",)}, "nowhere: no retriever here"),
     # data
     ({"data__dir": "nowhere"}, "nowhere: no such folder"),
     ({"data__dir": ""}, "no folder of data is named. Set --config.data.dir"),

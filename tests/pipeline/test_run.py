@@ -104,7 +104,7 @@ def same(one: runs.Run, other: runs.Run, link: str) -> bool:
 
 @pytest.mark.parametrize(
   ("stage", "asked_at"),
-  [("pretrain", 3), ("train1", 5), ("cross", 2)],  # in the trial before the first step; while negatives are mined; …
+  [("pretrain", 3), ("train1", 5)],  # in the trial before the first step; while negatives are mined
 )
 def test_interrupted_training_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, stage, asked_at):
   made = whole.copy(tmp_path / "work")
@@ -121,6 +121,7 @@ def test_interrupted_training_ends_as_an_undisturbed_one(whole, tmp_path, monkey
 
 
 def test_fine_tuning_starts_from_exact_weights_and_saves_its_own_backbone(tmp_path):
+  tiny.backbone(tmp_path / "backbone", hidden=16, layers=1, heads=2)
   made = runs.Run(
     tiny.config(tmp_path, prompt__kind="none", compute_dtype="bfloat16", train__learning_rate=1e-3, train__steps=2,
                 evaluate__baselines=("backbone",)), tmp_path / "work")  # fmt: skip

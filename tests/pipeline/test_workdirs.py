@@ -8,7 +8,7 @@ import pathlib
 import pytest
 from support import runs, tiny
 
-from dptdr_jax import Backbone, Retriever
+from dptdr_jax.core import lock
 from dptdr_jax.core.errors import InputError
 
 
@@ -36,20 +36,14 @@ def theirs(tmp_path):
   return place
 
 
-def test_folder_of_others_is_refused_untouched(directory, theirs):
+@pytest.mark.parametrize("mark", ["", '{"start": 1}'])  # a run.json of others
+def test_folder_of_others_is_refused_untouched(directory, theirs, mark):
+  (theirs / "run.json").write_text(mark)
   before = contents(theirs)
   with pytest.raises(InputError, match=f"^{theirs}: the directory is not empty and not a run's.*Name an empty"):
     small(directory, theirs).run()
   with pytest.raises(InputError, match="not empty"):
     small(directory, theirs.parent / "work").run(store=theirs)
-  assert contents(theirs) == before
-
-
-def test_own_json_of_others_is_no_mark(directory, theirs):
-  (theirs / "run.json").write_text('{"start": 1}')
-  before = contents(theirs)
-  with pytest.raises(InputError, match="not a run's"):
-    small(directory, theirs).run()
   assert contents(theirs) == before
 
 
@@ -123,22 +117,9 @@ def test_read_only_workdir_is_one_line(directory, tmp_path, monkeypatch):
 
 
 def test_second_run_in_one_directory_is_refused(directory, tmp_path):
-  from dptdr_jax.core import lock
-
   (tmp_path / "work").mkdir()
   with lock.exclusive(tmp_path / "work"), pytest.raises(InputError, match="another run is at work in this directory"):
     small(directory, tmp_path / "work").run()
-
-
-def test_saved_retriever_replaces_no_folder_of_others(directory, theirs):
-  before = contents(theirs)
-  tiny.config(directory)
-  retriever = Retriever.untuned(Backbone.load(directory / "backbone"), passage_length=32)
-  with pytest.raises(InputError, match=f"^{theirs}: the directory holds something else"):
-    retriever.save(theirs)
-  assert contents(theirs) == before
-  retriever.save(theirs.parent / "saved")
-  retriever.save(theirs.parent / "saved")
 
 
 def test_prune_removes_what_no_run_reaches_and_nothing_of_others(directory, tmp_path, capsys):

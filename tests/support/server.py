@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import httpx
 import jax
-from commands.common import command
+from commands.common import run_command
 from support import forks, tiny
 
 from dptdr_jax.backbone import Backbone
@@ -49,7 +49,7 @@ def documents(count: int, seed: int = 0) -> list[dict]:
 def _serve(given: Sequence[str], own_programs: bool) -> None:
   if own_programs:
     jax.config.update("jax_compilation_cache_dir", None)
-  command("serve", given, forks.ROOT)
+  run_command("serve", given)
 
 
 class Server:
