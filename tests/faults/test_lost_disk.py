@@ -10,10 +10,8 @@ import pytest
 from support import forks, lost_disk
 from support.attacked import differ, ended
 
-from dptdr_jax.core.errors import InputError
 from dptdr_jax.core.store import Store
 from dptdr_jax.pipeline.run import run
-from dptdr_jax.settings import config_dict
 
 
 def test_every_machine_loses_its_disk_and_the_run_ends_the_same(attacked, tmp_path):
@@ -46,8 +44,3 @@ def test_a_remote_that_is_no_file_system_gives_all_back(attacked, tmp_path, monk
   finally:
     fsspec.filesystem("memory").store.clear()
   assert not differ(ended(second), ended(attacked.work))
-
-
-def test_a_workdir_is_local():
-  with pytest.raises(InputError, match="memory://run: a run works on local files. Name a local --workdir and --remote"):
-    run(config_dict(), "memory://run")

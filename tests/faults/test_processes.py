@@ -113,12 +113,6 @@ def test_damage_that_the_first_finds_ends_all_alike(attacked, started, tmp_path)
   assert "backbone/config.json is lost: training chose it on the way" in last[0]
 
 
-def test_bad_input_that_the_first_finds_ends_all_alike(started):
-  statuses, printed = forks.end(started("--config.data.dir=nowhere"))
-  assert statuses == [2, 2]
-  assert [text.splitlines()[-1] for text in printed] == ["error: nowhere: no such folder"] * 2
-
-
 def test_all_wait_for_an_artefact_that_another_run_makes_and_all_can_be_stopped(attacked, started, tmp_path):
   key = next((attacked.work / "store/train").iterdir()).name
   path = tmp_path / f"work/store/train/{key}.lock"

@@ -1,4 +1,4 @@
-"""One file of each kind of artefact is damaged. All files of a larger run: `python tests/faults/sweep.py`."""
+"""One file of each kind of artefact is damaged."""
 
 from __future__ import annotations
 
@@ -15,6 +15,5 @@ def test_damaged_file_changes_no_measure_and_shows_no_traceback(attacked, tmp_pa
   job = forks.Job(damage.try_all, attacked.config(), attacked.work, tmp_path / "work", listed, said=tmp_path / "said")
   status, said = job.end()
   assert status == 0, said[-3000:]
-  ends = [damage.Outcome(**one) for one in json.loads((tmp_path / "work.json").read_text())]
-  wrong = [(case, end) for case, end in zip(listed, ends, strict=True) if not end.is_good(case)]
+  wrong = json.loads((tmp_path / "work.json").read_text())
   assert not wrong and len({case.kind for case in listed}) > 15

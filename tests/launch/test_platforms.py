@@ -56,18 +56,12 @@ def slurm(fakes):
   return lambda: fakes.start("slurm.sh", *JOB, **place)
 
 
-def test_slurm_restarts_in_the_allocation(fakes, slurm):
-  fakes.python(["exit 134", "exit 0"])
+def test_slurm_restarts_in_the_allocation_but_for_an_input_error(fakes, slurm):
+  fakes.python(["exit 134", "exit 2"])
   status, printed = fakes.end(slurm())
-  assert status == 0, printed
+  assert status == 2, printed
   assert len(fakes.calls("srun", "--kill-on-bad-exit=1 --cpus-per-task=8")) == len(fakes.jobs()) == 2
   assert not fakes.calls("scontrol")
-
-
-def test_slurm_input_error_is_final(fakes, slurm):
-  fakes.python(["exit 2"])
-  assert fakes.end(slurm())[0] == 2
-  assert len(fakes.jobs()) == 1 and not fakes.calls("scontrol")
 
 
 def test_slurm_time_limit_saves_and_requeues(fakes, slurm):
@@ -100,29 +94,17 @@ def tpu(fakes):
 
 
 def test_tpu_copies_installs_runs_and_restarts(fakes, tpu):
-  tpu("exit 1", "exit 0")
-  status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU, SETUP="touch mounted")
-  assert status == 0, printed
-  assert fakes.jobs() == ["python -m dptdr_jax.main --coordinator=auto " + " ".join(JOB)] * 2
-  assert fakes.calls("python", "pip install") and "[tpu]" in fakes.calls("python", "pip install")[0]
-  assert (fakes.directory / "home/dptdr_jax/dptdr_jax/main.py").exists()
-  assert (fakes.directory / "home/mounted").exists()
-  assert len(fakes.calls("gcloud", "tpu-vm scp")) == 2 and not fakes.calls("gcloud", "create")
-
-
-def test_tpu_input_error_is_final(fakes, tpu):
-  tpu("exit 2")
-  assert fakes.run("tpu_pod.sh", *JOB, **TPU)[0] == 2
-  assert len(fakes.jobs()) == 1
-
-
-def test_tpu_setup_comes_before_the_installation_with_the_named_python(fakes, tpu):
-  tpu("exit 0")
+  """The setup comes before the installation, which is done with the named Python; an input error is final."""
+  tpu("exit 1", "exit 2")
   fakes.tool("my python", "[ -e ../mounted ]")
   named = {"PYTHON": str(fakes.bin / "my python"), "SETUP": "touch mounted; cd /  # and more"}
   status, printed = fakes.run("tpu_pod.sh", *JOB, **TPU, **named)
-  assert status == 0, printed
-  assert fakes.calls("my python", "version_info") and len(fakes.jobs()) == 1
+  assert status == 2, printed
+  assert fakes.calls("my python", "version_info")
+  assert fakes.jobs() == ["python -m dptdr_jax.main --coordinator=auto " + " ".join(JOB)] * 2
+  assert fakes.calls("python", "pip install") and "[tpu]" in fakes.calls("python", "pip install")[0]
+  assert (fakes.directory / "home/dptdr_jax/dptdr_jax/main.py").exists()
+  assert len(fakes.calls("gcloud", "tpu-vm scp")) == 2 and not fakes.calls("gcloud", "create")
 
 
 @pytest.mark.parametrize("fails", ["version", "pip"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
@@ -12,6 +11,7 @@ import shutil
 import traceback
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 from unittest import mock
 
 from ml_collections import ConfigDict
@@ -21,14 +21,11 @@ from dptdr_jax.core.errors import DptdrError, RetryableError
 from dptdr_jax.pipeline import models
 from dptdr_jax.pipeline.run import run
 
-HARMS = ("lost", "cut", "flipped")
-EQUAL, REFUSED, ANOTHER, TRACEBACK = "equal", "one line, status 2", "ANOTHER MEASURE", "TRACEBACK"
 STARTS = 4  # until a run that asks to be started again is given up
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """One file of a run, and what happens to it."""
+class Case(NamedTuple):
+  """One file of a run, and what happens to it; `late`: after the store has looked, readers have to notice."""
 
   file: str
   harm: str
@@ -41,43 +38,34 @@ class Case:
     return parts[1] if len(parts) > 3 else parts[0] if parts[0] == "store" else "run"
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """How a case ended.
-
-  Attributes:
-    how: one of the four, see above.
-    starts: that it took.
-    said: the error, or the name of the file that differs.
-  """
-
-  how: str
-  starts: int
-  said: str = ""
-
-  def is_good(self, case: Case) -> bool:
-    """Whether that is as it should be: a reader cannot know that a bit was flipped if what it reads makes sense."""
-    return self.how in (EQUAL, REFUSED) or (self.how == ANOTHER and case.late and case.harm == "flipped")
-
-
 def cases(workdir: pathlib.Path) -> Iterator[Case]:
   """All cases of a finished run."""
   for path in sorted(workdir.rglob("*")):
     if path.is_file() and not path.is_symlink() and path.name != "lock":
-      for harm, late in itertools.product(HARMS, (False, True)):
+      for harm, late in itertools.product(("lost", "cut", "flipped"), (False, True)):
         case = Case(path.relative_to(workdir).as_posix(), harm, late)
         if not late or (case.kind not in ("run", "store") and path.name != store.ABOUT):
           yield case
 
 
-def results(workdir: pathlib.Path) -> dict[str, bytes]:
-  """The bytes of results.json and of the run files."""
-  paths = [workdir / "results.json", *sorted(workdir.glob("evaluate/runs/*.trec"))]
-  return {path.relative_to(workdir).as_posix(): path.read_bytes() for path in paths}
+def few(workdir: pathlib.Path, cheap: Sequence[str]) -> list[Case]:
+  """One case of each kind of artefact, and one that is late of kinds of which little is made."""
+  chosen: dict[tuple, tuple[int, Case]] = {}
+  for case in cases(workdir):
+    weight = zlib.crc32(f"{case.file.rpartition('/')[2]} {case.harm}".encode())
+    if not case.late or (case.kind in cheap and case.harm != "flipped"):
+      chosen[case.kind, case.late] = max(chosen.get((case.kind, case.late), (-1, case)), (weight, case))
+  return [case for _, case in chosen.values()]
 
 
-def try_case(case: Case, config: ConfigDict, finished: pathlib.Path, work: pathlib.Path) -> Outcome:
-  """Damages a copy of a finished run at `work`, and starts it until it ends."""
+def try_all(config: ConfigDict, finished: pathlib.Path, work: pathlib.Path, listed: Sequence[Case]) -> None:
+  """Tries some cases in this process; WORK.json lists those that did not end as they should, and how they did."""
+  ends = {str(case): try_case(case, config, finished, work) for case in listed}
+  work.with_suffix(".json").write_text(json.dumps({case: wrong for case, wrong in ends.items() if wrong}))
+
+
+def try_case(case: Case, config: ConfigDict, finished: pathlib.Path, work: pathlib.Path) -> str:
+  """Damages a copy of a finished run at `work`, and starts it until it ends; returns what is wrong then, or ''."""
   shutil.rmtree(work, ignore_errors=True)
   shutil.copytree(finished, work, symlinks=True)
   damage(work / case.file, case.harm)
@@ -86,25 +74,27 @@ def try_case(case: Case, config: ConfigDict, finished: pathlib.Path, work: pathl
     for about in work.glob(f"store/*/*/{store.ABOUT}"):
       if f'"{artefact}"' in about.read_text(encoding="utf-8"):  # what is made of it is made again
         shutil.rmtree(about.parent)
-  said = ""
-  for start in range(1, STARTS + 1):
-    unseen = mock.patch.object(store, "damage", _damage_by_checksums) if case.late and start == 1 else _NOTHING
-    verify = case.harm == "flipped" and not case.late
+  for start in range(STARTS):
+    blind = mock.patch.object(store, "damage", _damage_by_checksums) if case.late and not start else _NOTHING
     try:
-      with unseen, contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+      with blind, contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         models.forget()
-        run(config, work, verify=verify)
-    except RetryableError as error:
-      said = str(error)
+        run(config, work, verify=case.harm == "flipped" and not case.late)
+    except RetryableError:
       continue
     except DptdrError as error:
-      return Outcome(REFUSED, start, str(error))
+      return "" if "\n" not in str(error) else str(error)
     except Exception:
-      return Outcome(TRACEBACK, start, traceback.format_exc())
+      return traceback.format_exc()
     expected, found = results(finished), results(work)
-    differs = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-    return Outcome(ANOTHER if differs else EQUAL, start, ", ".join(differs) or said)
-  return Outcome(TRACEBACK, STARTS, f"no end after {STARTS} starts: {said}")
+    return ", ".join(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+  return f"no end after {STARTS} starts"
+
+
+def results(workdir: pathlib.Path) -> dict[str, bytes]:
+  """The bytes of results.json and of the run files."""
+  paths = [workdir / "results.json", *sorted(workdir.glob("evaluate/runs/*.trec"))]
+  return {path.relative_to(workdir).as_posix(): path.read_bytes() for path in paths}
 
 
 _NOTHING = contextlib.nullcontext()
@@ -126,19 +116,3 @@ def damage(path: pathlib.Path, harm: str) -> None:
   else:
     content[len(content) // 2] ^= 0x10
     path.write_bytes(content)
-
-
-def try_all(config: ConfigDict, finished: pathlib.Path, work: pathlib.Path, listed: Sequence[Case]) -> None:
-  """Tries some cases in this process; WORK.json says how each ended."""
-  ends = [dataclasses.asdict(try_case(case, config, finished, work)) for case in listed]
-  work.with_suffix(".json").write_text(json.dumps(ends))
-
-
-def few(workdir: pathlib.Path, cheap: Sequence[str]) -> list[Case]:
-  """One case of each kind of artefact, and one that is late of kinds of which little is made."""
-  chosen = {}
-  for case in cases(workdir):
-    weight = zlib.crc32(f"{case.file.rpartition('/')[2]} {case.harm}".encode())
-    if not case.late or (case.kind in cheap and case.harm != "flipped"):
-      chosen[case.kind, case.late] = max(chosen.get((case.kind, case.late), (-1,)), (weight, case.file, case.harm))
-  return [Case(file, harm, late) for (_, late), (_, file, harm) in chosen.items()]

@@ -190,16 +190,3 @@ def config(directory: pathlib.Path, name: str = "beir", **fields: Any):
   made.data.dir, made.backbone.path = str(directory / "data"), str(directory / "backbone")
   made.update_from_flattened_dict(_SMALL | {key.replace("__", "."): value for key, value in fields.items()})
   return made
-
-
-def run_flags(directory: pathlib.Path) -> list[str]:
-  """Flags of a run of seconds on data and a backbone that are written to `directory`; only --workdir is missing."""
-  data, model = beir(directory / "data"), backbone(directory / "backbone")
-  return [
-    f"--config={ROOT}/configs/beir.py", f"--config.data.dir={data}", f"--config.backbone.path={model}",
-    "--config.train.steps=12", "--config.train.queries=8", "--config.train.checkpoint_every=3",
-    "--config.train.evaluate_every=4", "--config.log_every=1", "--config.train.negatives=bm25",
-    "--config.train.learning_rate=0.05", "--config.prompt.length=4", "--config.text.passage_length=32",
-    "--config.encode.shard_passages=16", "--config.pretrain.mlm_weight=1",
-    "--config.pretrain.neighbours=1", "--config.pretrain.overlap=False",
-  ]  # fmt: skip
