@@ -2,9 +2,9 @@
 
 An arm is a run with some settings changed. All runs share the store DIR/store, so that what they have in common is made
 once. DIR/ablation.{json,md,html} has the measures over all seeds with 95 % intervals, the paired difference of each arm
-from the first with a randomisation test, and quality against trained parameters; an arm with a cross-encoder has two
-rows, before and after reranking. Started again, it resumes. An arm whose loss is not finite is left out, and named at
-the end. It runs as one process. Other pairs, other measures: `python -m dptdr_jax.compare`.
+from the first with a randomisation test, and quality against trained parameters. An arm has a row as it is, one fused
+with BM25, and one reranked if it has a cross-encoder. Started again, it resumes. An arm whose loss is not finite is
+left out, and named at the end. It runs as one process. Other pairs, other measures: `python -m dptdr_jax.compare`.
 
 Arms by name: plain (prompts alone, one round), rip, unm, dptdr (both), finetune, finetune-unm, finetune-dptdr (all
 weights, the same steps, at a rate of 3e-5, whatever train.learning_rate is); unm-bm25, unm-dense (one source alone),
@@ -34,7 +34,7 @@ from dptdr_jax.reporting import comparison
 from dptdr_jax.settings import Settings
 
 _BASELINES = {"bm25": "BM25", "backbone": "untuned backbone", "pretrain": "pretrained backbone"}
-_RERANKED = ", reranked"
+_FUSED, _RERANKED = ", fused", ", reranked"
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of brackets
 _PLAIN = {"pretrain.enabled": False, "rounds": 1, "train.refresh_every": 0}
 _TUNED = {"prompt.kind": "none", "prompt.tied": True, "train.learning_rate": 3e-5}
@@ -111,7 +111,7 @@ def chosen(names: list[str], own: list[str]) -> dict[str, dict]:
     name = name.strip()
     if not colon or name in arms:
       raise InputError("an arm is 'NAME: setting=value, …', with a name of its own", value=text)
-    if name in _BASELINES.values() or name.endswith(_RERANKED):
+    if name in _BASELINES.values() or name.endswith((_FUSED, _RERANKED)):
       raise InputError("the table has a row of this name", value=name, fix="Give the arm another one")
     arms[name] = _fields(fields, text)
     if "seed" in arms[name]:
@@ -236,7 +236,9 @@ def _write(
   compared = {}
   for split, measure in named.items():
     baselines, by_arm = _values(store, done, split)
-    ordered = {name: by_arm[name] for arm in arms for name in (arm, f"{arm}{_RERANKED}") if name in by_arm}
+    ordered = {
+      name: by_arm[name] for arm in arms for name in (arm, f"{arm}{_FUSED}", f"{arm}{_RERANKED}") if name in by_arm
+    }
     compared[split] = comparison.compare(baselines, ordered, measure, reference)
   there = any(one.arm == reference for one, _ in done)
   files.write_json(workdir / "ablation.json", {**compared, "arms": arms, "reference": reference if there else None})
@@ -252,11 +254,11 @@ def _values(store: Store, done: list[tuple[Planned, Graph]], split: str) -> tupl
   for one, graph in done:
     summary = files.read_json(store.path(graph.report) / "summary.json")
     for system in systems.systems(one.settings):
-      rows = {"trained": one.arm, "reranked": f"{one.arm}{_RERANKED}"}
+      rows = {"trained": one.arm, "fused": f"{one.arm}{_FUSED}", "reranked": f"{one.arm}{_RERANKED}"}
       if system.kind == "trained" and system.number < one.settings.rounds:
         continue
       ids, values = evaluate.measured(store.path(graph.measured[system.name][split]))
-      if system.kind not in rows:
+      if system.kind not in rows or system.name == systems.FUSED_BACKBONE:
         baselines.setdefault(_BASELINES.get(system.name, system.label), values)
         continue
       count = summary["trained_parameters"] + (summary["cross_parameters"] if system.kind == "reranked" else 0)

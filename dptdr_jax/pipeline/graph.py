@@ -6,11 +6,11 @@ import pathlib
 from collections.abc import Sequence
 
 from dptdr_jax.core.store import Ref
-from dptdr_jax.pipeline import encode, evaluate, mine, report, rerank, train
+from dptdr_jax.pipeline import encode, evaluate, fuse, mine, report, rerank, train
 from dptdr_jax.pipeline.foundations import Foundations, Node, search_of
 from dptdr_jax.pipeline.outside import Outside
 from dptdr_jax.pipeline.sources import DENSE, SourceName, sources_of
-from dptdr_jax.pipeline.systems import BM25, System, shown, systems
+from dptdr_jax.pipeline.systems import BM25, FUSED, FUSED_BACKBONE, System, dense_part, shown, systems
 from dptdr_jax.settings import Settings
 
 __all__ = ["Graph", "Node", "draws_from_bm25", "mines_first", "pool_titles"]
@@ -172,28 +172,52 @@ class Graph(Foundations):
     self.stage = "encode"
     for system in systems(self.settings):
       if system.is_dense:
-        for split in (*self.settings.evaluate.splits, ""):
+        for split in (*self._measured_splits(), ""):
           self.vectors(self.retriever(system), split)
+
+  def _measured_splits(self) -> list[str]:
+    """The reported splits, and dev, which chooses weights and the recommended system."""
+    dev = self.settings.data.dev_split
+    return list(dict.fromkeys([*self.settings.evaluate.splits, *([dev] if dev else [])]))
 
   def _evaluate(self) -> None:
     self.stage = "evaluate"
     self.measured: dict[str, dict[str, Ref]] = {}
-    settings = self.settings.evaluate
+    self.recommended: Ref | None = None
+    settings, dev = self.settings.evaluate, self.settings.data.dev_split
     for system in systems(self.settings):
-      self.measured[system.name] = {}
-      for split in settings.splits:
-        inputs = evaluate.MeasuresInputs(
-          system=system.name, run=self._run(system, split), split=self.split(split), split_name=split,
-          corpus=self.corpus, measures=settings.measures, answers=settings.answers,
-          graded=split in settings.graded_splits, msmarco=self.settings.data.format == "msmarco",
-        )  # fmt: skip
-        place = {f"evaluate/runs/{system.name}.{split}.trec": "run.trec"}
-        self.measured[system.name][split] = self.add(evaluate.MEASURES, inputs, place)
+      self.measured[system.name] = {split: self._measures(system, split) for split in settings.splits}
+      if system.name == FUSED:
+        published = fuse.PublishedInputs(trained=self.trained[system.number], fusion=self._fusion(system))
+        self.add(fuse.PUBLISHED, published, {"retriever": "retriever"})
+    if dev:
+      # Reranking dev as well would cost as much as the reported splits: it takes part where dev is one of them.
+      tried = [one for one in systems(self.settings) if one.kind != "reranked" or dev in settings.splits]
+      baselines = tuple(one.name for one in tried if one.kind in ("bm25", "untuned") or one.name == FUSED_BACKBONE)
+      inputs = fuse.RecommendedInputs(dev={one.name: self._measures(one, dev) for one in tried},
+                                      measured={one.name: self.measured[one.name] for one in tried},
+                                      baselines=baselines)  # fmt: skip
+      self.recommended = self.add(fuse.RECOMMENDED, inputs, {"recommended.json": "recommended.json"})
+
+  def _measures(self, system: System, split: str) -> Ref:
+    settings = self.settings.evaluate
+    inputs = evaluate.MeasuresInputs(
+      system=system.name, run=self._run(system, split), split=self.split(split), split_name=split,
+      corpus=self.corpus, measures=settings.measures, answers=settings.answers,
+      graded=split in settings.graded_splits, msmarco=self.settings.data.format == "msmarco",
+    )  # fmt: skip
+    place = {f"evaluate/runs/{system.name}.{split}.trec": "run.trec"} if split in settings.splits else {}
+    return self.add(evaluate.MEASURES, inputs, place)
 
   def _run(self, system: System, split: str) -> Ref:
     settings = self.settings
     if system.name == BM25:
       return self.bm25_run(split, settings.evaluate.depth)
+    if system.kind == "fused":
+      runs = [self._run(one, split) for one in (System(BM25, "", "bm25"), dense_part(settings, system))]
+      inputs = fuse.FusedRunInputs(bm25=runs[0], dense=runs[1], fusion=self._fusion(system),
+                                   depth=settings.evaluate.depth)  # fmt: skip
+      return self.add(fuse.FUSED_RUN, inputs)
     if system.kind == "reranked":
       last = System("", "", "trained", number=system.number)
       run = self._run(last, split)
@@ -204,6 +228,15 @@ class Graph(Foundations):
       return self.add(rerank.RERANKED, rerank.RerankedRunInputs(run=run, scores=self.add(rerank.PAIR_SCORES, scores)))
     made = self.retriever(system)
     return self.dense_run(self.vectors(made, split), self.vectors(made), settings.evaluate.depth)
+
+  def _fusion(self, system: System) -> Ref:
+    """How BM25 and a dense system are fused, as dev chooses it."""
+    name, dev = self.settings.data.dev_split, None
+    if name:
+      dev = fuse.DevRuns(bm25=self._run(System(BM25, "", "bm25"), name),
+                         dense=self._run(dense_part(self.settings, system), name), split=self.split(name),
+                         name=name)  # fmt: skip
+    return self.add(fuse.FUSION, fuse.FusionInputs(dev=dev))
 
   def _report(self) -> Ref:
     settings = self.settings
@@ -227,6 +260,7 @@ class Graph(Foundations):
       "cross": self.cross,
       "pools": tuple(report.PoolInput(title=title, pool=self.pools[number]) for number, title in pool_titles(settings)),
       "refreshed": settings.train.refresh_every > 0,
+      "recommended": self.recommended,
       "examples": report.ExamplesInput(run=self._run(system, split), split=self.split(split), split_name=split,
                                        corpus=self.corpus),
     }  # fmt: skip

@@ -54,6 +54,7 @@ class ReportInputs(Inputs):
   cross: Ref | None = None
   pools: tuple[PoolInput, ...] = ()
   refreshed: bool = False
+  recommended: Ref | None = None
   examples: ExamplesInput | None = None
   title: str = neutral("report")
 
@@ -71,6 +72,8 @@ def build_report(inputs: ReportInputs, making: Making) -> None:
   results, summary, shown = None, None, []
   if inputs.systems:
     results, summary = _results(inputs, making)
+    if inputs.recommended is not None:
+      summary["recommended"] = files.read_json(making.path(inputs.recommended) / "recommended.json")
     summary["facts"] = facts
     example = inputs.examples
     split, corpus = Split(making.path(example.split), example.split_name), Corpus(making.path(example.corpus))

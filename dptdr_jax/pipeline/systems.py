@@ -1,4 +1,4 @@
-"""What a run evaluates: BM25, the untuned backbone, saved retrievers, those it has trained, and the reranked run."""
+"""What a run evaluates: BM25, the untuned backbone, saved retrievers, those it has trained, fused and reranked runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from dptdr_jax.core.errors import InputError
 from dptdr_jax.settings import Settings
 
-BM25, RERANKED = "bm25", "reranked"
+BM25, FUSED, FUSED_BACKBONE, RERANKED = "bm25", "fused", "fused-backbone", "reranked"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _ORIGINS = {"backbone": "untuned backbone", "pretrain": "pretrained backbone"}
 _OWN = re.compile(rf"{BM25}|{RERANKED}|fused.*|(backbone|pretrain)(-.*)?|train\d+")  # names that a run may give
@@ -21,10 +21,10 @@ class System:
 
   name: str  # in results.json
   label: str  # what people read
-  kind: Literal["bm25", "untuned", "saved", "trained", "reranked"]
+  kind: Literal["bm25", "untuned", "saved", "trained", "fused", "reranked"]
   pooling: str = ""  # of an untuned one
   pretrained: bool = False  # an untuned one after pretraining
-  number: int = 0  # the round of a trained one
+  number: int = 0  # the round of a trained one, or of what is fused with BM25; 0: the untuned backbone
   directory: str = ""  # of a saved one
 
   @property
@@ -36,7 +36,7 @@ class System:
 def systems(settings: Settings) -> list[System]:
   """All that a run evaluates, in the order of results.json."""
   listed = [System(BM25, "BM25", "bm25")] if BM25 in settings.evaluate.baselines else []
-  listed += [*_untuned(settings), *_saved(settings), *_trained(settings)]
+  listed += [*_untuned(settings), *_saved(settings), *_trained(settings), *_fused(settings)]
   if settings.cross.enabled:
     listed.append(System(RERANKED, "reranked by the cross-encoder", "reranked", number=settings.rounds))
   return listed
@@ -44,7 +44,7 @@ def systems(settings: Settings) -> list[System]:
 
 def shown(settings: Settings) -> System:
   """The one whose passages the report shows."""
-  return [system for system in systems(settings) if system.kind != "reranked"][-1]
+  return [system for system in systems(settings) if system.kind not in ("fused", "reranked")][-1]
 
 
 def is_own(name: str) -> bool:
@@ -74,6 +74,25 @@ def _saved(settings: Settings) -> list[System]:
       raise InputError("evaluate.retrievers has a name that is taken", value=name, fix="Give it another one")
     listed[name] = System(name, name, "saved", directory=directory)
   return list(listed.values())
+
+
+def _fused(settings: Settings) -> list[System]:
+  """BM25 with the untuned backbone, and with the last retriever."""
+  if BM25 not in settings.evaluate.baselines:
+    return []
+  listed = []
+  if "backbone" in settings.evaluate.baselines:
+    listed.append(System(FUSED_BACKBONE, "BM25 fused with the backbone", "fused"))
+  if settings.rounds:
+    listed.append(System(FUSED, "BM25 fused with the retriever", "fused", number=settings.rounds))
+  return listed
+
+
+def dense_part(settings: Settings, fused: System) -> System:
+  """The dense system that BM25 is fused with."""
+  if fused.number:
+    return next(system for system in _trained(settings) if system.number == fused.number)
+  return next(system for system in _untuned(settings) if not system.pretrained)
 
 
 def _trained(settings: Settings) -> list[System]:

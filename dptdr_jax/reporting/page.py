@@ -47,7 +47,7 @@ def render(
   return fill(
     "report.html",
     title=title,
-    facts=[*facts, *(tables.trained(summary) if results else [])],
+    facts=[*facts, *([*tables.trained(summary), *tables.recommended(summary)] if results else [])],
     splits=tables.by_split(results, summary) if results else [],
     curves=[(name, figures.curves(records)) for name, records in curves],
     pools=[(name, about, negatives.tables(about), _histograms(about)) for name, about in pools],

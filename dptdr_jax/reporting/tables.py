@@ -52,6 +52,19 @@ def trained(summary: Mapping) -> list[str]:
   return [f"trained: {count:,} parameters, {count / whole:.2%} of the backbone's {whole:,}"] if count else []
 
 
+def recommended(summary: Mapping) -> list[str]:
+  """Lines about the recommended system and how far it is above each baseline; none if nothing is recommended."""
+  if (about := summary.get("recommended")) is None:
+    return []
+  labels = summary["labels"]
+  lines = [f"recommended, by {about['chosen_by']}: {labels[about['system']]}"]
+  for split, baselines in about["differences"].items():
+    for name, measures in baselines.items():
+      measure = next(iter(measures))
+      lines.append(f"  {split}, {measure}, against {labels[name]}: {difference(measures[measure])[0]}")
+  return lines
+
+
 def results(
   results: Mapping | None, summary: Mapping | None, seconds: Mapping[str, float], ended: Sequence[str]
 ) -> str:
@@ -72,7 +85,7 @@ def results(
       cells = (f"{means[name]:.4f}" if name in means else MISSING for name in widths)
       row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True))
       lines.append(f"  {label:<{first}}{row}")
-  lines += trained(summary) if results else []
+  lines += [*trained(summary), *recommended(summary)] if results else []
   return "\n".join([*lines, "time: " + " · ".join(f"{name} {value:,.0f} s" for name, value in seconds.items()), *ended])
 
 

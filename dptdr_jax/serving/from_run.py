@@ -29,14 +29,12 @@ class FinishedRun:
     retriever: directory.
     corpus: directory of the artefact.
     cross_encoder: directory, or None.
-    search: search.json with a weight tuned on dev, or None.
   """
 
   name: str
   retriever: pathlib.Path
   corpus: pathlib.Path
   cross_encoder: pathlib.Path | None
-  search: pathlib.Path | None
 
   @classmethod
   def of(cls, workdir: pathlib.Path) -> FinishedRun:
@@ -48,24 +46,21 @@ class FinishedRun:
     rounds = [path for path in workdir.glob("train*") if (path / "retriever" / "retriever.json").is_file()]
     if not rounds:
       raise InputError("this run has no trained retriever", path=workdir, fix="Finish it: python -m dptdr_jax.main")
-    last = max(rounds, key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+    last = max(rounds, key=lambda path: int(re.sub(r"\D", "", path.name) or 0)) / "retriever"
+    published = workdir / "retriever"  # the last one, with search.json beside it
     corpus = workdir / "prepare" / "corpus"
     if not corpus.exists():
       raise InputError("this run has no corpus", path=corpus)
     cross = workdir / "cross" / "model"
-    places = (last / "search.json", workdir / "search.json")
     name = re.sub(r"[^a-z0-9_-]+", "-", workdir.resolve().name.lower()).strip("-")[:50] or "run"
     if name.endswith(("-query", "-passage")):
       name += "-run"
-    return cls(
-      name, (last / "retriever").resolve(), corpus.resolve(), cross.resolve() if cross.is_dir() else None,
-      next((place for place in places if place.is_file()), None),
-    )  # fmt: skip
+    retriever = published if (published / "retriever.json").is_file() else last
+    return cls(name, retriever.resolve(), corpus.resolve(), cross.resolve() if cross.is_dir() else None)
 
   def files(self) -> dict[str, pathlib.Path]:
     """The files of its task."""
-    given = catalog.files_of(self.retriever, self.cross_encoder)
-    return given if self.search is None else {**given, "search.json": self.search}
+    return catalog.files_of(self.retriever, self.cross_encoder)
 
   def import_documents(self, service: Service) -> None:
     """Stores its corpus as documents, once, with the run's own vectors if they are there.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import faiss
 import numpy as np
 
+from dptdr_jax.retrieval import fusion
+from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.retrieval.search import search_ties
 from dptdr_jax.serving.collections import Ranked
 
-FUSED_DEPTH = 200  # of each ranking that is fused
-_RRF = 60  # Cormack, Clarke & Büttcher, SIGIR 2009
+FUSED_DEPTH = fusion.SCALED  # of each ranking that is fused
 _NEIGHBOURS, _EF_CONSTRUCTION, _EF_SEARCH = 32, 100, 128  # of the graph
 _FEW = 0.05  # a filter that leaves a smaller share is searched exactly: a graph would lose its way
 _EMPTY = Ranked(np.zeros(0, np.int64), np.zeros(0, np.float32))
@@ -101,34 +102,11 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
   return larger
 
 
-def reciprocal_rank(rankings: list[Ranked]) -> Ranked:
-  """Σ 1 / (60 + rank), ranks from 1, over rankings; no scores are compared.
-
-  Worked example: first in one ranking and second in another gives 1/61 + 1/62.
-  """
-  scores: dict[int, float] = {}
-  for ranking in rankings:
-    for rank, row in enumerate(ranking.rows.tolist(), 1):
-      scores[row] = scores.get(row, 0.0) + 1 / (_RRF + rank)
-  return _ordered(scores)
-
-
-def weighted(vector: Ranked, bm25: Ranked, weight: float) -> Ranked:
-  """weight · vector + (1 − weight) · bm25, each ranking's scores scaled to 0 … 1; 0 where a document is missing."""
-  scores: dict[int, float] = {}
-  for ranking, share in ((vector, weight), (bm25, 1 - weight)):
-    for row, score in zip(ranking.rows.tolist(), _scaled(ranking.scores).tolist(), strict=True):
-      scores[row] = scores.get(row, 0.0) + share * score
-  return _ordered(scores)
-
-
-def _scaled(scores: np.ndarray) -> np.ndarray:
-  """Linearly to 0 … 1; equal scores are 1."""
-  scores = np.asarray(scores, np.float64)
-  span = np.ptp(scores) if len(scores) else 0.0
-  return (scores - scores.min()) / span if span else np.ones(len(scores))
-
-
-def _ordered(scores: dict[int, float]) -> Ranked:
-  rows = sorted(scores, key=lambda row: (-scores[row], row))
-  return Ranked(np.array(rows, np.int64), np.array([scores[row] for row in rows], np.float64))
+def fused(vector: Ranked, bm25: Ranked, weight: float | None) -> Ranked:
+  """Both rankings in one, see `retrieval.fusion`: weight · vector + (1 − weight) · bm25, or by reciprocal ranks."""
+  rows, places = np.unique(np.concatenate([bm25.rows, vector.rows]), return_inverse=True)
+  ends = places[: len(bm25.rows)], places[len(bm25.rows) :]
+  runs = [Run.ranked(part[None], ranked.scores[None]) for part, ranked in zip(ends, (bm25, vector), strict=True)]
+  made = fusion.reciprocal_ranks(runs, len(rows)) if weight is None else fusion.weighted(*runs, weight, len(rows))
+  kept = made.rows[0] >= 0
+  return Ranked(rows[made.rows[0][kept]], made.scores[0][kept])

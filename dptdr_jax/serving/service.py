@@ -330,7 +330,7 @@ class Service:
     if mode != "vector":
       async with _timed(seconds, "bm25"):
         ranked.append(await self.run(served.collection.bm25, query, depth, checked))
-    best = ranked[0] if len(ranked) == 1 else self._fused(served, *ranked)
+    best = ranked[0] if len(ranked) == 1 else rankings.fused(*ranked, served.weight)
     hits, progress = await self.run(self._hits, served, best, max(k, RERANKED_DEPTH) if mode == "reranked" else k)
     if mode == "reranked":
       async with _timed(seconds, "rerank"):
@@ -354,11 +354,6 @@ class Service:
       except StaleModel:  # between the new task in the engine and in its collection
         self._following.wake(name)
         await asyncio.sleep(0.01)
-
-  def _fused(self, served: Served, vector: Ranked, bm25: Ranked) -> Ranked:
-    if served.weight is None:
-      return rankings.reciprocal_rank([vector, bm25])
-    return rankings.weighted(vector, bm25, served.weight)
 
   def _hits(self, served: Served, ranked: Ranked, k: int) -> tuple[list[Hit], Progress]:
     rows, scores = ranked.rows[:k].tolist(), ranked.scores[:k].tolist()

@@ -83,8 +83,9 @@ def test_table_holds_what_the_runs_measured(finished):
   written = finished.written()
   assert written["reference"] == "plain" and written["arms"]["unm"]["rounds"] == 2
   table = written["dev"]
-  baselines = ["BM25", "untuned backbone", "elsewhere", "pretrained backbone"]
-  assert sorted(table) == sorted([*baselines, *finished.arms, "with a cross, reranked"])
+  baselines = ["BM25", "untuned backbone", "elsewhere", "pretrained backbone", "BM25 fused with the backbone"]
+  fused = [f"{arm}, fused" for arm in finished.arms]
+  assert sorted(table) == sorted([*baselines, *finished.arms, *fused, "with a cross, reranked"])
   assert table["BM25"]["means"]["RR@10"] == pytest.approx(finished.values("plain-0", "bm25").mean())
   values = {}
   for arm, system in (("plain", "train1"), ("unm", "train2")):

@@ -82,7 +82,7 @@ TEXT = (
   "evaluate/runs/elsewhere.*",
 )  # which hashes its backbone
 NOT_TRAIN = ("prepare/corpus", "prepare/splits/dev", "prepare/splits/test", "pretrain",
-             *(f"evaluate/runs/{name}.*" for name in ("bm25", "backbone*", "pretrain*", "elsewhere")))  # fmt: skip
+             *(f"evaluate/runs/{name}.*" for name in ("bm25", "*backbone*", "pretrain*", "elsewhere")))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ NOT_TRAIN = ("prepare/corpus", "prepare/splits/dev", "prepare/splits/test", "pre
       ("bm25", "backbone*", "elsewhere"))), {"span_tokens", "bm25", "file_run"}),
     ("data/qrels/test.tsv", "\t1\n", "\t2\n",
      ("prepare/corpus", "prepare/splits/train", "prepare/splits/dev", "pretrain", "mine?", "cross", "train?",
-      "evaluate/runs/*.dev.trec"), {"span_tokens", "bm25", "file_run", "index"}),
+      "retriever", "evaluate/runs/*.dev.trec"), {"span_tokens", "bm25", "file_run", "index"}),
     ("other.trec", "Q0", "Q1", (*NOT_TRAIN, "prepare/*"), {"tokens", "span_tokens", "bm25", "bm25_run"}),
     ("elsewhere/retriever.json", "48", "49",
-     ("prepare/*", "pretrain", "mine?", "cross", "train?",
-      *(f"evaluate/runs/{name}.*" for name in ("bm25", "backbone*", "pretrain*", "train?", "reranked"))),
+     ("prepare/*", "pretrain", "mine?", "cross", "train?", "retriever",
+      *(f"evaluate/runs/{name}.*" for name in ("bm25", "backbone*", "pretrain*", "train?", "fused*", "reranked"))),
      {"tokens", "span_tokens", "bm25", "bm25_run", "file_run", "pair_scores"}),
   ],
 )  # fmt: skip
@@ -141,7 +141,7 @@ def test_changed_judgements_make_again_what_is_measured_by_them(whole, tmp_path,
   new = runs.stored(made.workdir) - there
   assert new == {str(ref) for ref in built} == {str(r) for r in made.plan().nodes if r.kind != "report"} - there
   assert runs.kinds(built) == {"split": 1, "tokens": 1, "vectors": 7, "bm25_run": 1, "dense_run": 7, "pair_scores": 1,
-                               "reranked_run": 1, "measures": 9}  # fmt: skip
+                               "reranked_run": 1, "fused_run": 2, "measures": 11, "recommended": 1}  # fmt: skip
 
 
 def test_config_of_a_backbone_that_format_1_did_not_hash_is_an_input(tmp_path):

@@ -98,7 +98,7 @@ def test_msmarco_measures_equal_ir_measures_on_the_official_files(msmarco):
 @pytest.mark.parametrize("name", ["msmarco", "nq"])
 def test_recipe_has_every_strategy_of_the_paper(request, name):
   one = request.getfixturevalue(name)
-  assert list(results_of(one)) == ["bm25", "backbone", "pretrain", "train1", "train2"]
+  assert list(results_of(one)) == ["bm25", "backbone", "pretrain", "train1", "train2", "fused-backbone", "fused"]
   assert Pool.open(one.workdir / "mine1/pool").names == ("bm25", "dense") and not (one.workdir / "train3").exists()
   pretrain = recipe(name).pretrain
   assert (pretrain.enabled, pretrain.spans, pretrain.span_tokens, pretrain.epochs) == (True, 2048, 128, 8.0)

@@ -17,7 +17,7 @@ from dptdr_jax.pipeline import models, run
 from dptdr_jax.settings import Settings
 
 SYSTEMS = ["bm25", "backbone", "backbone-first", "pretrain", "pretrain-first", "elsewhere", "train1", "train2",
-           "reranked"]  # fmt: skip
+           "fused-backbone", "fused", "reranked"]  # fmt: skip
 
 
 def test_results_name_systems_splits_and_measures(whole):

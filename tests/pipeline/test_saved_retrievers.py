@@ -61,7 +61,7 @@ def measured(tmp_path_factory):
 
 def test_saved_retrievers_are_measured_beside_the_baselines(measured):
   directory, one = measured
-  assert list(json.loads((one.workdir / "results.json").read_text())) == ["bm25", "backbone", *NAMES]
+  assert list(json.loads((one.workdir / "results.json").read_text())) == ["bm25", "backbone", *NAMES, "fused-backbone"]
   page = (one.workdir / "report.html").read_text()
   assert "docs" in page and "trained: " not in page
   assert "/work:docs | RR@10 | " in compare.compare([f"{one.workdir}:bm25", f"{one.workdir}:docs"], "dev", ["RR@10"])

@@ -121,3 +121,10 @@ def test_id_that_ends_in_nul_is_refused_before_encoding(tmp_path):
 
   with pytest.raises(InputError, match=r"ends in NUL and would be read without it: 'p3\\x00'. Rename it"):
     write_vectors(tmp_path / "e", ids=["p3", "p3\0"], width=6, source={}, make=never)
+
+
+def test_folder_that_holds_something_else_stays_as_it_is(tmp_path, vectors):
+  (tmp_path / "manifest.json").write_text('{"kind": "theirs"}')
+  with pytest.raises(InputError, match="the directory holds something else"):
+    made(tmp_path, vectors)
+  assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

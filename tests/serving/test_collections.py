@@ -267,15 +267,15 @@ def test_equal_scores_are_ordered_by_row_across_rank_k():
 
 
 def test_fusion_by_reciprocal_rank_and_by_weight():
-  first = Ranked(np.array([1, 2, 3]), np.array([9.0, 5.0, 1.0]))
+  first = Ranked(np.array([1, 2, 3 << 40]), np.array([9.0, 5.0, 1.0]))
   second = Ranked(np.array([2, 4]), np.array([20.0, 10.0]))
-  fused = search.reciprocal_rank([first, second])
-  assert fused.rows.tolist() == [2, 1, 4, 3]
-  np.testing.assert_allclose(fused.scores, [1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63])
-  weighted = search.weighted(first, second, 0.6)
-  assert weighted.rows.tolist() == [2, 1, 3, 4]
-  np.testing.assert_allclose(weighted.scores, [0.6 * 0.5 + 0.4, 0.6, 0.0, 0.0])
-  assert search.weighted(first, Ranked(np.zeros(0, int), np.zeros(0)), 0.6).rows.tolist() == [1, 2, 3]
+  fused = search.fused(first, second, None)
+  assert fused.rows.tolist() == [2, 1, 4, 3 << 40]
+  np.testing.assert_allclose(fused.scores, [1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63], rtol=1e-6)
+  weighted = search.fused(first, second, 0.6)
+  assert weighted.rows.tolist() == [2, 1, 4, 3 << 40]
+  np.testing.assert_allclose(weighted.scores, [0.6 * 0.5 + 0.4, 0.6, 0.0, 0.0], rtol=1e-6)
+  assert search.fused(first, Ranked(np.zeros(0, int), np.zeros(0)), 0.6).rows.tolist() == [1, 2, 3 << 40]
 
 
 @pytest.mark.parametrize(

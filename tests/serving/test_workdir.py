@@ -37,7 +37,8 @@ def run(tmp_path_factory):
       place, ids=read.ids, width=32, source=about, make=lambda rows, made=made: made[rows.start : rows.stop]
     )
   server.cross_encoder(backbone).save(directory / "cross" / "model")
-  (directory / "search.json").write_text('{"weight": 0.5}')
+  retriever.save(directory / "retriever")
+  (directory / "retriever/search.json").write_text('{"weight": 0.5}')
   return directory, retriever, vectors
 
 
