@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -85,12 +86,25 @@ def raise_if_full(error: BaseException, path: Path) -> None:
 
   Libraries say it in many ways. An error that a user can read already is left alone.
   """
-  cause: BaseException | None = error
-  while cause is not None and not isinstance(cause, DptdrError):
-    if getattr(cause, "errno", None) in _FULL or _FULL_WORDS.search(str(cause)):
-      fix = "Free some and run the same command again: what is made already stays"
-      raise InputError("no space left on the disk", path=path, fix=fix) from error
-    cause = cause.__cause__ or cause.__context__
+  causes = itertools.takewhile(lambda cause: not isinstance(cause, DptdrError), _causes(error))
+  if any(map(_says_full, causes)):
+    fix = "Free some and run the same command again: what is made already stays"
+    raise InputError("no space left on the disk", path=path, fix=fix) from error
+
+
+def is_full(error: BaseException) -> bool:
+  """Whether an error, or what caused it, came of a full disk."""
+  return any(map(_says_full, _causes(error)))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def _says_full(error: BaseException) -> bool:
+  return getattr(error, "errno", None) in _FULL or bool(_FULL_WORDS.search(str(error)))
 
 
 def is_input(error: OSError) -> bool:
@@ -141,6 +155,8 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
       line = 1 + error.object.count(b"\n", 0, error.start)
       raise InputError("not UTF-8", path=path, line=line, value=error.object[error.start : error.start + 8]) from error
+    except RecursionError as error:
+      raise InputError("nested too deep", path=path) from error
 
 
 def fields_in(path: Path) -> dict[str, Any]:
@@ -156,7 +172,7 @@ def fields_of(path: Path) -> Iterator[None]:
   """Turns an error about a field that is missing, or unknown, into an InputError that names the JSON file."""
   try:
     yield
-  except (KeyError, TypeError) as error:
+  except (KeyError, TypeError, AttributeError) as error:
     raise InputError(f"a field is missing, unknown or of another kind ({error})", path=path) from error
 
 

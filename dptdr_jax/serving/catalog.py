@@ -158,8 +158,10 @@ class Catalog:
     entry = Entry(check_name(name), content, collection, approximate, former.imported if former else "")
     try:
       return self.load(entry)
-    except BaseException:
+    except BaseException as error:
       self.sweep()
+      if isinstance(error, InputError):  # a client reads it: where the state lies is not its business
+        raise InputError(str(error).replace(f"{home}/", "")) from error
       raise
 
   def put(self, entry: Entry) -> None:

@@ -24,6 +24,10 @@ class StorageUnavailable(StorageError):
   """The store does not answer now: a lost connection, a timeout. Try again (503)."""
 
 
+class DiskFull(StorageError):
+  """There is no room for what should be stored (507)."""
+
+
 class Busy(DptdrError):
   """Too many searches and writes are waiting for a thread (429)."""
 

@@ -18,12 +18,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from dptdr_jax.core.files import Path
-from dptdr_jax.serving.collections import Made, Pending, Progress, Ranked, StaleModel, StorageError
+from dptdr_jax.serving.collections import DiskFull, Made, Pending, Progress, Ranked, StaleModel, StorageError
 from dptdr_jax.serving.documents import Document
 from dptdr_jax.serving.lexical import Bm25Index
 from dptdr_jax.serving.search import VectorIndex
 
 _FORMAT = 1
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)  # the second one: over a quota
 _CHUNK = 2000  # rows read at a time, and removed in one transaction
 _TABLES = """
 CREATE TABLE IF NOT EXISTS documents (
@@ -74,7 +75,8 @@ class EmbeddedDocuments:
     try:
       yield
     except sqlite3.Error as error:
-      raise StorageError(f"{self.path}: {error}") from error
+      kind = DiskFull if getattr(error, "sqlite_errorcode", None) in _FULL else StorageError
+      raise kind(f"{self.path}: {error}") from error
 
   @contextlib.contextmanager
   def transaction(self) -> Iterator[sqlite3.Connection]:

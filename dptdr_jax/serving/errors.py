@@ -9,8 +9,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from dptdr_jax.core import files
 from dptdr_jax.core.errors import DptdrError, InputError
-from dptdr_jax.serving.collections import Busy, StorageError, StorageUnavailable
+from dptdr_jax.serving.collections import Busy, DiskFull, StorageError, StorageUnavailable
 from dptdr_jax.serving.limits import DeadlineExceeded, Overloaded, TooLarge, Unavailable, UnknownTask
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,12 @@ def of(error: DptdrError) -> JSONResponse:
     if isinstance(error, StorageUnavailable):
       return answer(503, "the database does not answer. Try again in a few seconds", "storage_unavailable",
                     **{"retry-after": "5"})  # fmt: skip
-    full = "full" in str(error)
+    full = isinstance(error, DiskFull)
     return answer(507 if full else 500, "the disk is full" if full else "the documents cannot be read or written",
                   "disk_full" if full else "storage")  # fmt: skip
+  if files.is_full(error):  # a retriever that could not be stored
+    log.error("%s", error)
+    return answer(507, "the disk is full", "disk_full")
   status, code = next(((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, "internal"))
   headers = {}
   if isinstance(error, Overloaded):
@@ -83,7 +87,15 @@ def install(app: FastAPI) -> None:
   @app.exception_handler(HTTPException)
   async def http(_: Request, error: HTTPException) -> JSONResponse:
     codes = {404: "no_such_route", 405: "method_not_allowed", 413: "too_large", 408: "timeout"}
-    return answer(error.status_code, str(error.detail), codes.get(error.status_code, "invalid"))
+    headers = {"connection": "close"} if error.status_code == 408 else {}  # else it may go on sending, for ever
+    return answer(error.status_code, str(error.detail), codes.get(error.status_code, "invalid"), **headers)
+
+  @app.exception_handler(OSError)
+  async def system(_: Request, error: OSError) -> JSONResponse:
+    if not files.is_full(error):
+      raise error
+    log.error("an upload: %s", error)
+    return answer(507, "the disk is full", "disk_full")
 
   @app.exception_handler(Exception)
   async def unexpected(request: Request, error: Exception) -> JSONResponse:

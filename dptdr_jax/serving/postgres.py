@@ -15,7 +15,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool
 
 from dptdr_jax.core.errors import InputError, OutageError
-from dptdr_jax.serving.collections import StorageError, StorageUnavailable
+from dptdr_jax.serving.collections import DiskFull, StorageError, StorageUnavailable
 from dptdr_jax.serving.limits import UnknownTask
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Database:
     Raises:
       StorageUnavailable: it is lost, or a statement took too long.
       UnknownTask: the partition of a task was dropped.
-      StorageError: anything else.
+      DiskFull, StorageError: anything else.
     """
     try:
       with self._pool.connection() as connection:
@@ -118,7 +118,7 @@ class Database:
     except errors.UndefinedTable as error:
       raise UnknownTask("the task was removed meanwhile") from error
     except errors.DiskFull as error:
-      raise StorageError("the disk of the database is full") from error
+      raise DiskFull("the disk of the database is full") from error
     except (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction) as error:
       if not isinstance(error, errors.QueryCanceled | errors.LockNotAvailable | errors.DeadlockDetected):
         self._drop_broken()

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from dptdr_jax.serving.auth import needs
+from dptdr_jax.serving.documents import MAX_TEXT
 from dptdr_jax.serving.engine import Encoded
 from dptdr_jax.serving.errors import Refused
 from dptdr_jax.serving.guard import deadline, unless_gone
@@ -65,7 +66,7 @@ class RerankRequest(BaseModel):
   model_config = ConfigDict(extra="forbid")
 
   model: str
-  query: Annotated[str, Field(min_length=1)]
+  query: Annotated[str, Field(min_length=1, max_length=20_000)]
   documents: list[str | dict[str, Any]] = Field(min_length=1, description="Texts, or {'text': …, 'title': …}.")
   top_n: int | None = Field(None, ge=1)
   return_documents: bool = False
@@ -128,8 +129,9 @@ async def rerank(request: Request, given: RerankRequest) -> dict[str, Any]:
     raise Refused(422, f"the task {given.model} has no cross-encoder", "no_cross_encoder", "model")
   if len(given.documents) > MOST_RERANKED:
     raise TooLarge(f"{len(given.documents)} documents; at most {MOST_RERANKED} are accepted")
-  if sum(len(str(one)) for one in given.documents) > 2_000_000:
-    raise TooLarge("more than 2,000,000 characters of documents")
+  lengths = [len(str(one)) for one in given.documents]
+  if sum(lengths) > 2_000_000 or max(lengths) > MAX_TEXT:  # a batch of the cross-encoder repeats its last document
+    raise TooLarge(f"more than 2,000,000 characters of documents, or more than {MAX_TEXT} of one")
   passages = [one if isinstance(one, str) else {key: one.get(key) for key in ("title", "text")}
               for one in given.documents]  # fmt: skip
   scores = await unless_gone(request, service.run(served.reranker.scores, given.query, passages))

@@ -10,7 +10,7 @@ import time
 import httpx
 import numpy as np
 import pytest
-from support import server
+from support import deaths, server
 
 from dptdr_jax.reranker import CrossEncoder
 from dptdr_jax.retrieval.search import search_exact
@@ -391,39 +391,11 @@ def overload(client) -> list[httpx.Response]:
 
 
 def test_nothing_accepted_is_lost_by_sudden_deaths(directory, backbone, tmp_path):
-  state, accepted, number = tmp_path / "state", {}, 0
-  flags = (f"--state={state}", f"--task=a={directory / 'a'}")
-  for round_ in range(3):
-    with server.served(directory, *flags) as running:
-      if round_:
-        check_accepted(running, accepted)
-      stream = threading.Timer(0.4 + 0.3 * round_, running.kill)
-      stream.start()
-      try:
-        while True:
-          given = [{"id": f"d{(number + one) % 150}", "text": f"merge version{number + one}"} for one in range(5)]
-          running.client.post("/tasks/a/documents", json={"documents": given}).raise_for_status()
-          accepted |= {one["id"]: one["text"] for one in given}
-          number += 5
-      except httpx.TransportError:
-        pass
-      unsure = {one["id"] for one in given}  # written or not: it was not acknowledged
-      accepted = {name: text for name, text in accepted.items() if name not in unsure}
-      stream.join()
-  with server.served(directory, *flags) as running:
-    check_accepted(running, accepted)
-    progress = running.encoded("a")
-    assert progress["encoded"] == progress["documents"] >= len(accepted) > 10
-    hits = search(running, "a", "merge", k=1000).json()["hits"]
-    assert len(hits) == progress["documents"] and len({hit["id"] for hit in hits}) == len(hits)
-    assert running.stop() == 0
-
-
-def check_accepted(running, accepted):
-  for name, text in accepted.items():
-    assert running.client.get(f"/tasks/a/documents/{name}").json()["text"] == text
-    word = text.split()[1]
-    assert name in [hit["id"] for hit in search(running, "a", word, mode="bm25").json()["hits"]]
+  mortal = deaths.Deaths(directory, backbone, tmp_path / "state")
+  for seconds in (0.4, 0.7, 1.0):
+    mortal.life(seconds)
+  mortal.last()
+  assert sum(map(len, mortal.ledger.documents.values())) > 10
 
 
 @pytest.mark.parametrize(

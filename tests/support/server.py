@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import pathlib
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import httpx
 import jax
@@ -46,7 +47,10 @@ def documents(count: int, seed: int = 0) -> list[dict]:
   ]
 
 
-def _serve(given: Sequence[str], own_programs: bool) -> None:
+def _serve(given: Sequence[str], own_programs: bool, constants: Mapping[str, float]) -> None:
+  for name, value in constants.items():
+    module, _, constant = name.rpartition(".")
+    setattr(importlib.import_module(f"dptdr_jax.serving.{module}"), constant, value)
   if own_programs:
     jax.config.update("jax_compilation_cache_dir", None)
   run_command("serve", given)
@@ -61,15 +65,22 @@ class Server:
     client: of httpx, with the address set.
   """
 
-  def __init__(self, flags: Sequence[str], key: str = "", own_programs: bool = False):
-    """Starts; with `own_programs` it keeps compiled programs in its state, as it does for users."""
+  def __init__(
+    self, flags: Sequence[str], key: str = "", own_programs: bool = False, constants: Mapping[str, float] | None = None
+  ):
+    """Starts.
+
+    Args:
+      own_programs: it keeps compiled programs in its state, as it does for users.
+      constants: "module.NAME" of the serving room → another value, such as a shorter time.
+    """
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
     self.url = f"http://127.0.0.1:{port}"
     self._said = tempfile.TemporaryDirectory()
     said = pathlib.Path(self._said.name, "said")
-    self._job = forks.Job(_serve, [f"--port={port}", *flags], own_programs, said=said)
+    self._job = forks.Job(_serve, [f"--port={port}", *flags], own_programs, constants or {}, said=said)
     self.process = self._job.process
     headers = {"authorization": f"Bearer {key}"} if key else {}
     self.client = httpx.Client(base_url=self.url, headers=headers, timeout=60)
@@ -114,9 +125,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(directory: pathlib.Path, *flags: str, key: str = "") -> Iterator[Server]:
+def served(
+  directory: pathlib.Path, *flags: str, key: str = "", constants: Mapping[str, float] | None = None
+) -> Iterator[Server]:
   """A server on DIR/backbone with the state DIR/state, ready."""
-  server = Server([f"--backbone={directory / 'backbone'}", f"--state={directory / 'state'}", *FLAGS, *flags], key)
+  given = [f"--backbone={directory / 'backbone'}", f"--state={directory / 'state'}", *FLAGS, *flags]
+  server = Server(given, key, constants=constants)
   try:
     yield server.wait()
   finally:
