@@ -43,6 +43,7 @@ from dptdr_jax import Backbone
 
 CLIENTS = 64  # at saturation
 WINDOW_S = 5.0  # of part add: adding, not adding, …
+_TURN_S = 8.0  # of a user in part overload, where answers take until --queued tokens are encoded
 
 
 class Inputs:
@@ -74,11 +75,10 @@ class Inputs:
     """Requests a second when all clients send all the time."""
     return _rate(attack(self.args.peers, server, self.texts, self.args.seconds, users=CLIENTS))
 
-  def at(self, server: Server, rate: float, **more) -> Answers:
-    """The answers to requests at a rate. A user's turn is 4 s, so that an answer may take as long."""
-    users = max(16, round(4 * rate))
-    seconds = more.pop("seconds", self.args.seconds)
-    return attack(self.args.peers, server, self.texts, seconds, users=users, rate=rate, warm=4.0, **more)
+  def at(self, server: Server, rate: float, seconds: float = 0.0, turn: float = 4.0, **more) -> Answers:
+    """The answers to requests at a rate; `turn`: seconds between two requests of a user, more than an answer takes."""
+    users, seconds = max(16, round(turn * rate)), seconds or self.args.seconds
+    return attack(self.args.peers, server, self.texts, seconds, users=users, rate=rate, warm=turn, **more)
 
 
 def _rate(answers: Answers) -> float:
@@ -235,7 +235,7 @@ def overload(inputs: Inputs) -> None:
     memory = [server.memory()]
     print(f"\nload on {args.base} tasks; saturation {saturation:.0f} requests/s, {args.queued} tokens may wait")
     for share in (0.5, 2.0):
-      answers = inputs.at(server, share * saturation)
+      answers = inputs.at(server, share * saturation, turn=_TURN_S)
       memory.append(server.memory())
       (p50, p99), refused = percentiles(answers.served()), [row[1] for row in answers.rows if row[2] == 429]
       print(
@@ -283,7 +283,7 @@ def main() -> None:
   parser.add_argument("--base", type=int, default=64, help="tasks of the other parts")
   parser.add_argument("--prompt", type=int, default=32, help="prompt length")
   parser.add_argument("--slots", type=int, default=64)
-  parser.add_argument("--queued", type=int, default=16384, help="tokens that may wait in overload")
+  parser.add_argument("--queued", type=int, default=4096, help="tokens that may wait in overload")
   parser.add_argument("--seconds", type=float, default=20.0, help="of one measurement")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--dir", help="where the temporary directory is made; 2 GB for 1,000 tasks")
