@@ -7,7 +7,8 @@
   python benchmarks/serving_http.py compare add overload start --peers=peers/bin
 
 The peers have an environment of their own: infinity_emb needs transformers 4. The load is locust's (load.py), on the
-same machine. The backbone is all-MiniLM-L6-v2, the prompts are random, a request is one text of 6 to 12 words.
+same machine. The backbone is all-MiniLM-L6-v2, the prompts are random, a request is one text of 6 to 12 words; in
+overload also four of about 100 words, where encoding takes longer than HTTP.
 
   compare   N tasks: one server of ours, sentence-transformers in a process a task (peer_server.py), and infinity_emb
             with the bare backbone. Requests a second when 64 clients send all the time; p50 and p99 at half of each
@@ -42,6 +43,7 @@ from serving import BACKBONE, make_retriever, make_texts
 from dptdr_jax import Backbone
 
 CLIENTS = 64  # at saturation
+_CLIENTS_OF_PASSAGES = 12  # 4 · 128 tokens each
 WINDOW_S = 5.0  # of part add: adding, not adding, …
 _TURN_S = 8.0  # of a user in part overload, where answers take until --queued tokens are encoded
 
@@ -55,6 +57,9 @@ class Inputs:
     self.texts = directory / "texts.json"
     texts = make_texts(self.backbone, 2000, 6, 12, seed=0)
     self.texts.write_text(json.dumps([[text] for text in texts]))
+    self.passages = directory / "passages.json"
+    some = make_texts(self.backbone, 800, 90, 110, seed=1)
+    self.passages.write_text(json.dumps([some[first : first + 4] for first in range(0, len(some), 4)]))
     self.prompt_bytes = 0
 
   def tasks(self, count: int, first: int = 0) -> dict[str, pathlib.Path]:
@@ -71,14 +76,19 @@ class Inputs:
     given = (f"--slots={self.args.slots}", f"--prompt-length={self.args.prompt}", "--max-tokens=128", *flags)
     return ours(BACKBONE, self.directory / state, self.tasks(tasks), *given, counts=counts)
 
-  def saturate(self, server: Server) -> float:
-    """Requests a second when all clients send all the time."""
-    return _rate(attack(self.args.peers, server, self.texts, self.args.seconds, users=CLIENTS))
+  def saturate(self, server: Server, texts: pathlib.Path | None = None) -> float:
+    """Requests a second when all clients send all the time: so many that batches are full and nothing is refused."""
+    users = _CLIENTS_OF_PASSAGES if texts == self.passages else CLIENTS
+    return _rate(attack(self.args.peers, server, texts or self.texts, self.args.seconds, users=users))
 
-  def at(self, server: Server, rate: float, seconds: float = 0.0, turn: float = 4.0, **more) -> Answers:
+  def at(
+    self, server: Server, rate: float, seconds: float = 0.0, turn: float = 4.0, texts: pathlib.Path | None = None,
+    **more,
+  ) -> Answers:  # fmt: skip
     """The answers to requests at a rate; `turn`: seconds between two requests of a user, more than an answer takes."""
     users, seconds = max(16, round(turn * rate)), seconds or self.args.seconds
-    return attack(self.args.peers, server, self.texts, seconds, users=users, rate=rate, warm=turn, **more)
+    texts = texts or self.texts
+    return attack(self.args.peers, server, texts, seconds, users=users, rate=rate, warm=turn, **more)
 
 
 def _rate(answers: Answers) -> float:
@@ -231,22 +241,30 @@ def overload(inputs: Inputs) -> None:
   """Part (d): half and twice of what the server can do."""
   args = inputs.args
   with running(inputs.ours(args.base, f"--queued-tokens={args.queued}")) as server:
-    saturation = inputs.saturate(server)
-    memory = [server.memory()]
-    print(f"\nload on {args.base} tasks; saturation {saturation:.0f} requests/s, {args.queued} tokens may wait")
-    for share in (0.5, 2.0):
-      answers = inputs.at(server, share * saturation, turn=_TURN_S)
-      memory.append(server.memory())
-      (p50, p99), refused = percentiles(answers.served()), [row[1] for row in answers.rows if row[2] == 429]
-      print(
-        f"  {share:4.0%}: {answers.asked:.0f} requests/s{answers.late()}, {_rate(answers):.0f} served "
-        f"({_rate(answers) / saturation:.2f} × saturation), "
-        f"{len(answers.rows) - answers.count(200, 429)} errors; p50 {p50:.1f} ms, p99 {p99:.1f} ms ({p99 / p50:.1f} ×)"
-      )
-      if refused:
-        early, late = percentiles(refused)
-        print(f"        {len(refused)} times 429: p50 {early:.1f} ms, p99 {late:.1f} ms, {early / p50:.3f} × an answer")
-      print(f"        PSS {memory[-1].pss / MB:.0f} MB, {memory[-1].pss / memory[0].pss:.3f} × before")
+    kinds = {"requests of one short text": inputs.texts, "requests of four passages": inputs.passages}
+    for what, texts in kinds.items():
+      _overload(inputs, server, what, texts)
+
+
+def _overload(inputs: Inputs, server: Server, what: str, texts: pathlib.Path) -> None:
+  """Prints what one kind of requests got at both rates."""
+  args = inputs.args
+  saturation = inputs.saturate(server, texts)
+  memory = [server.memory()]
+  print(f"\n{what} to {args.base} tasks; saturation {saturation:.0f} requests/s, {args.queued} tokens may wait")
+  for share in (0.5, 2.0):
+    answers = inputs.at(server, share * saturation, turn=_TURN_S, texts=texts)
+    memory.append(server.memory())
+    (p50, p99), refused = percentiles(answers.served()), [row[1] for row in answers.rows if row[2] == 429]
+    print(
+      f"  {share:4.0%}: {answers.asked:.0f} requests/s{answers.late()}, {_rate(answers):.0f} served "
+      f"({_rate(answers) / saturation:.2f} × saturation), "
+      f"{len(answers.rows) - answers.count(200, 429)} errors; p50 {p50:.1f} ms, p99 {p99:.1f} ms ({p99 / p50:.1f} ×)"
+    )
+    if refused:
+      early, late = percentiles(refused)
+      print(f"        {len(refused)} times 429: p50 {early:.1f} ms, p99 {late:.1f} ms, {early / p50:.3f} × an answer")
+    print(f"        PSS {memory[-1].pss / MB:.0f} MB, {memory[-1].pss / memory[0].pss:.3f} × before")
 
 
 def start(inputs: Inputs) -> None:
@@ -283,7 +301,7 @@ def main() -> None:
   parser.add_argument("--base", type=int, default=64, help="tasks of the other parts")
   parser.add_argument("--prompt", type=int, default=32, help="prompt length")
   parser.add_argument("--slots", type=int, default=64)
-  parser.add_argument("--queued", type=int, default=4096, help="tokens that may wait in overload")
+  parser.add_argument("--queued", type=int, default=8192, help="tokens that may wait in overload")
   parser.add_argument("--seconds", type=float, default=20.0, help="of one measurement")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--dir", help="where the temporary directory is made; 2 GB for 1,000 tasks")
