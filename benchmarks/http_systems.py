@@ -199,8 +199,11 @@ def attack(
                f"--targets={targets}", f"--texts={texts}", f"--answers={answers}"]  # fmt: skip
     # Locust's own statistics go nowhere: load.py writes every answer.
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    with meanwhile or contextlib.nullcontext():
-      _, said = job.communicate()
+    try:
+      with meanwhile or contextlib.nullcontext():
+        _, said = job.communicate()
+    finally:
+      job.kill()  # after Ctrl-C; otherwise it has ended
     if job.returncode or not answers.exists():
       raise RuntimeError(f"locust failed:\n{said[-3000:].decode(errors='replace')}")
     rows = sorted(tuple(row) for row in json.loads(answers.read_text()))
