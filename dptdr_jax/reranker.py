@@ -168,14 +168,14 @@ class CrossEncoder:
 
   def logits_stored(
     self, queries: TokenStore, passages: TokenStore, query_rows: np.ndarray, passage_rows: np.ndarray, *,
-    batch_tokens: int = buckets.BATCH_TOKENS, description: str = "",
+    batch_tokens: int = 0, description: str = "",
     advance: Callable[[int], None] = lambda count: None,
   ) -> np.ndarray:  # fmt: skip
     """Logits of those probabilities (see `probabilities`, which saturate and tie) for rows of token stores.
 
     Args:
       query_rows, passage_rows: int [n].
-      batch_tokens: tokens a device takes at a time, padding included.
+      batch_tokens: tokens a device takes at a time, padding included; 0: by the device.
       description: of the progress bar; '' for none.
       advance: told how many more are done, where a caller shows its own.
 

@@ -237,7 +237,8 @@ class Cross(Optimization):
 class Encode(Section):
   """Vectors of corpus and queries."""
 
-  batch_tokens: int = field(16384, "a device encodes at a time, padding included", ge=1, unit="tokens", neutral=True)
+  batch_tokens: int = field(0, "a device encodes at a time, padding included; 0: 2,048 on a CPU, 16,384 on others",
+                            ge=0, unit="tokens", neutral=True)  # fmt: skip
   shard_passages: int = field(100_000, "a shard; a killed run goes on at the next", ge=1, neutral=True)
   dtype: Literal["float32", "float16"] = field("float32", "of stored vectors")
 

@@ -31,7 +31,7 @@ class Encoding(Inputs):
   """How vectors are made and stored."""
 
   dtype: str
-  batch_tokens: int = neutral(16384)
+  batch_tokens: int = neutral(0)
   shard_passages: int = neutral(100_000)
 
 

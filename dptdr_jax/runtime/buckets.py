@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from dptdr_jax.core import preemption, progress
 from dptdr_jax.runtime.mesh import put_batch
 
-BATCH_TOKENS = 16384  # tokens a device takes at a time, padding included
+ON_CPU, ON_ACCELERATOR = 2048, 16_384  # tokens at a time: what fits a CPU's cache, what fills an accelerator
 _BUCKET = 16  # lengths are padded to a multiple of it, so that few shapes are compiled
 _AHEAD = 2  # batches that may be on the devices while the host builds the next
 
@@ -40,7 +40,7 @@ def map_sequences(
   mesh: Mesh,
   shape: tuple[int, ...] = (),
   *,
-  batch_tokens: int = BATCH_TOKENS,
+  batch_tokens: int = 0,
   description: str = "",
   unit: str = "text",
   advance: Callable[[int], None] = lambda count: None,
@@ -49,7 +49,7 @@ def map_sequences(
 
   Args:
     function: a batch on the mesh, rows sharded → [B, *shape]; returns at once, as jitted functions do.
-    batch_tokens: tokens of a device at a time, padding included.
+    batch_tokens: tokens of a device at a time, padding included; 0: by the device.
     description: of the progress bar, which counts `unit`s; '': no bar.
     advance: called with the number of sequences that were done since, for a caller's own bar.
 
@@ -57,6 +57,7 @@ def map_sequences(
     Preempted: SIGTERM came; nothing is kept.
   """
   lengths = sequences.lengths()
+  batch_tokens = batch_tokens or (ON_CPU if mesh.devices.flat[0].platform == "cpu" else ON_ACCELERATOR)
   results = np.empty((len(lengths), *shape), np.float32)
   running: collections.deque = collections.deque()
 

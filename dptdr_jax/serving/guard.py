@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -17,6 +17,7 @@ from dptdr_jax.serving import errors
 from dptdr_jax.serving.metrics import Metrics
 
 MOST_BYTES = 16 << 20  # of a body
+MOST_REQUESTS = 256  # whose body is read and that are not answered yet; more would wait for the interpreter
 MOST_UPLOAD = 1100 << 20  # of PUT /tasks/NAME: two files of 512 MB and their descriptions
 _SILENCE_S = 30.0  # between two parts of a body
 _LONGEST_S = 300.0  # that a request may set
@@ -34,13 +35,14 @@ class Guard:
   def __init__(self, app: ASGIApp, metrics: Metrics, local: bool):
     """With `local` only requests for a name of this machine are answered: a page elsewhere cannot rebind its name."""
     self._app, self._metrics, self._local = app, metrics, local
+    self._under_way = 0
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """Handles one request."""
     if scope["type"] != "http":
       await self._app(scope, receive, send)
       return
-    started, status = time.monotonic(), 499
+    started, status, read = time.monotonic(), 499, False
 
     async def noted(message: Message) -> None:
       nonlocal status
@@ -48,18 +50,27 @@ class Guard:
         status = message["status"]
       await send(message)
 
+    def is_read() -> None:
+      nonlocal read
+      read = True
+      self._under_way += 1
+
     try:
       with contextlib.suppress(ClientGone):
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if refused := self._refused(scope, headers):
           await refused(scope, receive, noted)
         else:
-          await self._app(scope, _limited(receive, _most(scope, headers)), noted)
+          await self._app(scope, _limited(receive, _most(scope, headers), is_read), noted)
     finally:
+      self._under_way -= read
       route = getattr(scope.get("route"), "path", "other")
       self._metrics.request(route, status, time.monotonic() - started)
 
   def _refused(self, scope: Scope, headers: dict[str, str]) -> ASGIApp | None:
+    if self._under_way >= MOST_REQUESTS and scope["method"] == "POST":  # at once: its body is not even looked at
+      return errors.answer(429, f"{MOST_REQUESTS} requests are being answered. Try again in a second", "overloaded",
+                           **{"retry-after": "1"})  # fmt: skip
     host = headers.get("host", "")
     if self._local and urlsplit(f"//{host}").hostname not in ("localhost", "127.0.0.1", "::1"):
       return errors.answer(403, "this server answers requests for localhost alone", "wrong_host")
@@ -81,7 +92,7 @@ def _most(scope: Scope, headers: dict[str, str]) -> int | None:
   return MOST_BYTES
 
 
-def _limited(receive: Receive, most: int | None) -> Receive:
+def _limited(receive: Receive, most: int | None, is_read: Callable[[], None]) -> Receive:
   size, complete = 0, False
 
   async def limited() -> Message:
@@ -94,6 +105,8 @@ def _limited(receive: Receive, most: int | None) -> Receive:
       raise HTTPException(408, f"no part of the body came for {_SILENCE_S:.0f} s") from error
     size += len(message.get("body", b""))
     complete = not message.get("more_body", False)
+    if complete:
+      is_read()
     if most is not None and size > most:
       raise HTTPException(413, f"the body is too large; at most {most} bytes are accepted")
     return message

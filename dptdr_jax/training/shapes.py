@@ -15,6 +15,7 @@ from dptdr_jax.models import convert, prompts
 from dptdr_jax.models.config import EncoderConfig
 from dptdr_jax.models.represent import represent
 from dptdr_jax.runtime import mesh as meshes
+from dptdr_jax.runtime.buckets import ON_ACCELERATOR
 from dptdr_jax.runtime.shardings import by_rules
 from dptdr_jax.settings import Settings
 from dptdr_jax.training import steps
@@ -79,7 +80,7 @@ def pretrain(settings: Settings, encoder: EncoderConfig, compute_dtype: str, mes
 def encode(settings: Settings, encoder: EncoderConfig, compute_dtype: str, mesh: Mesh) -> Lowered:
   """A full batch of passages of full length, as a retriever encodes it."""
   spec, vector, width = steps.prompt_spec(settings.prompt), settings.vector, settings.text.passage_length
-  batch = max(1, settings.encode.batch_tokens // width) * mesh.size
+  batch = max(1, (settings.encode.batch_tokens or ON_ACCELERATOR) // width) * mesh.size
   prompt = jax.eval_shape(lambda: prompts.init_prompt(jax.random.key(0), prompts.as_read(spec), encoder))
   backbone = convert.abstract_params(encoder, compute_dtype)
 

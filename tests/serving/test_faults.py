@@ -271,7 +271,7 @@ def state(directory):
   made, backbone = directory / "kept", Backbone.load(directory / "backbone")
   (made / "dptdr.json").parent.mkdir()
   (made / "dptdr.json").write_text('{"kind": "server", "format": 1}')
-  opened = catalog.Catalog(made, backbone)
+  opened = catalog.DirectoryCatalog(made, backbone)
   for name in "ab":
     loaded = opened.prepare(name, catalog.files_of(directory / name), False)
     opened.put(loaded.entry)
