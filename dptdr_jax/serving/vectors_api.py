@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import orjson
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -116,7 +116,7 @@ async def embed(request: Request, name: str, given: EmbedRequest) -> Response:
   work = service.encode(name, kind, texts, deadline=deadline(request), truncate=bool(given.truncate))
   task, encoded = await unless_gone(request, work)
   vectors = _normalized(task, encoded.vectors, given.normalize)
-  return await _written_out(service, len(texts), vectors.tolist)
+  return await _written_out(service, len(texts), lambda: vectors)
 
 
 @router.post("/v1/rerank", tags=["vectors"], summary="Scores of documents for a query (Cohere)")
@@ -184,7 +184,7 @@ async def _written_out(service: Service, count: int, answer: Callable[[], Any]) 
   """An answer with vectors; many are written in a thread, as other requests should not wait for that."""
 
   def written() -> bytes:
-    return json.dumps(answer(), separators=(",", ":")).encode()
+    return orjson.dumps(answer(), option=orjson.OPT_SERIALIZE_NUMPY)
 
   content = written() if count <= _AT_ONCE else await service.run(written)
   return Response(content, media_type="application/json")
@@ -196,10 +196,10 @@ def _check_width(service: Service, dimensions: int | None) -> None:
     raise Refused(422, f"vectors have {width} dimensions, and cannot be cut", "invalid", "dimensions")
 
 
-def _written(vector: np.ndarray, form: str) -> list[float] | str:
+def _written(vector: np.ndarray, form: str) -> np.ndarray | str:
   if form == "base64":
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-  return vector.tolist()
+  return vector
 
 
 def _normalized(task: Task, vectors: np.ndarray, normalize: bool | None) -> np.ndarray:
