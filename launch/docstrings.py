@@ -76,11 +76,9 @@ class Options:
     dev_modules: the same for dev; if both match, the longer name wins. The rest is train.
   """
 
-  packages: tuple[str, ...] = (
-    STDLIB, "numpy", "scipy", "jax", "flax", "optax", "orbax", "matplotlib", "absl", "ml_collections"
-  )  # fmt: skip
-  test_modules: tuple[str, ...] = ("numpy", "optax", "flax")
-  dev_modules: tuple[str, ...] = ("scipy.signal", "orbax")
+  packages: tuple[str, ...] = (STDLIB, "numpy", "scipy", "optax")
+  test_modules: tuple[str, ...] = ("numpy",)
+  dev_modules: tuple[str, ...] = ("scipy.signal", "optax")
 
   @property
   def splits(self) -> tuple[str, ...]:

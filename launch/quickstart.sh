@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to a measured retriever: environment, data, run. No hub, no GPU; ten to 25 minutes on 2 cores.
+# From a fresh machine to a measured retriever: environment, data, run. No hub, no GPU; six minutes on 2 cores after the installation.
 # launch/quickstart.sh [--serve] [WORKDIR] [--config.a.b=v ...]; started again, it resumes. The data go to
 # runs/docstrings. With --serve it ends with a search page at http://127.0.0.1:8000, until Ctrl-C.
 set -euo pipefail
