@@ -23,11 +23,11 @@ def get_config():
   c.pretrain.checkpoint_every = 20
   c.pretrain.evaluate_every = 20
   c.prompt.length = 16
-  c.train.steps = 100
+  c.train.steps = 120
   c.train.passages = 1
   c.train.negatives = "source"
-  c.train.checkpoint_every = 50
-  c.train.evaluate_every = 50
+  c.train.checkpoint_every = 60
+  c.train.evaluate_every = 60
   c.train.evaluate_passages = 1000
   c.train.evaluate_queries = 300
   c.evaluate.splits = ("test",)
