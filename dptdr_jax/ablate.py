@@ -6,10 +6,10 @@ from the first with a randomisation test, and quality against trained parameters
 with BM25, and one reranked if it has a cross-encoder. Started again, it resumes. An arm whose loss is not finite is
 left out, and named at the end. It runs as one process. Other pairs, other measures: `python -m dptdr_jax.compare`.
 
-Arms by name: plain (prompts alone, one round), rip, unm, dptdr (both), finetune, finetune-unm, finetune-dptdr (all
-weights, the same steps, at a rate of 3e-5, whatever train.learning_rate is); unm-bm25, unm-dense (one source alone),
-unm-raw (no denoising, of round 1's BM25 negatives neither). Any other: --arm="P8: prompt.length=8" --arm="16 negatives:
-train.passages=17, train.queries=16"; other settings are as in the config.
+Arms by name: plain (prompts alone, one round), rip, unm, dptdr (both). finetune, finetune-unm and finetune-dptdr train
+all weights for the same steps, at a rate of 3e-5 whatever train.learning_rate is. unm-bm25 and unm-dense have one
+source of negatives. unm-raw denoises nothing, not even round 1's BM25 negatives. Any other: --arm="P8: prompt.length=8"
+--arm="16 negatives: train.passages=17, train.queries=16". Other settings are as in the config.
 """
 
 from __future__ import annotations

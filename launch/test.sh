@@ -4,9 +4,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment "${ENVIRONMENT:-.venv-test}" "[test]"
-# The search page is tested in a browser: Debian's, if there is none. Without one those tests are skipped.
+# The search page is tested in a browser: Debian's, if there is none. Only who cannot install one skips those tests.
 if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [[ $(id -u) == 0 ]]; then
-  apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null || true
+  apt-get update -qq
+  apt-get install -qq -y --no-install-recommends chromium > /dev/null
 fi
 ruff check .
 ruff format --check .

@@ -1,10 +1,10 @@
 """Artefacts: directories that one function makes from declared inputs, found again by a key over these inputs.
 
-  STORE/dptdr.json               says that the directory is ours
-  STORE/KIND/KEY/                finished: its files, and artefact.json (inputs, seconds, sizes, SHA-256)
-  STORE/KIND/KEY.partial/        an unfinished one: begun.json, and what the next attempt resumes from (checkpoints/)
-  STORE/KIND/KEY.lock            held (flock) by the process that makes it
-  STORE/roots/                   which artefacts each run reaches: what `prune` keeps
+  STORE/dptdr.json               says that the directory is ours.
+  STORE/KIND/KEY/                finished: its files, and artefact.json (inputs, seconds, sizes, SHA-256).
+  STORE/KIND/KEY.partial/        an unfinished one: begun.json, and what the next attempt resumes from (checkpoints/).
+  STORE/KIND/KEY.lock            held (flock) by the process that makes it.
+  STORE/roots/                   which artefacts each run reaches: what `prune` keeps.
 
 A build function gets its inputs and nothing else: a field that is not declared there cannot be read, so it cannot be
 missing in the key. Fields that are declared neutral (they change rounding or speed) stay out of the key.

@@ -100,14 +100,15 @@ class GroupBatches(abc.ABC):
 class TrainBatches(GroupBatches):
   """`batches[step]` → this host's slice of the global batch, queries and passages separate.
 
-  A batch, of B global examples and G passages each, on host p of n (M = B·G; b = B / n, m = M / n, both after filling;
-  T is the bucket that the global batch needs):
-    query_tokens int32 [b, Tq], query_lengths int32 [b], passage_tokens int32 [m, Tp], passage_lengths int32 [m],
-    targets int32 [B]: column of each query's positive in the global batch,
-    blocked bool [B, M]: the query's positives, which must not count as its negatives; never the target,
-    repeated bool [M]: columns whose passage is also further left; a passage counts once.
+  The global batch has B examples of G passages each, M = B·G. Host p of n gets b = B / n queries and m = M / n
+  passages, both after filling. T is the bucket that the global batch needs. A batch has:
+    query_tokens int32 [b, Tq], query_lengths int32 [b].
+    passage_tokens int32 [m, Tp], passage_lengths int32 [m].
+    targets int32 [B]: column of each query's positive in the global batch.
+    blocked bool [B, M]: the query's positives, which must not count as its negatives. Never the target.
+    repeated bool [M]: columns whose passage is also further left. A passage counts once.
   The last three are of the global batch and the same on every host. The tokens of all hosts, one below the other, are
-  the global batch; rows that fill it up come last.
+  the global batch. Rows that fill it up come last.
 
   Args:
     queries, passages: token stores.

@@ -125,10 +125,11 @@ class Pairs:
 class PairBatches(GroupBatches):
   """`batches[step]` → this host's slice of the global batch of pairs, each query with its positive and negatives.
 
-  A batch, of B queries with G passages each, on host p of n (m = B·G / n after filling, the positive first of every G):
-    tokens int32 [m, T], lengths int32 [m] and segments int8 [m, T], see Pairs.batch; relevant bool [m]; real bool [m]:
-    False where a row only fills up the devices.
-  T is the bucket that the global batch needs.
+  The global batch has B queries of G passages each, the positive first. Host p of n gets m = B·G / n pairs, after
+  filling. T is the bucket that the global batch needs. A batch has:
+    tokens int32 [m, T], lengths int32 [m], segments int8 [m, T]: see Pairs.batch.
+    relevant bool [m].
+    real bool [m]: False where a row only fills up the devices.
 
   Args:
     queries, passages: token stores.

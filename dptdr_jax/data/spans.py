@@ -6,8 +6,8 @@ tokens of text and at least s = SHORTEST, a passage of n tokens gives:
   n ≥ both   Each span aims at S tokens, or with probability `short_share` at a random length from s on. Both lie
              anywhere in the passage.
   n < both   ('cut') The passage is cut in two at a random place, within a quarter of its length around the ratio of
-             the two aimed lengths, so that a short span stays short: the usual case on MS MARCO. A half longer than S
-             gives S tokens; then both spans lie anywhere, and up to a quarter of the text is in neither.
+             the two aimed lengths. So a short span stays short. This is the usual case on MS MARCO. A half longer than
+             S gives S tokens. Then both spans lie anywhere, and up to a quarter of the text is in neither.
   n < 2 · s  ('twins') Halves would say nothing about each other ('The' | 'Beatles'): both spans are the whole
              passage, and only masks and dropout tell them apart (SimCSE, arXiv 2104.08821).
   n = 0      ('empty') The tokenizer makes nothing of the text: never drawn.
@@ -79,11 +79,11 @@ class SpanBatches:
   them N_k = ⌊N_(k+1)·W_k / W_(k+1)⌋, with cumulative shares W. So a step determines where each stream is, and no stream
   goes back (with N_k = ⌊N_K·W_k⌋ one with a share below a passage might).
 
-  A batch of S = 2n global spans on host p of h (s = S / h; K masked tokens at most):
-    tokens int32 [s, T] (masked if there is masking), lengths int32 [s]: spans 2i and 2i + 1 are of one passage,
-    positions int32 [s, K], labels int32 [s, K]: masked tokens and their ids, −1 fills; only with masking,
-    groups int32 [S]: equal for spans of the same text (a small corpus may come round within a batch; a text may be in
-    two corpora, or twice in one).
+  The global batch has S = 2n spans. Host p of h gets s = S / h of them, with K masked tokens at most. A batch has:
+    tokens int32 [s, T], lengths int32 [s]: spans 2i and 2i + 1 are of one passage. Masked if there is masking.
+    positions int32 [s, K], labels int32 [s, K]: masked tokens and their ids, −1 fills. Only with masking.
+    groups int32 [S]: equal for spans of the same text. A small corpus may come round within a batch, and a text may be
+    in two corpora, or twice in one.
 
   Args:
     stores: token stores with words, one a corpus.

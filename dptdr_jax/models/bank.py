@@ -1,7 +1,7 @@
 """A bank of prompts on the device: the rows of one batch use the prompts of different tasks.
 
-A row names a slot. In the loop over the layers it gathers that slot's keys and values of one layer, so queries and
-passages of many tasks share one forward pass, and never more than one layer's prompts [B, 2, N, P, D] are copied.
+A row names a slot. In the loop over the layers it gathers that slot's keys and values of one layer. So queries and
+passages of many tasks share one forward pass. Never more than one layer's prompts [B, 2, N, P, D] are copied.
 Prompt length, position shift, pooling and normalisation are data of the slot: a new task needs no new program.
 Only deep prompts can be stored, with any projection already applied; a prompt of length 0 is the bare backbone.
 

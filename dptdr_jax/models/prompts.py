@@ -1,12 +1,12 @@
 """Prompts, the trained parameters: deep (keys and values in every layer) or shallow (vectors before the embeddings).
 
-Raw parameters are small trees of float32 arrays; `expand_prompt` turns them into what the encoder reads. Their layout:
-  deep, no projection     {'table': [P, 2·L·H]} (order: layer 0 key, layer 0 value, layer 1 key, …)
-  deep, 'mlp'             {'table': [P, H], 'hidden': dense, 'output': dense}: tanh between, output 2·L·H
-  shallow, no projection  {'table': [P, H]}
-  shallow, 'mlp'          {'table': [P, H], 'hidden': dense, 'output': dense}: ReLU between, output H
-  shallow, 'lstm'         as 'mlp', with 'lstm' before it: two bidirectional layers
-where dense is {'kernel': [in, out], 'bias': [out]}.
+Raw parameters are small trees of float32 arrays; `expand_prompt` turns them into what the encoder reads.
+A dense layer is {'kernel': [in, out], 'bias': [out]}. The layout:
+  deep, no projection     {'table': [P, 2·L·H]}. Order: layer 0 key, layer 0 value, layer 1 key, …
+  deep, 'mlp'             {'table': [P, H], 'hidden': dense, 'output': dense}. tanh between, output 2·L·H.
+  shallow, no projection  {'table': [P, H]}.
+  shallow, 'mlp'          {'table': [P, H], 'hidden': dense, 'output': dense}. ReLU between, output H.
+  shallow, 'lstm'         as 'mlp', with 'lstm' before it: two bidirectional layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Does a passage contain an answer? Open-domain question answering's relevance, after DPR's definition.
 
-DPR (Karpukhin et al., EMNLP 2020), after DrQA: answer and passage are normalised to NFD, split into runs of letters,
-digits and marks or else single characters, and lower-cased; an answer matches if the passage has its tokens in a row.
+DPR (Karpukhin et al., EMNLP 2020), after DrQA: answer and passage are normalised to NFD and lower-cased. Tokens are
+runs of letters, digits and marks, or else single characters. An answer matches if the passage has its tokens in a row.
 So "the US" matches "(The US)" but not "the USA", "1,200" is three tokens, and accents count ("café" ≠ "cafe").
 """
 

@@ -1,9 +1,9 @@
 """BM25 as Lucene scores it, over bm25s, built and searched in bounded memory.
 
 score(q, d) = Σ_t ln(1 + (C − df_t + ½) / (df_t + ½)) · tf / (tf + k1 · (1 − b + b · |d| / mean |d|)), over q's tokens t
-with repetition (Kamphuis et al., ECIR 2020, "Lucene (accurate)"). bm25s splits texts into stemmed tokens and sums a
-query's postings. Its own index builder holds a corpus as Python lists; so the postings are built here, in shards of
-passages with the document frequencies and mean length of the whole corpus: the ranking is that of one index.
+with repetition. Kamphuis et al., ECIR 2020, call it "Lucene (accurate)". bm25s splits texts into stemmed tokens and
+sums a query's postings. Its own index builder holds a corpus as Python lists, so the postings are built here, in shards
+of passages. They have the document frequencies and mean length of the whole corpus: the ranking is that of one index.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The pool of candidates from which a query's hard negatives are drawn: memory-mapped rows, scores, ranks, sources.
 
 A directory of arrays and a manifest, for Q queries, at most K candidates each, and S sources (retrievers):
-  rows.npy             int32   [Q, K]     passage rows, −1 fills at the end of a query
-  sources.npy          uint16  [Q, K]     bit s is set where source s contributed the candidate
-  scores.npy           float32 [Q, K, S]  its score in source s, −inf where unknown
-  ranks.npy            int16   [Q, K, S]  its rank in source s from 0, −1 where unknown
-  reasons.npy          uint8   [Q, K]     why it was removed from the negatives (see Reason), 0 where it was not
-  positive_scores.npy  float32 [Q, S]     the best score of a judged positive in source s, NaN where unknown
+  rows.npy             int32   [Q, K]     passage rows, −1 fills at the end of a query.
+  sources.npy          uint16  [Q, K]     bit s is set where source s contributed the candidate.
+  scores.npy           float32 [Q, K, S]  its score in source s, −inf where unknown.
+  ranks.npy            int16   [Q, K, S]  its rank in source s from 0, −1 where unknown.
+  reasons.npy          uint8   [Q, K]     why it was removed from the negatives (see Reason), 0 where it was not.
+  positive_scores.npy  float32 [Q, S]     the best score of a judged positive in source s, NaN where unknown.
 Candidates are ordered by their best rank in any source, ties by the order of the sources: a prefix mixes all fairly.
 """
 

@@ -89,8 +89,8 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
 def randomisation_test(a: np.ndarray, b: np.ndarray) -> float:
   """Two-sided p-value of a paired randomisation test for equal means (Smucker, Allan and Carterette, CIKM 2007).
 
-  Under the hypothesis the two systems' values of a query are exchangeable: the signs of the differences are drawn at
-  random, and p is the share of draws whose mean is at least as far from 0 as the observed one. The observed draw counts
+  Under the hypothesis the two systems' values of a query are exchangeable. So the signs of the differences are drawn at
+  random. p is the share of draws whose mean is at least as far from 0 as the observed one. The observed draw counts
   too, so that p is above 0: (1 + hits) / (1 + draws).
 
   Args:

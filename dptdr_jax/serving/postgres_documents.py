@@ -25,12 +25,11 @@ from dptdr_jax.serving.documents import Document
 from dptdr_jax.serving.lexical import K1, B, tokenize
 from dptdr_jax.serving.limits import UnknownTask
 from dptdr_jax.serving.postgres import PARTITIONED, Database, partition
+from dptdr_jax.serving.search import EF_CONSTRUCTION, EF_SEARCH, FEW, NEIGHBOURS
 
 LEASE_S = 15  # of documents that a server encodes; it starts anew with each batch that this server takes or stores
 _LONGEST_TOKEN = 128  # characters; an index entry must fit a third of a page
-_NEIGHBOURS, _EF_CONSTRUCTION, _EF_SEARCH, _LARGEST_EF = 32, 100, 128, 1000  # of the graph
-_LARGEST_GRAPH = 2000  # H, of pgvector
-_FEW = 0.05  # a filter that leaves a smaller share is searched exactly: a graph would lose its way
+_LARGEST_EF, _LARGEST_GRAPH = 1000, 2000  # of pgvector: efSearch, and H
 _NEAREST = """
 SELECT c.model, v."row", v.score FROM dptdr_collections c LEFT JOIN LATERAL (
     SELECT "row", -(vector <#> %(vector)s) AS score FROM {vectors}
@@ -155,7 +154,7 @@ class PostgresCollection:
     if model is not None:
       cursor.execute(self._sql(
         "CREATE INDEX {graph} ON {vectors} USING hnsw (vector vector_ip_ops) WITH (m = {m}, ef_construction = {ef}) "
-        "WHERE model = {model}", graph=graph, m=sql.Literal(_NEIGHBOURS), ef=sql.Literal(_EF_CONSTRUCTION),
+        "WHERE model = {model}", graph=graph, m=sql.Literal(NEIGHBOURS), ef=sql.Literal(EF_CONSTRUCTION),
         model=sql.Literal(model)))  # fmt: skip
 
   def upsert(self, documents: Sequence[Document], vectors: np.ndarray | None = None) -> int:
@@ -319,7 +318,7 @@ class PostgresCollection:
       order = _GRAPH if self._approximate and self._passes(connection, filters) else _EXACT
       statement = self._sql(_NEAREST, filter=self._filter("AND", filters), order=sql.SQL(order))
       with connection.pipeline(), connection.transaction():
-        depth = str(min(_LARGEST_EF, max(_EF_SEARCH, 2 * k)))
+        depth = str(min(_LARGEST_EF, max(EF_SEARCH, 2 * k)))
         connection.execute("SELECT set_config('hnsw.ef_search', %s, true)", [depth])
         answer = connection.execute(statement, values)
       rows = answer.fetchall()
@@ -341,8 +340,8 @@ class PostgresCollection:
     statement = self._sql("""SELECT c.documents, (
       SELECT count(*) FROM (SELECT FROM {documents} WHERE pairs @> %s LIMIT ceil(c.documents * %s::float8)::bigint))
       FROM dptdr_collections c WHERE number = %s""")
-    row = connection.execute(statement, [_pairs(filters.items()), _FEW, self._number]).fetchone()
-    return row is not None and row[1] >= _FEW * row[0]
+    row = connection.execute(statement, [_pairs(filters.items()), FEW, self._number]).fetchone()
+    return row is not None and row[1] >= FEW * row[0]
 
   def bm25(self, text: str, k: int, filters: dict[str, str]) -> Ranked:
     """See `collections.Collection.bm25`."""

@@ -34,7 +34,7 @@ class Replica:
 
   def __serve_build_asgi_app__(self) -> FastAPI:
     """The HTTP interface."""
-    return api.create_app(self._service, self._keys)
+    return api.create_app(self._service, self._keys, local=not self._keys.required)
 
   def check_health(self) -> None:
     """Raises an error if the engine has stopped; Ray then replaces the replica."""

@@ -11,8 +11,8 @@ from dptdr_jax.retrieval.search import search_ties
 from dptdr_jax.serving.collections import Ranked
 
 FUSED_DEPTH = fusion.SCALED  # of each ranking that is fused
-_NEIGHBOURS, _EF_CONSTRUCTION, _EF_SEARCH = 32, 100, 128  # of the graph
-_FEW = 0.05  # a filter that leaves a smaller share is searched exactly: a graph would lose its way
+NEIGHBOURS, EF_CONSTRUCTION, EF_SEARCH = 32, 100, 128  # of the graph
+FEW = 0.05  # a filter that leaves a smaller share is searched exactly: a graph would lose its way
 _EMPTY = Ranked(np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
@@ -28,8 +28,8 @@ class VectorIndex:
 
   def _fill(self, rows: np.ndarray, vectors: np.ndarray) -> None:
     if self._approximate:
-      self._index = faiss.IndexHNSWFlat(self._width, _NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-      self._index.hnsw.efConstruction = _EF_CONSTRUCTION
+      self._index = faiss.IndexHNSWFlat(self._width, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+      self._index.hnsw.efConstruction = EF_CONSTRUCTION
       self._flat = faiss.downcast_index(self._index.storage)
     else:
       self._index = self._flat = faiss.IndexFlatIP(self._width)
@@ -79,8 +79,8 @@ class VectorIndex:
     if not count:
       return _EMPTY
     selector = None if count == total else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-    if self._approximate and count >= _FEW * total:
-      index, parameters = self._index, faiss.SearchParametersHNSW(efSearch=max(_EF_SEARCH, 2 * k))
+    if self._approximate and count >= FEW * total:
+      index, parameters = self._index, faiss.SearchParametersHNSW(efSearch=max(EF_SEARCH, 2 * k))
       if selector is not None:
         parameters.sel = selector
     else:

@@ -14,6 +14,8 @@ from dptdr_jax import Retriever
 from dptdr_jax.core import preemption
 from dptdr_jax.core.errors import DptdrError, InputError
 from dptdr_jax.pipeline import models, run
+from dptdr_jax.retrieval import fusion
+from dptdr_jax.retrieval.runs import Run
 from dptdr_jax.settings import Settings
 
 SYSTEMS = ["bm25", "backbone", "backbone-first", "pretrain", "pretrain-first", "elsewhere", "train1", "train2",
@@ -37,6 +39,33 @@ def test_run_files_have_six_columns_and_every_query(whole):
     lines = [line.split() for line in (whole.workdir / "evaluate/runs" / name).read_text().splitlines()]
     assert {len(line) for line in lines} == {6} and {line[5] for line in lines} == {name.partition(".")[0]}
     assert len({line[0] for line in lines}) == 8
+
+
+def test_recommended_is_the_best_on_dev_and_published_with_its_fusion(whole):
+  results = json.loads((whole.workdir / "results.json").read_text())
+  about = json.loads((whole.workdir / "recommended.json").read_text())
+  means = {name: splits["dev"]["RR@10"] for name, splits in results.items()}
+  assert about["dev"] == pytest.approx(means) and means[about["system"]] == max(means.values())
+  for split in ("dev", "test"):
+    for baseline, measures in about["differences"][split].items():
+      wanted = results[about["system"]][split]["RR@10"] - results[baseline][split]["RR@10"]
+      assert measures["RR@10"]["mean"] == pytest.approx(wanted)
+      assert measures["RR@10"]["interval"][0] <= wanted + 1e-9
+  search = json.loads((whole.workdir / "retriever/search.json").read_text())
+  both = [Run.open(whole.path(node) / "run") for node in fused_of(whole)]
+  assert search["value"] == pytest.approx(means["fused"]) and 0 <= search["weight"] <= 1
+  made = fusion.weighted(*both[:2], search["weight"], both[2].depth)
+  np.testing.assert_array_equal(np.asarray(both[2].rows[:]), made.rows)
+  published, trained = (Retriever.load(whole.workdir / name) for name in ("retriever", "train2/retriever"))
+  assert published.hash == trained.hash
+
+
+def fused_of(whole: runs.Run) -> list:
+  """BM25's run of dev, the last retriever's, and both fused."""
+  node = whole.node("evaluate/runs/fused.dev.trec")
+  nodes = whole.plan().nodes
+  fused = nodes[node.inputs.run]
+  return [nodes[fused.inputs.bm25], nodes[fused.inputs.dense], fused]
 
 
 def test_report_shows_trainings_pools_and_examples(whole):

@@ -59,3 +59,14 @@ def test_sigterm_ends_it_within_a_batch(monkeypatch):
 def test_batches_are_longest_first_and_only_the_last_is_small(lengths, batches):
   planned = plan(np.array(lengths), 512, 192, 1)
   assert [(places.tolist(), width, size) for places, width, size in planned] == batches
+
+
+def test_batches_fit_a_cpu_unless_they_are_given():
+  shapes = set()
+
+  def total(batch):
+    shapes.add(batch["tokens"].shape)
+    return batch["tokens"].sum(1)
+
+  map_sequences(total, Numbered([64] * 100), make_mesh(devices=jax.devices()[:1]))
+  assert max(shapes) == (2048 // 64, 64)

@@ -2,9 +2,9 @@
 
 import jax
 import pytest
-from support import postgres, tiny
+from support import postgres, server
 
-from dptdr_jax import Backbone, Retriever
+from dptdr_jax import Retriever
 from dptdr_jax.models import prompts
 from dptdr_jax.models.prompts import PromptSpec
 from dptdr_jax.retriever import VectorSettings
@@ -12,19 +12,25 @@ from dptdr_jax.retriever import VectorSettings
 DEEP = PromptSpec("deep", 4, position_shift=4)
 
 
-@pytest.fixture(scope="session")
-def backbone(tmp_path_factory):
-  return Backbone.load(tiny.backbone(tmp_path_factory.mktemp("backbone")))
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def backbone(directory):
+  """A tiny backbone, at DIRECTORY/backbone beside what `server.models` writes."""
+  return server.models(directory)
 
 
 @pytest.fixture(scope="session")
 def database():
   """A PostgreSQL server for all tests of a process."""
-  with postgres.started() as server:
-    yield server
+  with postgres.started() as started:
+    yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tune(backbone):
   """Makes a retriever with a random prompt large enough to change vectors."""
 
@@ -39,7 +45,7 @@ def tune(backbone):
   return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def retrievers(backbone, tune):
   mlp = PromptSpec("deep", 3, "mlp", 5)
   return {

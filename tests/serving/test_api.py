@@ -8,7 +8,9 @@ import threading
 import time
 
 import httpx
+import huggingface_hub
 import numpy as np
+import openai
 import pytest
 from support import deaths, server
 
@@ -17,16 +19,6 @@ from dptdr_jax.retrieval.search import search_exact
 from dptdr_jax.retriever import Retriever
 
 TEXTS = ["merge sort of an array", "shortest path in a graph", "prime factor"]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  return tmp_path_factory.mktemp("served")
-
-
-@pytest.fixture(scope="module")
-def backbone(directory):
-  return server.models(directory)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +52,6 @@ def refused(answer, status, code):
 
 
 def test_openai_client_gets_the_vectors_of_the_retriever(running, directory, backbone):
-  openai = pytest.importorskip("openai")
   client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
   for task in "ab":
     retriever = Retriever.load(directory / task, backbone)
@@ -79,11 +70,10 @@ def test_openai_client_gets_the_vectors_of_the_retriever(running, directory, bac
 
 
 def test_hugging_face_client_gets_the_vectors_of_the_retriever(running, directory, backbone, monkeypatch):
-  hub = pytest.importorskip("huggingface_hub")
   monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the server is on this machine
   retriever = Retriever.load(directory / "a", backbone)
   for kind, encode in (("query", retriever.encode_queries), ("passage", retriever.encode_passages)):
-    client = hub.InferenceClient(model=f"{running.url}/t/a-{kind}/embed")
+    client = huggingface_hub.InferenceClient(model=f"{running.url}/t/a-{kind}/embed")
     np.testing.assert_allclose(client.feature_extraction(TEXTS[0])[0], encode(TEXTS[:1])[0], rtol=0, atol=1e-6)
   answer = running.client.post("/t/a/embed", json={"inputs": TEXTS, "truncate": False, "normalize": True})
   np.testing.assert_allclose(answer.json(), retriever.encode_passages(TEXTS), rtol=0, atol=1e-6)
@@ -396,18 +386,3 @@ def test_nothing_accepted_is_lost_by_sudden_deaths(directory, backbone, tmp_path
     mortal.life(seconds)
   mortal.last()
   assert sum(map(len, mortal.ledger.documents.values())) > 10
-
-
-@pytest.mark.parametrize(
-  "flags, message",
-  [
-    ([], "one of --workdir and --backbone"),
-    (["--backbone=x"], "needs --state"),
-    (["--backbone=x", "--state=y", "--host=0.0.0.0"], "for this machine alone"),
-    (["--backbone=x", "--state=y", "--task=a"], "NAME=RETRIEVER_DIR"),
-    (["--workdir=/nonexistent"], "no trained retriever"),
-  ],
-)
-def test_flags_that_cannot_work_end_with_one_line(flags, message):
-  status, said = server.Server(flags).end(300)
-  assert status == 2 and message in said and "Traceback" not in said

@@ -4,25 +4,23 @@ import threading
 import time
 
 import numpy as np
+import psycopg
 import pytest
 from support import server, tiny
 
 from dptdr_jax.backbone import Backbone
 from dptdr_jax.core.errors import InputError, OutageError
 from dptdr_jax.retriever import Retriever
-from dptdr_jax.serving import catalog
+from dptdr_jax.serving import (
+  catalog,
+  postgres_documents,
+)
 from dptdr_jax.serving.collections import Made, Progress, StaleModel, StorageError, StorageUnavailable
 from dptdr_jax.serving.documents import Document, check_filter
 from dptdr_jax.serving.limits import UnknownTask
-
-psycopg = pytest.importorskip("psycopg")
-pytest.importorskip("psycopg_pool")
-pytest.importorskip("pgvector")
-
-from dptdr_jax.serving import postgres_documents  # noqa: E402
-from dptdr_jax.serving.postgres import Database  # noqa: E402
-from dptdr_jax.serving.postgres_catalog import PostgresCatalog  # noqa: E402
-from dptdr_jax.serving.postgres_documents import PostgresDocuments  # noqa: E402
+from dptdr_jax.serving.postgres import Database
+from dptdr_jax.serving.postgres_catalog import PostgresCatalog
+from dptdr_jax.serving.postgres_documents import PostgresDocuments
 
 WIDTH = 16
 
@@ -212,16 +210,6 @@ def test_statement_that_waits_too_long_ends(stores, monkeypatch):
 
 
 # Tasks.
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  return tmp_path_factory.mktemp("served")
-
-
-@pytest.fixture(scope="module")
-def backbone(directory):
-  return server.models(directory)
 
 
 def test_catalogs_follow_each_other_and_check_what_they_fetch(database, name, directory, backbone, tmp_path):

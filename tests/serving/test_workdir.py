@@ -77,3 +77,18 @@ def test_directory_without_a_retriever_or_a_corpus_is_refused(run, tmp_path):
   (tmp_path / "train3").symlink_to(run[0] / "train2")
   with pytest.raises(InputError, match="no corpus"):
     FinishedRun.of(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    ([], "one of --workdir and --backbone"),
+    (["--backbone=x"], "needs --state"),
+    (["--backbone=x", "--state=y", "--host=0.0.0.0"], "for this machine alone"),
+    (["--backbone=x", "--state=y", "--task=a"], "NAME=RETRIEVER_DIR"),
+    (["--workdir=/nonexistent"], "no trained retriever"),
+  ],
+)
+def test_flags_that_cannot_work_end_with_one_line(flags, message):
+  status, said = server.Server(flags).end(300)
+  assert status == 2 and message in said and "Traceback" not in said
